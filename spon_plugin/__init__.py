@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SPON: input sparsification with spontaneous neurons, free of any host framework."""
+
+from spon_plugin.adapter import Adapter, SponFields, read_adapter, write_adapter
+from spon_plugin.errors import SponError
+from spon_plugin.linear import SparseConv1D, SparseLinear, fold_alpha
+from spon_plugin.masking import keep_mask, sparsify
+from spon_plugin.sites import Site, find_sites
+from spon_plugin.sparse_inputs import SparsityCounter, sparse_inputs
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Adapter",
+    "Site",
+    "SparseConv1D",
+    "SparseLinear",
+    "SparsityCounter",
+    "SponError",
+    "SponFields",
+    "__version__",
+    "find_sites",
+    "fold_alpha",
+    "keep_mask",
+    "read_adapter",
+    "sparse_inputs",
+    "sparsify",
+    "write_adapter",
+]

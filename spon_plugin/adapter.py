@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter directory: `adapter_config.json` + `adapter_model.safetensors`, strictly read, atomically written.
+
+The one definition of the format. PEFT, vLLM, lm-eval and the command line all come here, so vLLM reads an adapter
+without PEFT installed. The files are those of any PEFT adapter; the tensors are
+
+    base_model.model.<module path>.spon_threshold    float32 [1], one for every sparsified linear
+    base_model.model.<module path>.spon_alpha        float32 [in_features], one for every linear in `alpha_modules`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spon_plugin.errors import SponError
+from spon_plugin.files import new_directory
+from spon_plugin.masking import TOKEN_MODES, check_sparsity
+
+FORMAT_VERSION = 1
+PEFT_TYPE = "SPON"
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+ALPHA, THRESHOLD = "spon_alpha", "spon_threshold"
+ALLOCATIONS = ("uniform", "greedy")
+
+
+@dataclass
+class SponFields:
+    """What an adapter's config says beyond PEFT's own fields. `SponConfig` of `spon_peft` has the same ones.
+
+    Attributes:
+        sparsity: the target, the share of inputs zeroed, in [0, 1).
+        allocation: how the target was spread over the sites: ``uniform`` or TEAL's block-wise ``greedy``.
+        tokens: which tokens are masked: ``all``, or ``decode`` (the context runs dense).
+        dense_prefix: the first positions of a sequence that stay dense.
+        alpha_modules: which of the sparsified linears carry an alpha: ``"all"``, or a list of names matched as
+            PEFT matches `target_modules` (whole path or its end); an empty list for none (plain TEAL).
+        calibration: how thresholds and alphas were made: enough to make them again.
+        format_version: of the directory; see `FORMAT_VERSION`.
+    """
+
+    sparsity: float = 0.5
+    allocation: str = "uniform"
+    tokens: str = "all"
+    dense_prefix: int = 1
+    alpha_modules: str | list[str] = "all"
+    calibration: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def check(self) -> None:
+        """Raise `SponError` for the first field that is wrong."""
+        check_fields({f.name: getattr(self, f.name) for f in fields(SponFields)})
+
+
+def check_fields(values: Mapping[str, Any]) -> None:
+    """Check the values of `SponFields`' fields, wherever they come from.
+
+    Raises:
+        SponError: names the field, its value and what was expected.
+    """
+    version = values["format_version"]
+    if type(version) is not int or version != FORMAT_VERSION:
+        remedy = "Upgrade spon-plugin." if isinstance(version, int) and version > FORMAT_VERSION else ""
+        raise SponError.of("format_version", version, str(FORMAT_VERSION), remedy)
+    check_sparsity(values["sparsity"])
+    for name, allowed in (("allocation", ALLOCATIONS), ("tokens", TOKEN_MODES)):
+        if values[name] not in allowed:
+            raise SponError.of(name, values[name], "one of " + ", ".join(allowed))
+    prefix = values["dense_prefix"]
+    if type(prefix) is not int or prefix < 0:
+        raise SponError.of("dense_prefix", prefix, "a whole number >= 0")
+    modules = values["alpha_modules"]
+    if not (modules == "all" or (isinstance(modules, list) and all(isinstance(m, str) and m for m in modules))):
+        raise SponError.of("alpha_modules", modules, '"all" or a list of module names')
+    if not isinstance(values["calibration"], dict):
+        raise SponError.of("calibration", values["calibration"], "a JSON object")
+
+
+def carries_alpha(module: str, alpha_modules: str | Iterable[str]) -> bool:
+    """Whether the linear at path `module` carries an alpha, by `SponFields.alpha_modules`."""
+    if isinstance(alpha_modules, str):
+        return alpha_modules == "all"
+    return any(module == name or module.endswith("." + name) for name in alpha_modules)
+
+
+@dataclass
+class Adapter:
+    """One adapter in memory.
+
+    Attributes:
+        fields: SPON's part of the config.
+        thresholds: module path -> float32 ``[1]``.
+        alphas: module path -> float32 ``[in_features]``; only for linears that carry one.
+        peft: PEFT's part of the config (`base_model_name_or_path`, `target_modules`, ...), kept as read.
+    """
+
+    fields: SponFields
+    thresholds: dict[str, Tensor]
+    alphas: dict[str, Tensor]
+    peft: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def base_model(self) -> str | None:
+        """The base model's name or path, as the config has it."""
+        return self.peft.get("base_model_name_or_path")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over what changes the function: every tensor, `tokens` and `dense_prefix`."""
+        sha = hashlib.sha256(f"{self.fields.tokens}:{self.fields.dense_prefix}".encode())
+        for key, tensor in sorted(self.tensors().items()):
+            sha.update(key.encode() + b"\0")
+            sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The content of the safetensors file: key -> tensor."""
+        out = {f"{KEY_PREFIX}{module}.{THRESHOLD}": t for module, t in self.thresholds.items()}
+        out.update({f"{KEY_PREFIX}{module}.{ALPHA}": a for module, a in self.alphas.items()})
+        return out
+
+    def config(self) -> dict[str, Any]:
+        """The content of `adapter_config.json`."""
+        own = {f.name: getattr(self.fields, f.name) for f in fields(SponFields)}
+        return {**self.peft, **own, "peft_type": PEFT_TYPE}
+
+    def without_alpha(self) -> Adapter:
+        """The same masks without spontaneous activations: the TEAL of this adapter."""
+        teal = SponFields(**{f.name: getattr(self.fields, f.name) for f in fields(SponFields)})
+        teal.alpha_modules = []
+        return Adapter(teal, dict(self.thresholds), {}, dict(self.peft))
+
+    def check(self) -> None:
+        """Raise `SponError` if a field is wrong or a tensor is missing, extra, of a wrong shape or dtype, or bad."""
+        self.fields.check()
+        if not self.thresholds:
+            raise SponError.of("adapter", "no thresholds", "at least one sparsified linear")
+        for module in self.alphas.keys() - self.thresholds.keys():
+            raise SponError.of(
+                f"{module}.{ALPHA}", "an alpha without a threshold", f"{module}.{THRESHOLD} in the same file"
+            )
+        for module, threshold in self.thresholds.items():
+            key = f"{module}.{THRESHOLD}"
+            _check_tensor(key, threshold, "[1]", tuple(threshold.shape) == (1,))
+            if float(threshold) < 0:
+                raise SponError.of(key, float(threshold), "a threshold >= 0")
+            key = f"{module}.{ALPHA}"
+            expected = carries_alpha(module, self.fields.alpha_modules)
+            if expected and module not in self.alphas:
+                raise SponError.of(key, "no such tensor", f"one, as alpha_modules is {self.fields.alpha_modules!r}")
+            if not expected and module in self.alphas:
+                raise SponError.of(key, "an alpha", f"none, as alpha_modules is {self.fields.alpha_modules!r}")
+            if expected:
+                _check_tensor(key, self.alphas[module], "[in_features]", self.alphas[module].dim() == 1)
+
+    def check_base(self, in_features: Mapping[str, int], base: str = "the base model") -> None:
+        """Check that the adapter fits a base model.
+
+        Args:
+            in_features: module path -> in_features, of every linear in the model.
+            base: the model's name, for the error.
+
+        Raises:
+            SponError: an alpha has another length than its layer's input, or a layer does not exist.
+        """
+        remedy = f"The adapter was made for {self.base_model!r}; load that model."
+        for module, alpha in self.alphas.items():
+            if module in in_features and alpha.numel() != in_features[module]:
+                raise SponError.of(
+                    f"{module}.{ALPHA}", tuple(alpha.shape), f"shape ({in_features[module]},) for {base}", remedy
+                )
+        missing = [module for module in self.thresholds if module not in in_features]
+        if missing:
+            raise SponError.of(
+                "adapter", f"{len(missing)} sparsified layers such as {missing[0]}", f"linears that {base} has", remedy
+            )
+
+
+def _check_tensor(key: str, tensor: Tensor, shape: str, shape_is_right: bool) -> None:
+    if tensor.dtype != torch.float32:
+        raise SponError.of(key, tensor.dtype, "torch.float32")
+    if not shape_is_right:
+        raise SponError.of(key, tuple(tensor.shape), f"shape {shape}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise SponError.of(key, "NaN or infinity", "finite values", "The adapter is broken; make it again.")
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether `path` is a directory with a SPON adapter's config in it."""
+    try:
+        config = json.loads((Path(path) / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("peft_type") == PEFT_TYPE
+
+
+def read_config(path: str | Path) -> tuple[SponFields, dict[str, Any]]:
+    """Read and check `adapter_config.json`.
+
+    Returns:
+        SPON's fields, and every other field as read.
+
+    Raises:
+        SponError: the file is missing, is not JSON, is of another PEFT type, or a field is wrong.
+    """
+    file = Path(path) / CONFIG_NAME
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SponError.of("adapter", str(path), f"a directory with {CONFIG_NAME} in it ({error.strerror})") from error
+    except ValueError as error:
+        raise SponError.of(str(file), str(error), "valid JSON") from error
+    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise SponError.of(f"{file}: peft_type", kind, repr(PEFT_TYPE), "Is this another kind of adapter?")
+    names = [f.name for f in fields(SponFields)]
+    for name in ("format_version", "sparsity", "alpha_modules"):
+        if name not in config:
+            raise SponError.of(f"{file}: {name}", "no such field", "one")
+    own = SponFields(**{name: config[name] for name in names if name in config})
+    own.check()
+    return own, {k: v for k, v in config.items() if k not in names and k != "peft_type"}
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read an adapter directory and check everything that can be checked without the base model.
+
+    Args:
+        path: a local directory.
+
+    Raises:
+        SponError: a file is missing, truncated or malformed, a field is wrong, or a tensor is missing, extra, of a
+            wrong shape or dtype, not finite, or a negative threshold. The message names it.
+    """
+    own, peft = read_config(path)
+    file = Path(path) / WEIGHTS_NAME
+    if not file.is_file():
+        raise SponError.of("adapter", str(path), f"a directory with {WEIGHTS_NAME} in it")
+    thresholds: dict[str, Tensor] = {}
+    alphas: dict[str, Tensor] = {}
+    saved = tuple(peft.get("modules_to_save") or ())
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                module, _, kind = key.removeprefix(KEY_PREFIX).rpartition(".")
+                if key.startswith(KEY_PREFIX) and module and kind in (ALPHA, THRESHOLD):
+                    (alphas if kind == ALPHA else thresholds)[module] = tensors.get_tensor(key)
+                elif not any(f".{name}." in f".{key}" for name in saved):
+                    raise SponError.of(
+                        f"{file}: {key}", "an unknown tensor", f"keys {KEY_PREFIX}<module>.{ALPHA}|{THRESHOLD}"
+                    )
+    except (SafetensorError, OSError) as error:
+        raise SponError.of(
+            str(file), str(error), "a whole safetensors file", "It is truncated or damaged; copy or make it again."
+        ) from error
+    adapter = Adapter(own, thresholds, alphas, peft)
+    adapter.check()
+    return adapter
+
+
+def write_adapter(adapter: Adapter, path: str | Path, overwrite: bool = False) -> Path:
+    """Check `adapter` and write it as a directory, whole or not at all.
+
+    The files are written under a temporary name beside `path` and renamed at the end. The same adapter gives the same
+    bytes.
+
+    Args:
+        adapter: what to write.
+        path: the directory to make.
+        overwrite: replace an existing adapter directory.
+
+    Raises:
+        SponError: the adapter is not sound, or `path` exists (and `overwrite` is False, or it is not an adapter).
+        OSError: the disk is full or not writable; nothing is left at `path`.
+    """
+    adapter.check()
+    with new_directory(path, overwrite=is_adapter(path) if overwrite else False) as directory:
+        save_adapter_files(adapter, directory)
+    return Path(path)
+
+
+def save_adapter_files(adapter: Adapter, directory: Path) -> None:
+    """Write the two files into an existing `directory`, as they are. Most callers want `write_adapter`."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(adapter.tensors().items())}
+    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+    text = json.dumps(adapter.config(), indent=2, sort_keys=True, default=_plain)
+    (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, str):  # str enums
+        return str(value.value) if hasattr(value, "value") else str(value)
+    raise TypeError(f"{type(value).__name__} is not a JSON value")

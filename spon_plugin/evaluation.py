@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity of the dense model, of the masks alone (TEAL) and of masks with alpha (SPON), under one protocol."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spon_plugin.adapter import Adapter
+from spon_plugin.calibration import Progress, _no_progress, module_weights
+from spon_plugin.errors import SponError
+from spon_plugin.sites import Site
+from spon_plugin.sparse_inputs import SparsityCounter, sparse_inputs
+
+Protocol = Literal["all-but-first", "last-half"]
+PROTOCOLS: tuple[str, ...] = get_args(Protocol)
+
+
+def dense_prefix_of(protocol: str, window: int) -> int:
+    """How many first positions of each window a protocol keeps dense.
+
+    ``all-but-first`` masks every position but the first, an attention sink. ``last-half`` is TEAL's evaluation: the
+    first half of each window is dense.
+
+    Raises:
+        SponError: an unknown protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise SponError.of("protocol", protocol, "one of " + ", ".join(PROTOCOLS))
+    return 1 if protocol == "all-but-first" else window // 2
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    windows: Tensor,
+    protocol: str = "all-but-first",
+    batch_size: int = 4,
+    progress: Progress = _no_progress,
+) -> float:
+    """Perplexity over independent windows.
+
+    All predictions within a window count under ``all-but-first``; under ``last-half`` those that sparse positions
+    make. Windows do not overlap and carry no context, so the figure depends on the window: say it with the number.
+
+    Args:
+        model: anything that maps ``input_ids=`` to an object with ``logits`` ``[batch, length, vocabulary]``.
+        windows: token ids ``[count, length]``.
+        protocol: ``all-but-first`` or ``last-half``; says which predictions count, not which positions are masked.
+        batch_size: windows per forward pass.
+        progress: called after each pass.
+
+    Raises:
+        SponError: no window has a prediction.
+    """
+    if windows.dim() != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
+        raise SponError.of("windows", tuple(windows.shape), "at least one window of at least 2 tokens")
+    first = 0 if protocol == "all-but-first" else dense_prefix_of(protocol, windows.shape[1])
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for start in range(0, len(windows), batch_size):
+        ids = windows[start : start + batch_size].to(device)
+        logits = model(input_ids=ids).logits[:, first:-1]
+        for row, target in zip(logits, ids[:, first + 1 :], strict=True):  # row by row: one window's float32 logits
+            total += F.cross_entropy(row.float(), target, reduction="sum").item()
+        count += ids[:, first + 1 :].numel()
+        progress(start + len(ids), len(windows))
+    return math.exp(total / count)
+
+
+@dataclass
+class Evaluation:
+    """What `evaluate` measured on one text.
+
+    Attributes:
+        perplexity: ``dense``, ``teal`` and ``spon``; the last is missing for an adapter without alphas.
+        sparsity: ``target``, and ``achieved`` in the sparse model on this text.
+        per_module: achieved sparsity of every sparsified linear.
+        protocol: ``all-but-first`` or ``last-half``.
+        window: tokens per window.
+        tokens: tokens in all windows.
+    """
+
+    perplexity: dict[str, float]
+    sparsity: dict[str, float]
+    protocol: str
+    window: int
+    tokens: int
+    per_module: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def recovered(self) -> float | None:
+        """The share of TEAL's perplexity gap that alpha closes; None without alphas or without a gap."""
+        dense, teal, spon = (self.perplexity.get(k) for k in ("dense", "teal", "spon"))
+        if dense is None or teal is None or spon is None or teal == dense:
+            return None
+        return (teal - spon) / (teal - dense)
+
+
+def evaluate(
+    model: nn.Module,
+    adapter: Adapter,
+    sites: Sequence[Site],
+    windows: Tensor,
+    protocol: str = "all-but-first",
+    batch_size: int = 4,
+    progress: Progress = _no_progress,
+    dense: float | None = None,
+) -> Evaluation:
+    """Perplexity of `model` dense, under the adapter's masks (TEAL), and under masks and alphas (SPON).
+
+    Args:
+        model: the dense base model.
+        adapter: checked against the model first.
+        sites: from `find_sites`, for the weights of the model-wide sparsity.
+        windows: token ids ``[count, length]``.
+        protocol: see `dense_prefix_of`.
+        batch_size: windows per forward pass.
+        progress: called after each pass, over all three models.
+        dense: the dense perplexity of these windows, if it was measured before.
+
+    Raises:
+        SponError: the adapter does not fit, the protocol is unknown, or the windows are empty.
+    """
+    prefix = dense_prefix_of(protocol, windows.shape[-1])
+    variants = [v for v in ("dense", "teal", "spon") if not (v == "spon" and not adapter.alphas)]
+    if dense is not None:
+        variants.remove("dense")
+    result = Evaluation({}, {"target": adapter.fields.sparsity}, protocol, windows.shape[-1], windows.numel())
+    if dense is not None:
+        result.perplexity["dense"] = dense
+    steps = len(variants) * len(windows)
+    for index, variant in enumerate(variants):
+
+        def advance(done: int, _total: int, index: int = index) -> None:
+            progress(index * len(windows) + done, steps)
+
+        if variant == "dense":
+            result.perplexity[variant] = perplexity(model, windows, protocol, batch_size, advance)
+            continue
+        counter = SparsityCounter()
+        alphas = adapter.alphas if variant == "spon" else None
+        with sparse_inputs(model, adapter.thresholds, alphas, prefix, counter):
+            result.perplexity[variant] = perplexity(model, windows, protocol, batch_size, advance)
+        weights = module_weights(sites)
+        result.sparsity["achieved"] = counter.overall({path: weights.get(path, 0) for path in adapter.thresholds})
+        result.per_module = counter.per_module()
+    return result

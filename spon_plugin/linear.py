@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SparseLinear`: the layer that a merged model is made of, and the fold that turns alpha into its bias."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spon_plugin.errors import SponError
+from spon_plugin.masking import sparsify
+
+
+class SparseLinear(nn.Linear):
+    """``y = W S(x) + bias``, with ``bias = b + W alpha`` folded in beforehand.
+
+    The plain reference that PEFT-merged and exported models run. Same parameters as `torch.nn.Linear`, and one buffer
+    more, so state dicts interchange. Every token is masked.
+
+    Attributes:
+        weight: ``[out_features, in_features]``.
+        bias: ``[out_features]``.
+        spon_threshold: float32 ``[1]``; 0 masks nothing but zeros.
+    """
+
+    spon_threshold: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("spon_threshold", torch.zeros(1, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``."""
+        return F.linear(sparsify(x, self.spon_threshold), self.weight, self.bias)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        _apply_keeping_float32(self, fn, super()._apply, recurse)
+        return self
+
+
+class SparseConv1D(nn.Module):
+    """`SparseLinear` for GPT-2's Conv1D, whose weight lies ``[in_features, out_features]``.
+
+    Attributes:
+        nx: in_features, by the name that transformers gives it.
+        nf: out_features, likewise.
+        weight: ``[in_features, out_features]``.
+        bias: ``[out_features]``.
+        spon_threshold: float32 ``[1]``.
+    """
+
+    spon_threshold: Tensor
+
+    def __init__(
+        self, nf: int, nx: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.empty(nx, nf, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(nf, device=device, dtype=dtype))
+        self.register_buffer("spon_threshold", torch.zeros(1, dtype=torch.float32, device=device))
+        if self.weight.device.type != "meta":
+            nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``."""
+        return F.linear(sparsify(x, self.spon_threshold), self.weight.t(), self.bias)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        _apply_keeping_float32(self, fn, super()._apply, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        """Show the layer as transformers shows Conv1D."""
+        return f"nf={self.nf}, nx={self.nx}"
+
+
+def _apply_keeping_float32(module: nn.Module, fn, apply, recurse: bool) -> None:  # type: ignore[no-untyped-def]
+    """Run ``module.to(...)`` but leave the threshold float32: ``model.half()`` must not move the mask."""
+    threshold = module.spon_threshold
+    apply(fn, recurse)
+    moved = module.spon_threshold
+    if moved.dtype != torch.float32:
+        assert isinstance(threshold, Tensor) and isinstance(moved, Tensor)
+        module.spon_threshold = threshold.to(moved.device)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D (GPT-2), known by its name so that the core imports no host."""
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer that can be sparsified: `torch.nn.Linear`, a subclass of it, or Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def linear_features(module: nn.Module, name: str = "layer") -> tuple[int, int]:
+    """``(in_features, out_features)`` of a linear layer.
+
+    Raises:
+        SponError: `module` is not a linear layer.
+    """
+    if is_conv1d(module):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])  # type: ignore[union-attr, arg-type, index]
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    raise SponError.of(name, type(module).__name__, "a linear layer (torch.nn.Linear or Conv1D)")
+
+
+@torch.no_grad()
+def fold_alpha(linear: nn.Module, alpha: Tensor, name: str = "layer") -> Tensor:
+    """``W alpha``, the bias that a spontaneous activation comes down to (SPON, arXiv 2512.12744, eq. 5).
+
+    Floating-point weights are multiplied in float32. Any other format (8-bit, 4-bit) is asked what it computes, as
+    ``linear(alpha) - linear(0)``, so nothing has to be known about how its weight is packed.
+
+    Args:
+        linear: a linear layer, of any weight format.
+        alpha: ``[in_features]``.
+        name: the layer's name, for the error.
+
+    Returns:
+        float32 ``[out_features]``, on the device of the weight.
+
+    Raises:
+        SponError: alpha has another length than the layer's input.
+    """
+    in_features, _ = linear_features(linear, name)
+    if tuple(alpha.shape) != (in_features,):
+        raise SponError.of(f"{name}: alpha", tuple(alpha.shape), f"shape ({in_features},), the layer's in_features")
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    alpha = alpha.detach().to(weight.device)
+    if type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.dim() == 2:
+        matrix = weight.float()
+        return F.linear(alpha.float(), matrix.t() if is_conv1d(linear) else matrix)
+    compute_dtype = getattr(linear, "compute_dtype", None) or torch.get_default_dtype()
+    # Two rows, because several 8-bit kernels refuse or re-quantize a single one.
+    rows = torch.stack([alpha, torch.zeros_like(alpha)]).to(compute_dtype)
+    out = linear(rows).float()
+    return out[0] - out[1]
