@@ -6,11 +6,8 @@ exception raised there into a failure of ``import torch`` for the whole environm
 standard library only, nothing that torch has not loaded already, none of our packages before a host needs them.
 """
 
-from __future__ import annotations
-
 import os
 import sys
-from _thread import get_ident
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -24,7 +21,7 @@ HOOKS = {
     "transformers.quantizers.auto": "spon_transformers:register",
 }
 _pending = dict(HOOKS)
-_searching: set[tuple[int, str]] = set()  # (thread, host) pairs for which the finders behind ours are being asked
+_searching: set[str] = set()  # hosts for which the finders behind ours are being asked
 
 
 def _warn(host: str, error: Exception) -> None:
@@ -46,14 +43,12 @@ def _running_spec(module: ModuleType | None) -> ModuleSpec | None:
     return spec if getattr(spec, "_initializing", None) is True else None
 
 
-def _call(host: str, target: str) -> None:
+def _register(host: str, target: str) -> None:
     """Calls a hook; whatever goes wrong in our packages becomes a warning, so that the host keeps working."""
     package, _, function = target.partition(":")
     try:
         module = import_module(package)
-        if spec := _running_spec(module):  # the user imported our package, which imported the host: too early
-            _watch(spec, _call, host, target)
-        elif getattr(module, "__file__", None):  # None: a directory that an uninstall left behind
+        if getattr(module, "__file__", None):  # None: a directory that an uninstall left behind
             getattr(module, function)()
     except Exception as error:
         if not (isinstance(error, ModuleNotFoundError) and f"{package}.".startswith(f"{error.name}.")):
@@ -66,7 +61,12 @@ def _fire(host: str) -> None:
     if target is None:
         return
     try:
-        _call(host, target)
+        if spec := _running_spec(sys.modules.get(target.partition(":")[0])):
+            # The user imported our package, which imported the host: the function may not be defined yet. And another
+            # thread that imports our package must not be waited for: it may be waiting for the host.
+            _watch(spec, _register, host, target)
+        else:
+            _register(host, target)
     except BaseException:  # KeyboardInterrupt and the like fail the import of the host; the next attempt tries again
         _pending[host] = target
         raise
@@ -108,12 +108,15 @@ def _watch(spec: ModuleSpec, action: Callable[..., None], *args: str) -> None:
 class _Finder:
     """Finds what the finders behind it find, and watches the specs of the hosts."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        key = (get_ident(), name)
-        if name not in _pending or key in _searching:  # the latter: a finder behind ours goes through sys.meta_path too
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        # The second condition: a finder behind ours asks all of sys.meta_path in its turn. No other thread is meant, as
+        # importlib calls finders under its global lock.
+        if name not in _pending or name in _searching:
             return None
         finders = list(sys.meta_path)
-        _searching.add(key)
+        _searching.add(name)
         try:
             for finder in finders[finders.index(self) + 1 if self in finders else 0 :]:
                 find_spec = getattr(finder, "find_spec", None)
@@ -122,7 +125,7 @@ class _Finder:
                     _watch(spec, _fire, name)
                     return spec
         finally:
-            _searching.discard(key)
+            _searching.discard(name)
         return None
 
 

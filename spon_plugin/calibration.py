@@ -1,188 +1,103 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration: thresholds that reach a target sparsity, from streaming statistics of each site's input."""
+"""Calibration: from a dense model and some text to an adapter with thresholds (alpha zero: plain TEAL)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.adapter import ALLOCATIONS, Adapter, SponFields, carries_alpha
+from spon_plugin.allocation import allocate_greedy, thresholds_at
 from spon_plugin.errors import SponError
-from spon_plugin.histogram import MagnitudeHistogram
-from spon_plugin.masking import check_sparsity, sparsify
-from spon_plugin.sites import Site
-from spon_plugin.sparse_inputs import SparsityCounter, sparse_inputs
-from spon_plugin.tokens import DenseTokens
+from spon_plugin.masking import check_sparsity
+from spon_plugin.progress import Progress, no_progress
+from spon_plugin.sites import Site, module_weights, target_names
+from spon_plugin.statistics import collect_histograms, mean_alphas, measure_sparsity
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total) as the work goes on."""
+GREEDY_TOKENS = 1024
 
 
-def _no_progress(_done: int, _total: int) -> None:
-    pass
-
-
-@torch.no_grad()
-def collect_histograms(
+def calibrate(
     model: nn.Module,
     sites: Sequence[Site],
     windows: Tensor,
-    dense_prefix: int = 1,
-    batch_size: int = 4,
-    progress: Progress = _no_progress,
-) -> dict[str, MagnitudeHistogram]:
-    """Run the dense model and count the magnitudes of every site's input.
-
-    Memory does not depend on the number of tokens.
+    held_out: Tensor,
+    sparsity: float,
+    allocation: str = "uniform",
+    alpha: Literal["none", "zero", "mean"] = "none",
+    alpha_modules: str | list[str] = "all",
+    dense_prefix: int | None = None,
+    source: dict[str, Any] | None = None,
+    base_model: str | None = None,
+    stage: Callable[[str], Progress] = lambda _name: no_progress,
+) -> Adapter:
+    """Find the thresholds of an adapter and measure the sparsity they achieve.
 
     Args:
         model: a dense decoder.
-        sites: from `find_sites`.
-        windows: token ids, int64 ``[count, length]``, without padding.
-        dense_prefix: positions at the start of each window that are not counted (attention sinks).
-        batch_size: windows per forward pass.
-        progress: called after each pass.
-
-    Returns:
-        Site name -> histogram.
+        sites: what to sparsify, from `find_sites`.
+        windows: token ids ``[count, length]`` to calibrate on.
+        held_out: token ids ``[count, length]`` that were not calibrated on, for the achieved sparsity.
+        sparsity: the target, in [0, 1).
+        allocation: ``uniform`` or ``greedy``.
+        alpha: ``none`` (plain TEAL), ``zero`` (alphas to be trained) or ``mean`` (the control without training).
+        alpha_modules: which linears carry an alpha; ignored for ``none``.
+        dense_prefix: first positions of a sequence that stay dense; the format's default if None.
+        source: where the text came from, kept in the adapter's `calibration` field.
+        base_model: kept as `base_model_name_or_path`.
+        stage: gives the progress callback of each stage by its name.
 
     Raises:
-        SponError: there are no windows, or none has a position after the prefix.
+        SponError: a value is wrong, or `alpha_modules` names no sparsified linear.
     """
-    if windows.numel() == 0 or windows.shape[1] <= dense_prefix:
-        raise SponError.of(
-            "calibration windows", tuple(windows.shape), f"at least one window of more than {dense_prefix} tokens"
+    check_sparsity(sparsity)
+    if allocation not in ALLOCATIONS:
+        raise SponError.of("allocation", allocation, "one of " + ", ".join(ALLOCATIONS))
+    modules = list(module_weights(sites))
+    if alpha == "none":
+        alpha_modules = []
+    elif not any(carries_alpha(module, alpha_modules) for module in modules):
+        names = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
+        raise SponError.of("alpha_modules", alpha_modules, f'"all" or names of sparsified linears: {names}')
+    fields = SponFields(sparsity=float(sparsity), allocation=allocation, alpha_modules=alpha_modules)
+    if dense_prefix is not None:
+        fields.dense_prefix = dense_prefix
+    fields.check()
+    prefix = fields.dense_prefix
+    histograms = collect_histograms(model, sites, windows, prefix, progress=stage("Calibrating"))
+    share: float | dict[str, float] = sparsity
+    if allocation == "greedy":
+        count = max(1, GREEDY_TOKENS // windows.shape[1])
+        share = allocate_greedy(
+            model, sites, histograms, windows[:count], sparsity, dense_prefix=prefix, progress=stage("Allocating")
         )
-    histograms = {site.name: MagnitudeHistogram() for site in sites}
-    tokens = DenseTokens(dense_prefix)
-    handles = [tokens.attach(model)]
-
-    def observe(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            dense = tokens.rows(args[0])
-            histograms[name].update(args[0] if dense is None else args[0][~dense])
-
-        return hook
-
-    for site in sites:
-        handles.append(model.get_submodule(site.modules[0]).register_forward_pre_hook(observe(site.name)))
-    try:
-        for done, batch in _batches(windows, batch_size):
-            model(input_ids=batch.to(_device(model)))
-            progress(done, len(windows))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return histograms
-
-
-def thresholds_at(
-    sites: Sequence[Site], histograms: Mapping[str, MagnitudeHistogram], sparsity: float | Mapping[str, float]
-) -> dict[str, Tensor]:
-    """The threshold of every linear that zeroes a share `sparsity` of its site's input.
-
-    Args:
-        sites: from `find_sites`.
-        histograms: from `collect_histograms`.
-        sparsity: one share for all sites (TEAL's ``uniform``), or site name -> share.
-
-    Returns:
-        Module path -> float32 ``[1]``.
-
-    Raises:
-        SponError: a share lies outside [0, 1).
-    """
-    thresholds = {}
-    for site in sites:
-        share = sparsity[site.name] if isinstance(sparsity, Mapping) else sparsity
-        value = histograms[site.name].quantile(check_sparsity(share))
-        for path in site.modules:
-            thresholds[path] = torch.tensor([value], dtype=torch.float32)
-    return thresholds
-
-
-@torch.no_grad()
-def measure_sparsity(
-    model: nn.Module,
-    sites: Sequence[Site],
-    thresholds: Mapping[str, Tensor],
-    windows: Tensor,
-    alphas: Mapping[str, Tensor] | None = None,
-    dense_prefix: int = 1,
-    batch_size: int = 4,
-) -> tuple[float, dict[str, float]]:
-    """The sparsity that thresholds achieve in the sparse model itself; use tokens that calibration did not see.
-
-    Returns:
-        The model-wide share, linears weighted by their weights, and the share per module path.
-    """
-    counter = SparsityCounter()
-    with sparse_inputs(model, thresholds, alphas, dense_prefix, counter):
-        for _, batch in _batches(windows, batch_size):
-            model(input_ids=batch.to(_device(model)))
-    return counter.overall(module_weights(sites)), counter.per_module()
-
-
-def module_weights(sites: Iterable[Site]) -> dict[str, int]:
-    """Module path -> number of weights; a site's linears share its input, so they split by their outputs."""
-    return {path: count for site in sites for path, count in zip(site.modules, site.module_weights, strict=True)}
-
-
-@torch.no_grad()
-def mean_alphas(
-    model: nn.Module,
-    sites: Sequence[Site],
-    thresholds: Mapping[str, Tensor],
-    windows: Tensor,
-    dense_prefix: int = 1,
-    batch_size: int = 4,
-) -> dict[str, Tensor]:
-    """``alpha = E[x - S(x)]`` over dense activations: a bias without training, the control of every SPON table.
-
-    Args:
-        model: a dense decoder.
-        sites: from `find_sites`.
-        thresholds: module path -> float32 ``[1]``.
-        windows: token ids ``[count, length]``.
-        dense_prefix: positions at the start of each window that are not counted.
-        batch_size: windows per forward pass.
-
-    Returns:
-        Module path -> float32 ``[in_features]``.
-    """
-    sums: dict[str, Tensor] = {}
-    rows: dict[str, int] = {}
-    tokens = DenseTokens(dense_prefix)
-    handles = [tokens.attach(model)]
-
-    def observe(path: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            dense = tokens.rows(args[0])
-            x = (args[0] if dense is None else args[0][~dense]).flatten(0, -2)
-            dropped = (x - sparsify(x, thresholds[path].to(x.device))).float().sum(0).cpu()
-            sums[path] = sums.get(path, torch.zeros_like(dropped)) + dropped
-            rows[path] = rows.get(path, 0) + x.shape[0]
-
-        return hook
-
-    for site in sites:
-        handles.append(model.get_submodule(site.modules[0]).register_forward_pre_hook(observe(site.modules[0])))
-    try:
-        for _, batch in _batches(windows, batch_size):
-            model(input_ids=batch.to(_device(model)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {path: sums[site.modules[0]] / rows[site.modules[0]] for site in sites for path in site.modules}
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _batches(windows: Tensor, size: int) -> Iterable[tuple[int, Tensor]]:
-    for start in range(0, len(windows), size):
-        batch = windows[start : start + size]
-        yield start + len(batch), batch
+    thresholds = thresholds_at(sites, histograms, share)
+    alphas: dict[str, Tensor] = {}
+    if alpha != "none":
+        carriers = [module for module in modules if carries_alpha(module, alpha_modules)]
+        means = mean_alphas(model, sites, thresholds, windows, prefix) if alpha == "mean" else {}
+        inputs = {path: site.in_features for site in sites for path in site.modules}
+        alphas = {path: means.get(path, torch.zeros(inputs[path])) for path in carriers}
+    achieved, per_module = measure_sparsity(model, sites, thresholds, held_out, alphas or None, prefix)
+    fields.calibration = {
+        **(source or {}),
+        "tokens": int(windows.numel()),
+        "window": int(windows.shape[1]),
+        "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "held_out_tokens": int(held_out.numel()),
+        "achieved_sparsity": round(achieved, 4),
+        "sites": {
+            site.name: {
+                "modules": [path.removeprefix(site.block + ".") for path in site.modules],
+                "weights": site.weights,
+                "achieved_sparsity": round(per_module[site.modules[0]], 4),
+            }
+            for site in sites
+        },
+    }
+    peft = {"base_model_name_or_path": base_model, "target_modules": target_names(sites, model)}
+    return Adapter(fields, thresholds, alphas, {**peft, "task_type": "CAUSAL_LM", "inference_mode": True})

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spon_plugin.adapter import Adapter
-from spon_plugin.calibration import Progress, _no_progress, module_weights
 from spon_plugin.errors import SponError
-from spon_plugin.sites import Site
+from spon_plugin.progress import Progress, no_progress
+from spon_plugin.sites import Site, module_weights
 from spon_plugin.sparse_inputs import SparsityCounter, sparse_inputs
 
 Protocol = Literal["all-but-first", "last-half"]
@@ -42,7 +42,7 @@ def perplexity(
     windows: Tensor,
     protocol: str = "all-but-first",
     batch_size: int = 4,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> float:
     """Perplexity over independent windows.
 
@@ -110,8 +110,8 @@ def evaluate(
     windows: Tensor,
     protocol: str = "all-but-first",
     batch_size: int = 4,
-    progress: Progress = _no_progress,
-    dense: float | None = None,
+    progress: Progress = no_progress,
+    known: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """Perplexity of `model` dense, under the adapter's masks (TEAL), and under masks and alphas (SPON).
 
@@ -123,18 +123,17 @@ def evaluate(
         protocol: see `dense_prefix_of`.
         batch_size: windows per forward pass.
         progress: called after each pass, over all three models.
-        dense: the dense perplexity of these windows, if it was measured before.
+        known: perplexities of these windows that were measured before, by variant; they are not measured again.
 
     Raises:
         SponError: the adapter does not fit, the protocol is unknown, or the windows are empty.
     """
     prefix = dense_prefix_of(protocol, windows.shape[-1])
-    variants = [v for v in ("dense", "teal", "spon") if not (v == "spon" and not adapter.alphas)]
-    if dense is not None:
-        variants.remove("dense")
-    result = Evaluation({}, {"target": adapter.fields.sparsity}, protocol, windows.shape[-1], windows.numel())
-    if dense is not None:
-        result.perplexity["dense"] = dense
+    result = Evaluation(
+        dict(known or {}), {"target": adapter.fields.sparsity}, protocol, windows.shape[-1], windows.numel()
+    )
+    possible = ("dense", "teal", "spon") if adapter.alphas else ("dense", "teal")
+    variants = [variant for variant in possible if variant not in result.perplexity]
     steps = len(variants) * len(windows)
     for index, variant in enumerate(variants):
 

@@ -3,27 +3,64 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spon_plugin.errors import SponError
 from spon_plugin.masking import sparsify
+from spon_plugin.tokens import Attachment, DenseTokens
 
 
-class SparseLinear(nn.Linear):
+class _SparseLayer(nn.Module):
+    """What `SparseLinear` and `SparseConv1D` share."""
+
+    weight: Tensor
+    bias: Any
+    spon_threshold: Tensor
+    spon_dense_bias: Tensor | None
+    tokens: DenseTokens | None = None
+
+    def _register_spon_buffers(self, device: torch.device | str | None) -> None:
+        self.register_buffer("spon_threshold", torch.zeros(1, dtype=torch.float32, device=device))
+        self.register_buffer("spon_dense_bias", None)
+
+    def keep_dense_bias(self, bias: Tensor | None = None) -> None:
+        """Hold the bias ``[out_features]`` of tokens that stay dense; None for zeros. `follow_tokens` needs it."""
+        like = self.bias if self.bias is not None else self.weight[..., 0]
+        out_features = linear_features(self)[1]
+        value = torch.zeros(out_features, dtype=like.dtype, device=like.device) if bias is None else bias.detach()
+        self.spon_dense_bias = value.clone()
+
+    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        dense = None if self.tokens is None else self.tokens.rows(x)
+        kept = sparsify(x, self.spon_threshold, dense)
+        if dense is None or self.spon_dense_bias is None:
+            return F.linear(kept, weight, self.bias)
+        bias = torch.zeros_like(self.spon_dense_bias) if self.bias is None else self.bias
+        return F.linear(kept, weight) + torch.where(dense.unsqueeze(-1), self.spon_dense_bias, bias)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        _apply_keeping_float32(self, fn, super()._apply, recurse)
+        return self
+
+
+class SparseLinear(_SparseLayer, nn.Linear):
     """``y = W S(x) + bias``, with ``bias = b + W alpha`` folded in beforehand.
 
     The plain reference that PEFT-merged and exported models run. Same parameters as `torch.nn.Linear`, and one buffer
-    more, so state dicts interchange. Every token is masked.
+    more, so state dicts interchange. Every token is masked, unless the layer follows a `DenseTokens`: then dense
+    tokens compute ``W x + spon_dense_bias``, as in the dense model.
 
     Attributes:
         weight: ``[out_features, in_features]``.
         bias: ``[out_features]``.
         spon_threshold: float32 ``[1]``; 0 masks nothing but zeros.
+        spon_dense_bias: ``[out_features]``, the bias of dense tokens; None where every token is masked.
+        tokens: says which tokens are dense; see `follow_tokens`.
     """
-
-    spon_threshold: Tensor
 
     def __init__(
         self,
@@ -34,18 +71,14 @@ class SparseLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.register_buffer("spon_threshold", torch.zeros(1, dtype=torch.float32, device=device))
+        self._register_spon_buffers(device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        return F.linear(sparsify(x, self.spon_threshold), self.weight, self.bias)
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        _apply_keeping_float32(self, fn, super()._apply, recurse)
-        return self
+        return self._compute(x, self.weight)
 
 
-class SparseConv1D(nn.Module):
+class SparseConv1D(_SparseLayer):
     """`SparseLinear` for GPT-2's Conv1D, whose weight lies ``[in_features, out_features]``.
 
     Attributes:
@@ -54,9 +87,9 @@ class SparseConv1D(nn.Module):
         weight: ``[in_features, out_features]``.
         bias: ``[out_features]``.
         spon_threshold: float32 ``[1]``.
+        spon_dense_bias: as in `SparseLinear`.
+        tokens: as in `SparseLinear`.
     """
-
-    spon_threshold: Tensor
 
     def __init__(
         self, nf: int, nx: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -65,21 +98,33 @@ class SparseConv1D(nn.Module):
         self.nf, self.nx = nf, nx
         self.weight = nn.Parameter(torch.empty(nx, nf, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(nf, device=device, dtype=dtype))
-        self.register_buffer("spon_threshold", torch.zeros(1, dtype=torch.float32, device=device))
+        self._register_spon_buffers(device)
         if self.weight.device.type != "meta":
             nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        return F.linear(sparsify(x, self.spon_threshold), self.weight.t(), self.bias)
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        _apply_keeping_float32(self, fn, super()._apply, recurse)
-        return self
+        return self._compute(x, self.weight.t())
 
     def extra_repr(self) -> str:
         """Show the layer as transformers shows Conv1D."""
         return f"nf={self.nf}, nx={self.nx}"
+
+
+def follow_tokens(model: nn.Module, tokens: DenseTokens) -> Attachment:
+    """Let the sparse layers of `model` leave the dense tokens of each of its forward passes dense.
+
+    Args:
+        model: holds `SparseLinear` and `SparseConv1D` layers, whose `keep_dense_bias` has been called.
+        tokens: which tokens are dense.
+
+    Returns:
+        What ends it for the model; the layers then mask every token.
+    """
+    for module in model.modules():
+        if isinstance(module, SparseLinear | SparseConv1D):
+            module.tokens = tokens
+    return tokens.attach(model)
 
 
 def _apply_keeping_float32(module: nn.Module, fn, apply, recurse: bool) -> None:  # type: ignore[no-untyped-def]
@@ -108,7 +153,7 @@ def linear_features(module: nn.Module, name: str = "layer") -> tuple[int, int]:
     Raises:
         SponError: `module` is not a linear layer.
     """
-    if is_conv1d(module):
+    if is_conv1d(module) or isinstance(module, SparseConv1D):
         return int(module.weight.shape[0]), int(module.weight.shape[1])  # type: ignore[union-attr, arg-type, index]
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features

@@ -110,6 +110,11 @@ def is_expert(path: str) -> bool:
     )
 
 
+def module_weights(sites: Iterable[Site]) -> dict[str, int]:
+    """Module path -> number of weights; a site's linears share its input, so they split by their outputs."""
+    return {path: count for site in sites for path, count in zip(site.modules, site.module_weights, strict=True)}
+
+
 def linear_inputs(model: nn.Module) -> dict[str, int]:
     """Module path -> in_features, of every linear in `model`; for `Adapter.check_base`."""
     return {name: linear_features(m)[0] for name, m in model.named_modules() if is_linear(m)}

@@ -69,7 +69,7 @@ def sparse_inputs(
         The token state of the run, whose `dense_prefix` may be changed between passes.
     """
     state = DenseTokens(dense_prefix)
-    handles = [state.attach(model)]
+    handles: list[Any] = [state.attach(model)]
 
     def mask(path: str, threshold: Tensor) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -7,6 +7,8 @@ answers the second question for everything that runs a transformers-like model: 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,20 +56,37 @@ def dense_tokens(
     return (positions < dense_prefix).expand(batch, length)
 
 
-class DenseTokens:
-    """The answer of `dense_tokens` for the pass that is running, kept up to date by a hook on the model.
+class Attachment:
+    """The hooks by which a `DenseTokens` follows a model."""
 
-    Layers hold a reference to it and ask `rows`. Layers that are called outside of a model's forward find None.
+    def __init__(self, *handles: RemovableHandle) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Stop following the model."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class DenseTokens:
+    """The answer of `dense_tokens` for the pass that is running, kept up to date by hooks on the model.
+
+    Layers hold a reference to it and ask `rows`. Layers that are called outside of a model's forward find None. A copy
+    or pickle of the model takes the hooks along, and its layers refer to the copy.
     """
 
     def __init__(self, dense_prefix: int = 0, tokens: TokenMode = "all") -> None:
         self.dense_prefix = dense_prefix
         self.tokens: TokenMode = tokens
         self.mask: Tensor | None = None
+        self._fixed = False
 
-    def attach(self, model: nn.Module) -> RemovableHandle:
-        """Follow every forward pass of `model`; returns the hook's handle."""
-        return model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+    def attach(self, model: nn.Module) -> Attachment:
+        """Follow every forward pass of `model`; returns what ends it."""
+        return Attachment(
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, always_call=True),
+        )
 
     def rows(self, x: Tensor) -> Tensor | None:
         """The mask in the leading shape of `x` ``[..., in_features]``, or None where all its tokens are masked.
@@ -78,20 +97,37 @@ class DenseTokens:
             return None
         return self.mask.reshape(x.shape[:-1]).to(x.device)
 
+    @contextmanager
+    def fixed(self, mask: Tensor | None) -> Iterator[None]:
+        """Passes in this block use `mask`, bool ``[batch, sequence]`` with True for dense, whatever their inputs say.
+
+        The mask stays after the block until the next pass, so that a backward pass which recomputes activations
+        (gradient checkpointing) recomputes the same ones.
+        """
+        was, self._fixed, self.mask = self._fixed, True, mask
+        try:
+            yield
+        finally:
+            self._fixed = was
+
     def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._fixed:
+            self.mask = self.of_inputs(*args, **kwargs)
+
+    def _after_forward(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        # With gradients on, a checkpointed layer may run again in the backward pass and needs the mask.
+        if not self._fixed and not torch.is_grad_enabled():
+            self.mask = None
+
+    def of_inputs(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The mask of a pass, from the arguments of a transformers-like model's forward."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             ids = kwargs.get("inputs_embeds")
-        if not isinstance(ids, Tensor) or ids.dim() < 2:
-            self.mask = None
-            return
+        # Token ids are whole numbers [batch, sequence]; two-dimensional floats are the rows of something else.
+        if not isinstance(ids, Tensor) or ids.dim() < 2 or (ids.dim() == 2 and ids.is_floating_point()):
+            return None
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
-        self.mask = dense_tokens(
-            (ids.shape[0], ids.shape[1]),
-            self.dense_prefix,
-            self.tokens,
-            kwargs.get("attention_mask"),
-            past,
-            ids.device,
-        )
+        mask = kwargs.get("attention_mask")
+        return dense_tokens((ids.shape[0], ids.shape[1]), self.dense_prefix, self.tokens, mask, past, ids.device)

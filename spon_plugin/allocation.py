@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TEAL's block-wise greedy allocation (arXiv 2408.14690, algorithm 1): spend sparsity where a block feels it least."""
+"""How a target sparsity becomes thresholds: the same share at every site, or shared out greedily within each block."""
 
 from __future__ import annotations
 
@@ -9,13 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.calibration import Progress, _no_progress, thresholds_at
 from spon_plugin.histogram import MagnitudeHistogram
 from spon_plugin.masking import check_sparsity
+from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sites import Site
 from spon_plugin.sparse_inputs import sparse_inputs
 
 MAX_SITE_SPARSITY = 0.99
+
+
+def thresholds_at(
+    sites: Sequence[Site], histograms: Mapping[str, MagnitudeHistogram], sparsity: float | Mapping[str, float]
+) -> dict[str, Tensor]:
+    """The threshold of every linear that zeroes a share `sparsity` of its site's input.
+
+    Args:
+        sites: from `find_sites`.
+        histograms: from `collect_histograms`.
+        sparsity: one share for all sites (TEAL's ``uniform``), or site name -> share.
+
+    Returns:
+        Module path -> float32 ``[1]``.
+
+    Raises:
+        SponError: a share lies outside [0, 1).
+    """
+    thresholds = {}
+    for site in sites:
+        share = sparsity[site.name] if isinstance(sparsity, Mapping) else sparsity
+        value = histograms[site.name].quantile(check_sparsity(share))
+        for path in site.modules:
+            thresholds[path] = torch.tensor([value], dtype=torch.float32)
+    return thresholds
 
 
 @torch.no_grad()
@@ -27,9 +52,9 @@ def allocate_greedy(
     sparsity: float,
     step: float = 0.05,
     dense_prefix: int = 1,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> dict[str, float]:
-    """Share the target out over each block's sites, by the error of the block's output.
+    """TEAL's ``greedy`` (arXiv 2408.14690, algorithm 1): spend sparsity where a block feels it least.
 
     In every block, one site's sparsity is raised at a time: the one whose increase hurts least, measured as the L2
     distance between the block's masked and dense output on dense inputs. Increases are weighted by the site's weights,

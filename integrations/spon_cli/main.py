@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `spon` command: one sub-command per file of this package."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from spon_cli.calibrate import calibrate_command
+from spon_cli.evaluate import eval_command
+from spon_cli.inspect import inspect_command
+from spon_cli.merge import merge_command
+from spon_cli.output import err
+from spon_cli.quickstart import quickstart_command
+from spon_cli.train import train_command
+from spon_plugin import SponError, __version__
+
+WRONG_INPUT, FAILED = 2, 1
+
+app = typer.Typer(
+    name="spon",
+    help="Input sparsification with spontaneous neurons: faster LLM decoding without losing the model.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("quickstart")(quickstart_command)
+app.command("calibrate")(calibrate_command)
+app.command("train")(train_command)
+app.command("eval")(eval_command)
+app.command("merge")(merge_command)
+app.command("inspect")(inspect_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"spon-plugin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Options of `spon` itself."""
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 failed (disk, network), 2 wrong input."""
+    try:
+        app()
+    except SponError as error:
+        _fail(str(error), WRONG_INPUT)
+    except OSError as error:
+        _fail(f"{error.__class__.__name__}: {error}", FAILED)
+    except ImportError as error:
+        _fail(f"{error}. Install the command line with: pip install 'spon-plugin[cli]'", FAILED)
+
+
+def _fail(message: str, code: int) -> None:
+    err.print("error:", message, style="red", markup=False)
+    sys.exit(code)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`spon train`: calibrate if need be, then distil alphas."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from spon_cli import options
+from spon_cli.calibrate import Loaded, Settings, base_of, calibrated, check_choice, load, show_sparsity, summary
+from spon_cli.output import Bar, note, progress_bars, show_json
+from spon_cli.sources import TextSource, text_sources
+from spon_plugin import Adapter, SponError, read_adapter
+from spon_plugin.adapter import ALLOCATIONS, carries_alpha, is_adapter, save_adapter_files
+from spon_plugin.files import check_new, new_directory
+from spon_plugin.masking import check_sparsity
+from spon_plugin.recipe import PRESETS, Recipe, preset
+from spon_plugin.sites import linear_inputs
+from spon_plugin.text import mixed_windows
+
+
+def train_command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL|ADAPTER", help="A model to calibrate first, or an adapter to train further.")
+    ],
+    output: options.Output,
+    sparsity: Annotated[float | None, typer.Option(help="Share of inputs to zero, in [0, 1).  [default: 0.5]")] = None,
+    allocation: options.Allocation = "uniform",
+    text: options.Text = None,
+    dataset: options.Dataset = None,
+    alpha_modules: Annotated[
+        str, typer.Option(help="Which linears carry an alpha: all, or comma-separated names such as down_proj.")
+    ] = "all",
+    target_modules: options.Targets = None,
+    preset_name: Annotated[str, typer.Option("--preset", help="The schedule: " + " or ".join(PRESETS) + ".")] = "fast",
+    windows: Annotated[int | None, typer.Option(help="Training windows in all.  [default: the preset's]")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window.  [default: the preset's]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per step.  [default: the preset's]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the windows.  [default: the preset's]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest rate.  [default: the preset's]")] = None,
+    dense_prefix: options.DensePrefix = None,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same command was interrupted.")] = False,
+    dtype: options.Dtype = "auto",
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> None:
+    """Train spontaneous activations: the sparse model learns to say what the dense one says.
+
+    Texts are mixed evenly; several kinds of text generalise better than one. The loss of every step is saved beside the
+    adapter as loss.csv and loss.png.
+
+    [dim]spon train ./model --sparsity 0.5 --text wiki.txt --text speeches.txt --text docs.txt -o spon50[/dim]
+
+    [dim]spon train teal50 -o spon50 --alpha-modules down_proj[/dim]
+    """
+    check_new(output)
+    recipe = preset(preset_name).with_changes(
+        windows=windows, window=window, batch_size=batch_size, epochs=epochs, learning_rate=learning_rate
+    )
+    check_choice("allocation", allocation, ALLOCATIONS)
+    start = read_adapter(model) if is_adapter(model) else None
+    if start is not None and sparsity not in (None, start.fields.sparsity):
+        raise SponError.of("sparsity", sparsity, f"{start.fields.sparsity}, the adapter's", "Or start from the model.")
+    target = check_sparsity(0.5 if sparsity is None else sparsity)
+    work = work_directory(output, resume)
+    sources = text_sources(text, dataset)
+    base = model if start is None else base_of(start, model)
+    loaded = load(base, dtype, options.split_names(target_modules))
+    names = "all" if alpha_modules == "all" else options.split_names(alpha_modules) or []
+    settings = Settings(target, allocation, "zero", names, dense_prefix, recipe.window, seed=seed)
+    with progress_bars() as stage:
+        if start is None:
+            adapter = calibrated(loaded, sources, settings, stage)
+        else:
+            start.check_base(linear_inputs(loaded.model), base)
+            adapter = _with_alphas(start, loaded, names)
+        adapter, losses = train(loaded, adapter, sources, recipe, work, seed, gradient_checkpointing, stage)
+    save(adapter, losses, output)
+    shutil.rmtree(work)
+    if json:
+        show_json({"adapter": str(output), **summary(adapter), "recipe": recipe.as_dict(), "loss": _ends(losses)})
+        return
+    show_sparsity(adapter)
+    note(f"KL from {_ends(losses)['first']:.3f} to {_ends(losses)['last']:.3f} nats per token over {len(losses)} steps")
+    note(f"Adapter written to {output}; the loss curve is in {output / 'loss.png'}")
+
+
+def work_directory(output: Path, resume: bool) -> Path:
+    """Where checkpoints are kept while training: beside the output, so an interrupted run leaves no half adapter.
+
+    Raises:
+        SponError: there are checkpoints of an earlier run and `resume` is False, or none and it is True.
+    """
+    work = output.with_name(output.name + ".training")
+    if resume and not work.is_dir():
+        raise SponError.of("--resume", str(work), "the directory of an interrupted run", "Start without --resume.")
+    if not resume and work.exists():
+        raise SponError.of(
+            "output", str(work), "no checkpoints of an earlier run", "Add --resume to go on, or remove the directory."
+        )
+    return work
+
+
+def train(
+    loaded: Loaded,
+    adapter: Adapter,
+    sources: Sequence[TextSource],
+    recipe: Recipe,
+    work: Path,
+    seed: int,
+    gradient_checkpointing: bool,
+    stage: Callable[[str], Bar],
+) -> tuple[Adapter, list[dict[str, float]]]:
+    """Train `adapter` on an even mix of the texts and note the recipe in its `calibration` field."""
+    from spon_peft.training import train_adapter
+
+    rows = mixed_windows(loaded.tokenizer, [s.text for s in sources], recipe.window, recipe.windows, seed)
+    work.mkdir(parents=True, exist_ok=True)
+    actual = replace(recipe, windows=len(rows))
+    adapter, losses = train_adapter(
+        loaded.model, adapter, rows, actual, work, seed, gradient_checkpointing, progress=stage("Training")
+    )
+    training = {**actual.as_dict(), "text": [s.name for s in sources], "seed": seed, "tokens": int(rows.numel())}
+    adapter.fields.calibration = {**adapter.fields.calibration, "training": training}
+    return adapter, losses
+
+
+def save(adapter: Adapter, losses: Sequence[dict[str, float]], output: Path) -> None:
+    """Write the adapter with its loss curve, whole or not at all."""
+    adapter.check()
+    with new_directory(output) as directory:
+        save_adapter_files(adapter, directory)
+        with (directory / "loss.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(losses[0]))
+            writer.writeheader()
+            writer.writerows(losses)
+        _plot(losses, directory / "loss.png")
+
+
+def _plot(losses: Sequence[dict[str, float]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps, values = [row["step"] for row in losses], [row["loss"] for row in losses]
+    axes.plot(steps, values, color="0.75", linewidth=1, label="step")
+    width = max(1, len(values) // 20)
+    smooth = [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+    axes.plot(steps, smooth, color="tab:blue", label=f"mean of {width} steps")
+    axes.set(xlabel="step", ylabel="KL(dense || sparse), nats per token", ylim=(0, None))
+    axes.legend()
+    # No date and no version in the file, so that the same command gives the same bytes.
+    figure.savefig(file, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _with_alphas(start: Adapter, loaded: Loaded, alpha_modules: str | list[str]) -> Adapter:
+    """An adapter to train further: its alphas, or zeros where it has none yet."""
+    if start.alphas:
+        return start
+    inputs = linear_inputs(loaded.model)
+    alphas = {path: torch.zeros(inputs[path]) for path in start.thresholds if carries_alpha(path, alpha_modules)}
+    if not alphas:
+        raise SponError.of("alpha_modules", alpha_modules, '"all" or names of the adapter\'s linears')
+    return replace(start, fields=replace(start.fields, alpha_modules=alpha_modules), alphas=alphas)
+
+
+def _ends(losses: Sequence[dict[str, Any]]) -> dict[str, float]:
+    tenth = max(1, len(losses) // 10)
+    values = [row["loss"] for row in losses]
+    return {"first": sum(values[:tenth]) / tenth, "last": sum(values[-tenth:]) / tenth}

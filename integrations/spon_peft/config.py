@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SponConfig`, what PEFT's configs are for other methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
+
+from spon_plugin.adapter import PEFT_TYPE, SponFields
+from spon_plugin.errors import SponError
+
+
+@dataclass
+class SponConfig(SponFields, PeftConfig):
+    """Configuration of a SPON adapter: which linears are sparsified, and how.
+
+    The fields that say what the adapter computes (`sparsity`, `tokens`, `dense_prefix`, `alpha_modules`, ...) are those
+    of `spon_plugin.SponFields`, with the same defaults. Where a model is an encoder-decoder every token is masked,
+    whatever `tokens` and `dense_prefix` say.
+
+    Attributes:
+        target_modules: the linears to sparsify: names (a whole path or its end), a regular expression, or
+            ``"all-linear"``; chosen by the model's architecture if None.
+        exclude_modules: names or a regular expression of modules to leave dense.
+        layers_to_transform: indices of the blocks to transform; all if None.
+        layers_pattern: name of the list of blocks, where `layers_to_transform` cannot find it.
+        modules_to_save: modules besides the adapter that are trained and saved.
+        fan_in_fan_out: accepted for likeness with PEFT's other methods; how a weight lies is read off its layer.
+        init_weights: True starts as a no-op (threshold 0, alpha 0); False draws both at random, for tests.
+
+    Raises:
+        SponError: a field is wrong; see `spon_plugin.adapter.check_fields`.
+    """
+
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names, a regular expression or 'all-linear': the linears to sparsify."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of modules to leave dense."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to transform; all of them if None."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks, for models with an uncommon one."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules besides the adapter that are trained and saved."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Accepted and ignored: how a weight lies is read off its layer."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Start as a no-op. False draws thresholds and alphas at random, for tests."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(PEFT_TYPE)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.alpha_modules, set | tuple):
+            self.alpha_modules = sorted(self.alpha_modules)
+        self.check()
+        # `is not None` throughout: 0 is the first block.
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise SponError.of(
+                    name, getattr(self, name), "None, as `target_modules` is a regular expression", "Put it in there."
+                )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise SponError.of("layers_pattern", self.layers_pattern, "None, as `layers_to_transform` is None")

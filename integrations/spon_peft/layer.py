@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer that PEFT puts around a linear: masks its input and adds ``W alpha`` to its output.
+
+The conventions are those of `peft/tuners/lora/layer.py`; the mask, the tokens and the merged layers are the core's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from spon_peft.config import SponConfig
+from spon_peft.product import weight_product
+from spon_peft.tokens import AdapterTokens
+from spon_plugin.adapter import carries_alpha
+from spon_plugin.errors import SponError
+from spon_plugin.linear import SparseConv1D, SparseLinear, is_conv1d, is_linear, linear_features
+from spon_plugin.masking import sparsify
+
+
+class SponLayer(BaseTunerLayer):
+    """Thresholds and alphas of one linear, by adapter name.
+
+    Both stay float32 whatever the model is cast to: a rounded threshold is another mask.
+
+    Attributes:
+        spon_alpha: float32 ``[in_features]`` parameters, for adapters that carry an alpha here.
+        spon_threshold: float32 ``[1]`` buffers, for every adapter of this layer.
+        spon_tokens: which tokens each adapter leaves dense; shared by all layers of the adapter.
+    """
+
+    adapter_layer_names = ("spon_alpha",)
+    other_param_names = ("spon_threshold",)
+
+    def __init__(self, base_layer: nn.Module, backend: Any = None) -> None:
+        self.base_layer = base_layer
+        self.quantization_backend = backend
+        self.spon_alpha = nn.ParameterDict()
+        self.spon_threshold = BufferDict(persistent=True)
+        self.spon_tokens: dict[str, AdapterTokens] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._bias_before_merge: Tensor | None = None
+        base: Any = self.get_base_layer()
+        if is_linear(base):
+            self.in_features, self.out_features = linear_features(base)
+        else:
+            self.in_features, self.out_features = int(base.in_features), int(base.out_features)
+
+    def update_layer(self, adapter_name: str, module_path: str, config: SponConfig) -> None:
+        """Add an adapter, or replace the one of that name.
+
+        Args:
+            adapter_name: its name.
+            module_path: of this layer in the base model; `alpha_modules` says whether it carries an alpha.
+            config: its config.
+        """
+        if adapter_name in self.merged_adapters:
+            raise SponError.of("adapter_name", adapter_name, "an adapter that is not merged", "Unmerge it first.")
+        self.spon_threshold[adapter_name] = torch.zeros(1, dtype=torch.float32)
+        if carries_alpha(module_path, config.alpha_modules):
+            self.spon_alpha[adapter_name] = nn.Parameter(torch.zeros(self.in_features, dtype=torch.float32))
+        if not config.init_weights:
+            self._draw(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def follow(self, adapter_name: str, tokens: AdapterTokens) -> None:
+        """Have `tokens` say which tokens are dense for the adapter."""
+        self._leave(adapter_name)
+        tokens.layers += 1
+        self.spon_tokens[adapter_name] = tokens
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter active; see `BaseTunerLayer.set_adapter`.
+
+        Raises:
+            SponError: two of the names have a mask for this layer.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.only_one([name for name in names if name in self.spon_threshold])
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; see `BaseTunerLayer.delete_adapter`."""
+        self._leave(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    @staticmethod
+    def only_one(names: list[str]) -> str | None:
+        """The one name in `names`, or None.
+
+        Raises:
+            SponError: there are two or more.
+        """
+        if len(names) > 1:
+            raise SponError.of("adapters", names, "one SPON adapter on a layer", "Two masks cannot be added up.")
+        return names[0] if names else None
+
+    def _draw(self, adapter_name: str) -> None:
+        with torch.no_grad():
+            self.spon_threshold[adapter_name].uniform_(0.1, 0.5)
+            if adapter_name in self.spon_alpha:
+                self.spon_alpha[adapter_name].normal_(std=0.5)
+
+    def _leave(self, adapter_name: str) -> None:
+        tokens = self.spon_tokens.pop(adapter_name, None)
+        if tokens is not None:
+            tokens.layers -= 1
+            if tokens.layers == 0:
+                tokens.detach()
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.spon_threshold.keys())  # an adapter without an alpha here is here all the same
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # As in BaseTunerLayer, without its cast to the dtype of the weight.
+        base: Any = self.get_base_layer()
+        weights = (getattr(base, name, None) for name in ("weight", "qweight", "W_q"))
+        device = device or next((w.device for w in weights if isinstance(w, Tensor)), None)
+        if device is None or device.type == "meta":
+            return
+        for store in (self.spon_alpha, self.spon_threshold):
+            if adapter_name not in store or store[adapter_name].device.type == "meta":
+                continue
+            value = store[adapter_name]
+            moved = value.detach().to(device, torch.float32)
+            if isinstance(value, nn.Parameter):
+                value.data = moved
+            else:
+                store[adapter_name] = moved
+
+
+class SponLinear(nn.Module, SponLayer):
+    """A `SponLayer` around `torch.nn.Linear`, Conv1D or a quantized linear.
+
+    Args:
+        base_layer: the linear.
+        adapter_name: name of the first adapter.
+        module_path: of the linear in the base model.
+        config: the adapter's config.
+        backend: PEFT's quantization backend of the linear, if it has one.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, module_path: str, config: SponConfig, backend: Any = None
+    ) -> None:
+        super().__init__()
+        SponLayer.__init__(self, base_layer, backend)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, module_path, config)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``.
+
+        Raises:
+            SponError: `adapter_names` asks for a batch of mixed adapters.
+        """
+        if kwargs.pop("adapter_names", None) is not None:
+            raise mixed_batch()
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        active = self.merged_adapters or self.active_adapters
+        name = self.only_one([name for name in active if name in self.spon_threshold])
+        if name is None:
+            return self.base_layer(x, *args, **kwargs)
+        dense = self.spon_tokens[name].rows(x) if name in self.spon_tokens else None
+        y = self.base_layer(sparsify(x, self.spon_threshold[name], dense), *args, **kwargs)
+        if self.merged:
+            return y if dense is None else torch.where(dense.unsqueeze(-1), _add(y, -self._folded()), y)
+        if name not in self.spon_alpha:
+            return y
+        spontaneous = _add(y, weight_product(self.get_base_layer(), self.spon_alpha[name], x.dtype))
+        return spontaneous if dense is None else torch.where(dense.unsqueeze(-1), y, spontaneous)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold ``W alpha`` into the base layer's bias, made if there is none; the mask stays.
+
+        Args:
+            safe_merge: refuse a bias that is not finite.
+            adapter_names: the adapter to merge; the active one if None.
+
+        Raises:
+            SponError: more than one adapter would be merged.
+            ValueError: with `safe_merge`, the new bias is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spon_threshold]
+        if not names:
+            return
+        self.only_one([*self.merged_adapters, *names])
+        name = names[0]
+        base: Any = self.get_base_layer()
+        if name in self.spon_alpha:
+            old = base.bias
+            with torch.no_grad():
+                bias = weight_product(base, self.spon_alpha[name], self._bias_dtype())
+                bias = bias if old is None else bias + old
+                if safe_merge and not torch.isfinite(bias).all():
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+                base.bias = nn.Parameter(bias.to(self._bias_dtype()), requires_grad=False)
+            self._bias_before_merge = old
+        self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Give the base layer its own bias back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base: Any = self.get_base_layer()
+        if self.merged_adapters.pop() in self.spon_alpha:
+            old, merged = self._bias_before_merge, base.bias
+            base.bias = old
+            if old is not None:  # the model may have been moved or cast in the meantime
+                old.data = old.data.to(merged.device, merged.dtype)
+            self._bias_before_merge = None
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What takes this layer's place when PEFT unloads the model; called by `BaseTuner`.
+
+        Returns:
+            Without `merge`, the base layer as it was. With it, a `SparseLinear` or `SparseConv1D`.
+
+        Raises:
+            SponError: the base layer is quantized or not a plain linear, so no such layer computes the same.
+        """
+        base: Any = self.get_base_layer()
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            if self.merged:
+                base = self._sparse_layer()
+        elif self.merged:
+            self.unmerge()
+        for name in list(self.spon_tokens):
+            self._leave(name)
+        return base
+
+    def _sparse_layer(self) -> nn.Module:
+        base: Any = self.get_base_layer()
+        name = self.merged_adapters[0]
+        device, dtype = base.weight.device, base.weight.dtype
+        layer: SparseLinear | SparseConv1D
+        if is_conv1d(base):
+            layer = SparseConv1D(self.out_features, self.in_features, device="meta", dtype=dtype)
+        else:
+            layer = SparseLinear(self.in_features, self.out_features, device="meta", dtype=dtype)
+        if base.bias is None:
+            base.bias = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device), requires_grad=False)
+        layer.weight, layer.bias = base.weight, base.bias
+        layer.spon_threshold = self.spon_threshold[name].detach().clone()
+        if name in self.spon_tokens and self.spon_tokens[name].leaves_any_dense:
+            layer.keep_dense_bias(self._bias_before_merge if name in self.spon_alpha else base.bias)
+        return layer.train(base.training)
+
+    def _folded(self) -> Tensor:
+        """What merging added to the bias, float32."""
+        base: Any = self.get_base_layer()
+        bias, old = base.bias, self._bias_before_merge
+        if self.merged_adapters[0] not in self.spon_alpha:
+            return torch.zeros((), device=self.spon_threshold[self.merged_adapters[0]].device)
+        return bias.float() if old is None else bias.float() - old.to(bias.device).float()
+
+    def _bias_dtype(self) -> torch.dtype:
+        base: Any = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if base.bias is not None:
+            return base.bias.dtype
+        if self.quantization_backend is None and weight is not None and weight.is_floating_point():
+            return weight.dtype
+        return getattr(base, "compute_dtype", None) or torch.float32  # a packed weight's dtype says nothing
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SponLinear:
+        names = list(self.spon_threshold.keys())
+        alphas = {name: self.spon_alpha[name].data for name in names if name in self.spon_alpha}
+        thresholds = {name: self.spon_threshold[name] for name in names}
+        super()._apply(fn, recurse)
+        for name, alpha in alphas.items():
+            if self.spon_alpha[name].dtype != torch.float32:
+                self.spon_alpha[name].data = alpha.to(self.spon_alpha[name].device)
+        for name, threshold in thresholds.items():
+            if self.spon_threshold[name].dtype != torch.float32:
+                self.spon_threshold[name] = threshold.to(self.spon_threshold[name].device)
+        return self
+
+    def __repr__(self) -> str:
+        return "spon." + super().__repr__()
+
+
+def mixed_batch() -> SponError:
+    """The error for `adapter_names=` in a forward pass."""
+    return SponError.of("adapter_names", "a batch with an adapter for each sample", "one adapter for the whole batch")
+
+
+def _add(y: Tensor, bias: Tensor) -> Tensor:
+    return (y.to(torch.promote_types(y.dtype, torch.float32)) + bias).to(y.dtype)

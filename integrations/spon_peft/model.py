@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SponModel`, the tuner: puts `SponLinear` around the targeted linears of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from spon_peft.adapters import check_injected, check_tensors, collect_adapter, injected_layers
+from spon_peft.layer import SponLayer, SponLinear, mixed_batch
+from spon_peft.targets import TARGET_MODULES
+from spon_peft.tokens import AdapterTokens
+from spon_plugin.errors import SponError
+from spon_plugin.linear import SparseConv1D, SparseLinear, is_linear
+
+try:  # peft >= 0.20
+    from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+except ImportError:
+
+    def get_quantization_kwargs(model: Any) -> dict[str, Any]:  # type: ignore[misc]
+        """None are needed before peft 0.20."""
+        return {}
+
+    def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Any:  # type: ignore[misc]
+        """Before peft 0.20 only linears that subclass `torch.nn.Linear` are known (bitsandbytes)."""
+        return None
+
+
+class SponModel(BaseTuner):
+    """Makes a model's linears sparse in their inputs, with spontaneous activations (arXiv 2512.12744).
+
+    Args:
+        model: the dense model, changed in place.
+        config: a `SponConfig`, or adapter name -> `SponConfig`.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
+
+    Raises:
+        SponError: a targeted module is not a linear, or the model's architecture has no default targets.
+    """
+
+    prefix = "spon_"
+    tuner_layer_cls = SponLayer
+    target_module_mapping = TARGET_MODULES
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Create the adapter's layers; see `BaseTuner.inject_adapter`.
+
+        Raises:
+            SponError: the config was read from an adapter whose tensors do not fit the layers.
+        """
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
+        check_injected(config, model, adapter_name)
+        layers = injected_layers(model, adapter_name)
+        if layers:
+            tokens = AdapterTokens(config, model)
+            for layer in layers.values():
+                layer.follow(adapter_name, tokens)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter active; see `BaseTuner.set_adapter`.
+
+        Raises:
+            SponError: two of the names have a mask for one layer; nothing has changed then.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for module in self.model.modules():
+            if isinstance(module, SponLayer):
+                module.only_one([name for name in names if name in module.spon_threshold])
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        kind = model_config.get("model_type")
+        if peft_config.target_modules is None and kind not in self.target_module_mapping:
+            remedy = 'Please specify `target_modules` in `peft_config`: names of linears, or "all-linear".'
+            raise SponError.of("target_modules", None, f"names, as model type {kind!r} has no default", remedy)
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, SponLinear):
+            target.update_layer(adapter_name, current_key, peft_config)
+            return
+        backend = self._check_target(target, current_key)
+        layer = SponLinear(target, adapter_name, current_key, peft_config, backend)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_target(self, target: nn.Module, path: str) -> Any:
+        """The quantization backend of a linear, None for an ordinary one; an error for anything else."""
+        kind = type(target).__name__
+        if isinstance(target, BaseTunerLayer):
+            remedy = "Merge or unload the other adapter first."
+            raise SponError.of(f"target module {path}", kind, "a linear that no other PEFT method has wrapped", remedy)
+        if isinstance(target, SparseLinear | SparseConv1D):
+            raise SponError.of(f"target module {path}", kind, "a dense linear", "Start from the base model.")
+        if kind == "NonDynamicallyQuantizableLinear":  # torch.nn.MultiheadAttention reads its weight directly
+            raise SponError.of(f"target module {path}", kind, "a linear that is called", "Leave it out.")
+        backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
+        if not is_linear(target) and getattr(backend, "layer_type", None) != "linear":
+            remedy = "Leave it out of target_modules, or add it to exclude_modules."
+            expected = "torch.nn.Linear, Conv1D or a quantized linear"
+            raise SponError.of(f"target module {path}", kind, expected, f"It is not supported. {remedy}")
+        return backend
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise mixed_batch()
+        yield
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        name = self._check_sparse_layers(adapter_names) if merge else None
+        adapter = collect_adapter(self.model, name) if name is not None else None
+        unload: Any = super()._unload_and_optionally_merge
+        model = unload(merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+        if adapter is not None:
+            from spon_transformers import mark_merged
+
+            mark_merged(model, adapter)
+        return model
+
+    def _check_sparse_layers(self, adapter_names: list[str] | None) -> str | None:
+        """The adapter that `merge_and_unload` will leave behind; an error, before any change, if it cannot."""
+        layers = {path: module for path, module in self.model.named_modules() if isinstance(module, SponLinear)}
+        names = sorted(
+            {n for layer in layers.values() for n in layer.merged_adapters}
+            or set(adapter_names or self.active_adapters)
+        )
+        name = SponLayer.only_one([n for n in names if n in self.peft_config])
+        for path, layer in layers.items():
+            base = layer.get_base_layer()
+            plain = type(base).forward is nn.Linear.forward or type(base).__name__ == "Conv1D"
+            if name in layer.spon_threshold and not (plain and layer.quantization_backend is None):
+                remedy = "Use `merge_adapter`, which keeps the adapter's layers."
+                raise SponError.of(f"merge_and_unload: {path}", type(base).__name__, "a floating-point linear", remedy)
+        return name if name is not None and injected_layers(self.model, name) else None
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, torch.Tensor]:
+        # Where PEFT hands over the tensors of any adapter, from disk or hub, right before it loads them.
+        check_tensors(config, state_dict, model, adapter_name)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``W alpha`` with a gradient for alpha, for any weight format, without a float32 copy of the weight.
+
+The counterpart for training of `spon_plugin.linear.fold_alpha`, which has no gradient.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spon_plugin.linear import is_conv1d
+
+# Elements of the weight that are float32 at a time: what a core's cache holds; on a GPU, few kernel launches.
+_CPU_CHUNK, _GPU_CHUNK = 1 << 20, 1 << 24
+
+
+def weight_product(linear: nn.Module, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+    """``W alpha`` of a linear layer, differentiable in alpha.
+
+    A floating-point weight is multiplied in float32. One that is packed, sharded or elsewhere (8-bit, 4-bit,
+    offloaded, ZeRO-3) is asked what it computes, as ``linear(alpha) - linear(0)``.
+
+    Args:
+        linear: `torch.nn.Linear`, Conv1D or a quantized linear.
+        alpha: float32 ``[in_features]``.
+        dtype: in which a packed weight is asked; usually the dtype of the layer's input.
+
+    Returns:
+        ``[out_features]`` in float32 (float64 for a float64 weight).
+    """
+    weight = linear.weight if hasattr(linear, "weight") else None
+    if _is_plain(weight, alpha):
+        assert isinstance(weight, Tensor)
+        product = _WeightProduct.apply(weight.t() if is_conv1d(linear) else weight, alpha)
+        assert isinstance(product, Tensor)
+        return product
+    compute_dtype = getattr(linear, "compute_dtype", None) or dtype
+    # Two rows, because several 8-bit kernels refuse or re-quantize a single one.
+    rows = torch.stack([alpha, torch.zeros_like(alpha)]).to(compute_dtype)
+    with _without_autocast(alpha.device):
+        out = linear(rows).float()
+    return out[0] - out[1]
+
+
+def _is_plain(weight: Any, alpha: Tensor) -> bool:
+    return (
+        type(weight) in (nn.Parameter, Tensor)
+        and weight.is_floating_point()
+        and weight.dim() == 2
+        and weight.device == alpha.device
+        and weight.element_size() > 1  # float8 comes with scales
+    )
+
+
+class _WeightProduct(torch.autograd.Function):
+    """``W alpha`` for ``W [out, in]``; only the weight itself is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, alpha: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, alpha)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        with _without_autocast(alpha.device):
+            vector = alpha.to(dtype)
+            if weight.dtype == dtype:
+                return F.linear(vector, weight)
+            return torch.cat([F.linear(vector, rows.to(dtype)) for rows in weight.split(_rows(weight))])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        weight, alpha = ctx.saved_tensors
+        (grad,) = grads
+        for_weight = for_alpha = None
+        with _without_autocast(alpha.device):
+            if ctx.needs_input_grad[0]:
+                for_weight = torch.outer(grad, alpha.to(grad.dtype)).to(weight.dtype)
+            if ctx.needs_input_grad[1]:
+                size = weight.shape[0] if weight.dtype == grad.dtype else _rows(weight)
+                for_alpha = torch.zeros(weight.shape[1], dtype=grad.dtype, device=grad.device)
+                for part, rows in zip(grad.split(size), weight.split(size), strict=True):
+                    for_alpha += part @ rows.to(grad.dtype)
+                for_alpha = for_alpha.to(alpha.dtype)
+        return for_weight, for_alpha
+
+
+def _rows(weight: Tensor) -> int:
+    chunk = _CPU_CHUNK if weight.device.type == "cpu" else _GPU_CHUNK
+    return max(1, chunk // max(1, weight.shape[1]))
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SponTrainer`: trains alphas against the dense model, which is the same model with its adapters off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import Trainer
+
+from spon_peft.head import OutputHead, backbone_hidden, find_head
+from spon_peft.layer import SponLayer
+from spon_peft.tokens import AdapterTokens
+from spon_plugin.distillation import kl_divergence
+from spon_plugin.errors import SponError
+
+_NOT_FOR_THE_MODEL = ("labels", "shift_labels", "num_items_in_batch")
+
+
+class SponTrainer(Trainer):
+    """Minimizes ``KL(dense || sparse)`` over output tokens, a `transformers.Trainer` in everything else.
+
+    ``labels`` select tokens, as in the cross-entropy of causal language models: position i counts where the label of
+    i + 1 is not -100. The loss is the mean over the tokens of all accumulated batches (and of all devices, with
+    `average_tokens_across_devices`). Adapters for ``tokens="decode"`` see the tokens labelled -100 as the context,
+    which runs dense.
+
+    Args:
+        *args: as for `transformers.Trainer`; the model is a `PeftModel` or has injected SPON layers.
+        temperature: divides the logits of both models; greater than 0.
+        **kwargs: likewise.
+
+    Raises:
+        SponError: the model has no SPON layers or is an encoder-decoder, `temperature` is not positive, or several
+            GPUs are used by one process.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, temperature: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not temperature > 0:
+            raise SponError.of("temperature", temperature, "a number > 0")
+        model: Any = self.model
+        if not any(isinstance(module, SponLayer) for module in model.modules()):
+            raise SponError.of("model", type(model).__name__, "a model with a SPON adapter", "See get_peft_model.")
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise SponError.of("model", type(_base_model(model)).__name__, "a decoder")
+        if self.args.n_gpu > 1:
+            raise SponError.of("args.n_gpu", self.args.n_gpu, "1", "Start one process per GPU, with torchrun.")
+        self.temperature = temperature
+        self.label_names = ["labels"]
+        # These make the Trainer count the tokens of an accumulated batch as `_loss` does.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self._head: OutputHead | None = None
+        self._head_is_known = False
+        if self.args.gradient_checkpointing:
+            model.enable_input_require_grads()  # reentrant checkpoints pass no gradient otherwise
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mean KL divergence over the labelled tokens; see `transformers.Trainer.compute_loss`.
+
+        Raises:
+            SponError: there are no labels.
+        """
+        if inputs.get("labels") is None:
+            remedy = "DataCollatorForLanguageModeling(mlm=False) adds them."
+            raise SponError.of("inputs", sorted(inputs), "a key 'labels', with -100 for tokens to skip", remedy)
+        unwrapped = self.accelerator.unwrap_model(model)
+        total, count = through_forward(model, unwrapped, lambda: self._loss(unwrapped, inputs))
+        if num_items_in_batch is None:
+            loss = total / count.clamp(min=1)
+        else:
+            loss = total / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # the gradients are averaged over processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The summed divergence and the number of tokens."""
+        base, labels = _base_model(model), inputs["labels"]
+        inputs = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
+        counted = labels[:, 1:] != -100
+
+        def run() -> Tensor:
+            out = backbone_hidden(base, inputs) if self._head is not None else base(**inputs, use_cache=False).logits
+            return out[:, :-1][counted]
+
+        with self.accelerator.autocast():
+            with torch.no_grad(), dense_model(model):
+                if not self._head_is_known:
+                    self._head, self._head_is_known = find_head(base, inputs), True
+                teacher = run()
+            if torch.is_autocast_enabled(teacher.device.type):
+                torch.clear_autocast_cache()  # weights that the teacher's pass cast have no gradient
+            with fixed_tokens(model, inputs, labels):
+                student = run()
+        return kl_divergence(student, teacher, self._head, self.temperature), counted.sum()
+
+
+def _base_model(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def dense_model(model: nn.Module) -> Iterator[None]:
+    """In this block `model` is the dense one: adapters off, dropout off.
+
+    Unlike `PeftModel.disable_adapter` it leaves `requires_grad` alone, which DDP and recorded graphs depend on.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    switches = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    states = [switch._disable_adapters for switch in switches]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for switch in switches:
+            switch._disable_adapters = True
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for switch, state in zip(switches, states, strict=True):
+            switch._disable_adapters = state
+
+
+@contextmanager
+def fixed_tokens(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Iterator[None]:
+    """In this block the active adapters leave dense what they would leave dense when serving such a sequence."""
+    states: set[AdapterTokens] = set()
+    for layer in model.modules():
+        if isinstance(layer, SponLayer):
+            states |= {layer.spon_tokens[name] for name in layer.active_adapters if name in layer.spon_tokens}
+    with ExitStack() as stack:
+        for state in states:
+            stack.enter_context(state.fixed(state.of_example(inputs, labels)))
+        yield
+
+
+def through_forward(wrapper: nn.Module, module: nn.Module, function: Callable[[], Any]) -> Any:
+    """Call `function` as if it were the forward pass of `module`, through the `wrapper` around it.
+
+    DistributedDataParallel synchronizes gradients, and FSDP and ZeRO gather weights, for what their own `forward`
+    calls; a loss that runs the modules inside would miss that. (TRL and Lightning do the same.)
+    """
+    if wrapper is module:
+        return function()
+    had, forward = "forward" in vars(module), module.forward
+
+    def restore() -> None:
+        if had:
+            module.forward = forward  # type: ignore[method-assign]
+        else:
+            vars(module).pop("forward", None)
+
+    def once(*_args: Any, **_kwargs: Any) -> Any:
+        restore()
+        return function()
+
+    module.forward = once  # type: ignore[method-assign]
+    try:
+        return wrapper()
+    finally:
+        restore()

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the alphas of an adapter by a recipe: from adapter to adapter, resumable and reproducible."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from spon_plugin.adapter import ALPHA, KEY_PREFIX, Adapter, write_adapter
+from spon_plugin.recipe import Recipe
+
+from .trainer import SponTrainer
+
+Losses = list[dict[str, float]]
+"""One row per optimizer step: ``step``, ``loss`` (nats per token), ``learning_rate``, ``grad_norm``."""
+
+
+def train_adapter(
+    model: Any,
+    adapter: Adapter,
+    windows: Tensor,
+    recipe: Recipe,
+    work: Path,
+    seed: int = 0,
+    gradient_checkpointing: bool = False,
+    save_every: int = 50,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[Adapter, Losses]:
+    """Distil the dense model into the adapter's alphas.
+
+    Training goes on from the newest checkpoint in `work`, if there is one, and ends where an uninterrupted run would.
+
+    Args:
+        model: the dense base model; wrapped by PEFT meanwhile, and dense again afterwards.
+        adapter: thresholds, and alphas to start from.
+        windows: token ids ``[count, length]``.
+        recipe: the schedule.
+        work: a directory for checkpoints.
+        seed: of the order of the windows.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        save_every: steps between checkpoints.
+        progress: called with (done, total, note) after each step.
+
+    Returns:
+        The adapter with trained alphas, and the loss of every step.
+    """
+    start = work / "start"
+    shutil.rmtree(start, ignore_errors=True)
+    write_adapter(adapter, start)
+    wrapped = PeftModel.from_pretrained(model, start, is_trainable=True)
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(recipe.warmup * recipe.steps),
+        weight_decay=0.0,
+        max_grad_norm=recipe.max_grad_norm,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+        data_seed=seed,
+        save_steps=save_every,
+        save_total_limit=1,
+        logging_steps=1,
+        dataloader_drop_last=len(windows) >= recipe.batch_size,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+    )
+    losses: Losses = []
+    trainer = SponTrainer(
+        model=wrapped,
+        args=arguments,
+        train_dataset=[{"input_ids": row, "labels": row} for row in windows],
+        data_collator=_stack,
+        callbacks=[_Report(progress)],
+    )
+    trainer.remove_callback(_printer())
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    for row in trainer.state.log_history:
+        if "loss" in row:
+            losses.append(
+                {key: float(row[key]) for key in ("step", "loss", "learning_rate", "grad_norm") if key in row}
+            )
+    state = get_peft_model_state_dict(wrapped)
+    alphas = {path: state[f"{KEY_PREFIX}{path}.{ALPHA}"].detach().float().cpu().clone() for path in adapter.alphas}
+    wrapped.unload()
+    return replace(adapter, alphas=alphas), losses
+
+
+def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _printer() -> Any:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+class _Report(TrainerCallback):
+    """Passes every logged step on."""
+
+    def __init__(self, progress: Callable[[int, int, str], None] | None) -> None:
+        self.progress = progress
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Called by the trainer after each step."""
+        if self.progress is not None and logs and "loss" in logs:
+            self.progress(state.global_step, state.max_steps, f"KL {float(logs['loss']):.3f}")

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merged SPON models in transformers: `save_pretrained` writes them, `from_pretrained` builds them again.
+
+Importing this package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spon_plugin.adapter import Adapter
+
+__all__ = ["QUANT_METHOD", "mark_merged", "register"]
+
+QUANT_METHOD = "spon"
+"""``quantization_config.quant_method`` in the `config.json` of a merged model."""
+
+
+def register() -> None:
+    """Make ``quant_method: spon`` known to transformers; calling it again is harmless.
+
+    Raises:
+        RuntimeError: another package has registered that method.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+    from spon_transformers.quantizer import SponHfQuantizer, SponQuantizationConfig
+
+    tables: list[tuple[Any, type]] = [
+        (AUTO_QUANTIZATION_CONFIG_MAPPING, SponQuantizationConfig),
+        (AUTO_QUANTIZER_MAPPING, SponHfQuantizer),
+    ]
+    for table, ours in tables:
+        if table.setdefault(QUANT_METHOD, ours) is not ours:
+            raise RuntimeError(
+                f"{table[QUANT_METHOD]} is registered as the quantization method {QUANT_METHOD} already."
+            )
+
+
+def mark_merged(model: nn.Module, adapter: Adapter) -> None:
+    """Finish a model whose targets have become `SparseLinear` or `SparseConv1D` layers.
+
+    Its forward pass leaves dense what the adapter leaves dense, and a transformers model saves what it is in its
+    `config.json`.
+
+    Args:
+        model: any model with sparse layers.
+        adapter: what was merged into it.
+    """
+    from spon_transformers.quantizer import mark_merged
+
+    register()
+    mark_merged(model, adapter)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a dense model by what users call it: a directory, a hub name, a `.gguf` file or a directory with one in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spon_plugin.errors import SponError
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is: what `from_pretrained` takes.
+
+    Attributes:
+        name: a directory or a hub name.
+        gguf_file: the file inside it, for GGUF weights.
+    """
+
+    name: str
+    gguf_file: str | None = None
+
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def model_source(name: str) -> ModelSource:
+    """Understand a user's MODEL argument.
+
+    Raises:
+        SponError: a path that does not exist, a directory with neither `config.json` nor exactly one `.gguf` file, or a
+            file that is not GGUF.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise SponError.of("model", name, "a directory, a hub name or a .gguf file")
+        return ModelSource(str(path.parent), path.name)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return ModelSource(str(path))
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        if len(files) != 1:
+            found = ", ".join(files) or "neither"
+            raise SponError.of("model", name, f"a directory with config.json or one .gguf file in it (found {found})")
+        return ModelSource(str(path), files[0])
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
+        raise SponError.of("model", name, "a directory or file that exists, or a hub name such as org/model")
+    return ModelSource(name)
+
+
+def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Any:
+    """Load a causal language model for evaluation.
+
+    Args:
+        name: see `model_source`.
+        dtype: ``auto`` (the checkpoint's own; bfloat16 for GGUF), ``float32``, ``bfloat16`` or ``float16``.
+        device: where to put it; the first accelerator, else the CPU, by default.
+
+    Returns:
+        A `PreTrainedModel` in eval mode, without gradients.
+
+    Raises:
+        SponError: the model cannot be found, read, or is no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise SponError.of("dtype", dtype, "one of " + ", ".join(DTYPES))
+    source = model_source(name)
+    wanted = DTYPES[dtype] or (torch.bfloat16 if source.gguf_file else "auto")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=wanted, **source.kwargs())
+    except (OSError, ValueError) as error:
+        raise SponError.of(
+            "model", name, f"a causal language model that transformers can load ({_line(error)})"
+        ) from error
+    if source.gguf_file:
+        _forget_gguf(model)
+    return model.to(device or _best_device()).eval().requires_grad_(False)  # type: ignore[arg-type]
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model.
+
+    Raises:
+        SponError: it cannot be found or read.
+    """
+    from transformers import AutoTokenizer
+
+    source = model_source(name)
+    try:
+        return AutoTokenizer.from_pretrained(source.name, **source.kwargs())
+    except (OSError, ValueError) as error:
+        raise SponError.of("model", name, f"a model with a tokenizer ({_line(error)})") from error
+
+
+def _forget_gguf(model: Any) -> None:
+    """The weights are plain tensors by now; a left-over marker would stop `save_pretrained` and PEFT."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+
+
+def _best_device() -> str:
+    accelerator = torch.accelerator.current_accelerator(check_available=True) if hasattr(torch, "accelerator") else None
+    return str(accelerator) if accelerator is not None else "cpu"
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

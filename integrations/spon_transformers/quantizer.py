@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformers quantization method "spon": how `from_pretrained` builds a merged model.
+
+`config.json` says which linears are sparse and at which threshold; it is the truth for thresholds, because loading a
+checkpoint in bfloat16 would round the ones in it. The weights file holds the folded biases. The conventions are those
+of `transformers/quantizers/quantizer_bitnet.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from spon_plugin.adapter import FORMAT_VERSION, Adapter, SponFields
+from spon_plugin.errors import SponError
+from spon_plugin.linear import SparseConv1D, SparseLinear, follow_tokens, is_conv1d, is_linear, linear_features
+from spon_plugin.tokens import DenseTokens
+from spon_transformers import QUANT_METHOD
+
+_FIELD = "quantization_config"
+
+
+class SponQuantizationConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a merged model.
+
+    Args:
+        thresholds: module path -> threshold, for every sparse linear. A float32 survives JSON exactly.
+        sparsity: the target of the adapter that was merged.
+        tokens: which tokens are masked; see `spon_plugin.SponFields`.
+        dense_prefix: the first positions of a sequence that stay dense.
+        adapter_digest: of the adapter that was merged; see `spon_plugin.Adapter`.
+        format_version: of the adapter's format.
+        quant_method: always ``spon``.
+
+    Raises:
+        SponError: a field is missing, unknown or wrong.
+    """
+
+    def __init__(
+        self,
+        thresholds: dict[str, float] | None = None,
+        sparsity: float = SponFields.sparsity,
+        tokens: str = SponFields.tokens,
+        dense_prefix: int = 0,
+        adapter_digest: str | None = None,
+        format_version: int | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise SponError.of(_FIELD, sorted(unknown), "no such fields", "Was it written by another version?")
+        if quant_method != QUANT_METHOD:
+            raise SponError.of(f"{_FIELD}: quant_method", quant_method, repr(QUANT_METHOD))
+        fields = SponFields(sparsity, tokens=tokens, dense_prefix=dense_prefix)
+        fields.format_version = format_version  # type: ignore[assignment]
+        fields.check()
+        if not isinstance(thresholds, dict) or not thresholds:
+            raise SponError.of(f"{_FIELD}: thresholds", thresholds, "module paths with their thresholds")
+        for path, value in thresholds.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < 0:
+                raise SponError.of(f"{_FIELD}: threshold of {path}", value, "a finite number >= 0")
+        self.quant_method: Any = QUANT_METHOD
+        self.format_version = format_version
+        self.sparsity = sparsity
+        self.tokens = tokens
+        self.dense_prefix = dense_prefix
+        self.adapter_digest = adapter_digest
+        self.thresholds = thresholds
+
+
+class SponHfQuantizer(HfQuantizer):
+    """Puts sparse layers into the skeleton of a model, before transformers fills it with weights."""
+
+    requires_calibration = True
+    quantization_config: SponQuantizationConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
+        linears = {
+            path: module for path, module in model.named_modules() if path in self.quantization_config.thresholds
+        }
+        for path in self.quantization_config.thresholds:
+            field = f"{_FIELD}: threshold of {path}"
+            if path not in linears:
+                raise SponError.of(field, "a layer that is missing", f"a layer of {type(model).__name__}")
+            if not is_linear(linears[path]):
+                raise SponError.of(field, type(linears[path]).__name__, "a linear layer")
+        for path, linear in linears.items():
+            model.set_submodule(path, self._sparse_like(linear))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
+        for path, value in self.quantization_config.thresholds.items():
+            layer = model.get_submodule(path)
+            assert isinstance(layer, SparseLinear | SparseConv1D)
+            layer.spon_threshold = torch.tensor([value], dtype=torch.float32, device=layer.spon_threshold.device)
+        _follow(model, self.quantization_config)
+        model.is_quantized = False  # its weights are ordinary ones: it may be cast and trained
+        return model
+
+    def _sparse_like(self, linear: nn.Module) -> nn.Module:
+        in_features, out_features = linear_features(linear)
+        weight = linear.weight
+        assert isinstance(weight, torch.Tensor)
+        layer: SparseLinear | SparseConv1D
+        if is_conv1d(linear):
+            layer = SparseConv1D(out_features, in_features, device=weight.device, dtype=weight.dtype)
+        else:
+            layer = SparseLinear(in_features, out_features, device=weight.device, dtype=weight.dtype)
+        if _leaves_any_dense(self.quantization_config):
+            layer.keep_dense_bias()
+        return layer.train(linear.training)
+
+    def is_serializable(self, **_kwargs: Any) -> bool:
+        """Whether the model can be saved: yes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the model can be trained: yes, its weights are not quantized."""
+        return True
+
+
+def mark_merged(model: Any, adapter: Adapter) -> None:
+    """See `spon_transformers.mark_merged`."""
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, SparseLinear | SparseConv1D)}
+    config = SponQuantizationConfig(
+        thresholds={path: float(layer.spon_threshold) for path, layer in layers.items()},
+        sparsity=adapter.fields.sparsity,
+        tokens=adapter.fields.tokens,
+        dense_prefix=adapter.fields.dense_prefix,
+        adapter_digest=adapter.digest,
+        format_version=FORMAT_VERSION,
+    )
+    if all(layer.spon_dense_bias is None for layer in layers.values()):  # an encoder-decoder: all tokens are masked
+        config.tokens, config.dense_prefix = "all", 0
+    _follow(model, config)
+    saves: Any = model
+    if isinstance(model, PreTrainedModel):
+        saves.config.quantization_config = config
+        saves.hf_quantizer = SponHfQuantizer(config)
+        saves.quantization_method = QUANT_METHOD
+
+
+def _leaves_any_dense(config: SponQuantizationConfig) -> bool:
+    return config.dense_prefix > 0 or config.tokens != "all"
+
+
+def _follow(model: nn.Module, config: SponQuantizationConfig) -> None:
+    if _leaves_any_dense(config):
+        follow_tokens(model, DenseTokens(config.dense_prefix, config.tokens))  # type: ignore[arg-type]

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How alphas are trained: the schedule, as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from spon_plugin.errors import SponError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training schedule for alphas.
+
+    Attributes:
+        windows: training windows, taken evenly from all texts.
+        window: tokens per window.
+        batch_size: windows per step.
+        epochs: passes over the windows.
+        learning_rate: Adam's, at its highest.
+        warmup: the share of the steps in which the rate rises; it falls along a cosine afterwards.
+        max_grad_norm: the gradient over all alphas is clipped to this norm.
+    """
+
+    windows: int
+    window: int
+    batch_size: int
+    epochs: int
+    learning_rate: float
+    warmup: float = 0.1
+    max_grad_norm: float = 1.0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.epochs * max(1, self.windows // self.batch_size)
+
+    def with_changes(self, **changes: Any) -> Recipe:
+        """This recipe with some values replaced; None leaves a value as it is.
+
+        Raises:
+            SponError: a value is not positive.
+        """
+        changed = {name: value for name, value in changes.items() if value is not None}
+        for name, value in changed.items():
+            if not value > 0:
+                raise SponError.of(name, value, "a positive number")
+        return replace(self, **changed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the adapter's `calibration` field."""
+        return asdict(self)
+
+
+PRESETS = {
+    # Short and fast: a real adapter over lunch on a laptop, minutes on a GPU.
+    "fast": Recipe(windows=360, window=256, batch_size=2, epochs=1, learning_rate=1.5e-3),
+    # The schedule of arXiv 2512.12744: rate 1e-5, ten epochs, batch 8, blocks of 128.
+    "paper": Recipe(windows=2048, window=128, batch_size=8, epochs=10, learning_rate=1e-5),
+}
+
+
+def preset(name: str) -> Recipe:
+    """The preset of that name.
+
+    Raises:
+        SponError: there is none.
+    """
+    if name not in PRESETS:
+        raise SponError.of("preset", name, "one of " + ", ".join(PRESETS))
+    return PRESETS[name]

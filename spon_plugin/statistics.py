@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming statistics of the sites' inputs: magnitudes, what a mask drops, how much it drops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spon_plugin.errors import SponError
+from spon_plugin.histogram import MagnitudeHistogram
+from spon_plugin.masking import sparsify
+from spon_plugin.progress import Progress, no_progress
+from spon_plugin.sites import Site, module_weights
+from spon_plugin.sparse_inputs import SparsityCounter, sparse_inputs
+from spon_plugin.tokens import DenseTokens
+
+
+@torch.no_grad()
+def collect_histograms(
+    model: nn.Module,
+    sites: Sequence[Site],
+    windows: Tensor,
+    dense_prefix: int = 1,
+    batch_size: int = 4,
+    progress: Progress = no_progress,
+) -> dict[str, MagnitudeHistogram]:
+    """Run the dense model and count the magnitudes of every site's input.
+
+    Memory does not depend on the number of tokens.
+
+    Args:
+        model: a dense decoder.
+        sites: from `find_sites`.
+        windows: token ids, int64 ``[count, length]``, without padding.
+        dense_prefix: positions at the start of each window that are not counted (attention sinks).
+        batch_size: windows per forward pass.
+        progress: called after each pass.
+
+    Returns:
+        Site name -> histogram.
+
+    Raises:
+        SponError: there are no windows, or none has a position after the prefix.
+    """
+    if windows.numel() == 0 or windows.shape[1] <= dense_prefix:
+        raise SponError.of(
+            "calibration windows", tuple(windows.shape), f"at least one window of more than {dense_prefix} tokens"
+        )
+    histograms = {site.name: MagnitudeHistogram() for site in sites}
+    tokens = DenseTokens(dense_prefix)
+    handles: list[Any] = [tokens.attach(model)]
+
+    def observe(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            dense = tokens.rows(args[0])
+            histograms[name].update(args[0] if dense is None else args[0][~dense])
+
+        return hook
+
+    for site in sites:
+        handles.append(model.get_submodule(site.modules[0]).register_forward_pre_hook(observe(site.name)))
+    try:
+        for done, batch in _batches(windows, batch_size):
+            model(input_ids=batch.to(_device(model)))
+            progress(done, len(windows))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return histograms
+
+
+@torch.no_grad()
+def measure_sparsity(
+    model: nn.Module,
+    sites: Sequence[Site],
+    thresholds: Mapping[str, Tensor],
+    windows: Tensor,
+    alphas: Mapping[str, Tensor] | None = None,
+    dense_prefix: int = 1,
+    batch_size: int = 4,
+) -> tuple[float, dict[str, float]]:
+    """The sparsity that thresholds achieve in the sparse model itself; use tokens that calibration did not see.
+
+    Returns:
+        The model-wide share, linears weighted by their weights, and the share per module path.
+    """
+    counter = SparsityCounter()
+    with sparse_inputs(model, thresholds, alphas, dense_prefix, counter):
+        for _, batch in _batches(windows, batch_size):
+            model(input_ids=batch.to(_device(model)))
+    return counter.overall(module_weights(sites)), counter.per_module()
+
+
+@torch.no_grad()
+def mean_alphas(
+    model: nn.Module,
+    sites: Sequence[Site],
+    thresholds: Mapping[str, Tensor],
+    windows: Tensor,
+    dense_prefix: int = 1,
+    batch_size: int = 4,
+) -> dict[str, Tensor]:
+    """``alpha = E[x - S(x)]`` over dense activations: a bias without training, the control of every SPON table.
+
+    Args:
+        model: a dense decoder.
+        sites: from `find_sites`.
+        thresholds: module path -> float32 ``[1]``.
+        windows: token ids ``[count, length]``.
+        dense_prefix: positions at the start of each window that are not counted.
+        batch_size: windows per forward pass.
+
+    Returns:
+        Module path -> float32 ``[in_features]``.
+    """
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+    tokens = DenseTokens(dense_prefix)
+    handles: list[Any] = [tokens.attach(model)]
+
+    def observe(path: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            dense = tokens.rows(args[0])
+            x = (args[0] if dense is None else args[0][~dense]).flatten(0, -2)
+            dropped = (x - sparsify(x, thresholds[path].to(x.device))).float().sum(0).cpu()
+            sums[path] = sums.get(path, torch.zeros_like(dropped)) + dropped
+            rows[path] = rows.get(path, 0) + x.shape[0]
+
+        return hook
+
+    for site in sites:
+        handles.append(model.get_submodule(site.modules[0]).register_forward_pre_hook(observe(site.modules[0])))
+    try:
+        for _, batch in _batches(windows, batch_size):
+            model(input_ids=batch.to(_device(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: sums[site.modules[0]] / rows[site.modules[0]] for site in sites for path in site.modules}
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _batches(windows: Tensor, size: int) -> Iterable[tuple[int, Tensor]]:
+    for start in range(0, len(windows), size):
+        batch = windows[start : start + size]
+        yield start + len(batch), batch

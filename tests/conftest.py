@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that several folders use: tiny random models for shapes, and SmolLM2-135M for the real thing."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+LLAMA = {
+    "vocab_size": 256,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def make_tiny_llama(**changes) -> LlamaForCausalLM:
+    """A random Llama with weights large enough for masks to matter."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "initializer_range": 0.2, **changes}))
+    return model.eval().requires_grad_(False)
+
+
+def make_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose 256 tokens are the bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    return make_tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    return make_byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer, as a directory."""
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    make_tiny_llama().save_pretrained(path)
+    make_byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct in bfloat16, as a transformers directory."""
+    from spon_cli.smollm2 import smollm2_gguf
+    from spon_transformers.loading import load_model, load_tokenizer
+
+    path = tmp_path_factory.mktemp("models") / "smollm2"
+    gguf = str(smollm2_gguf())
+    load_model(gguf, "bfloat16").save_pretrained(path)
+    load_tokenizer(gguf).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def smollm2(smollm2_dir: Path):
+    """SmolLM2-135M in float32."""
+    return AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval().requires_grad_(False)

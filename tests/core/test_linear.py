@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from spon_plugin import SparseConv1D, SparseLinear, SponError, fold_alpha
+from spon_plugin.linear import is_linear, linear_features
+
+
+def sparse_linear(bias=True, dtype=torch.float32) -> SparseLinear:
+    torch.manual_seed(0)
+    layer = SparseLinear(7, 5, bias=bias, dtype=dtype)
+    layer.spon_threshold.fill_(0.5)
+    return layer
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_sparse_linear_is_a_linear_on_masked_input(bias):
+    layer, x = sparse_linear(bias), torch.randn(2, 3, 7)
+    masked = torch.where(x.abs() > 0.5, x, 0)
+    assert torch.equal(layer(x), nn.functional.linear(masked, layer.weight, layer.bias))
+
+
+def test_sparse_conv1d_agrees_with_sparse_linear():
+    layer, x = sparse_linear(), torch.randn(4, 7)
+    conv = SparseConv1D(nf=5, nx=7)
+    conv.load_state_dict({**layer.state_dict(), "weight": layer.weight.t()})
+    torch.testing.assert_close(conv(x), layer(x))
+
+
+@pytest.mark.parametrize("make", [sparse_linear, lambda: SparseConv1D(5, 7)], ids=["linear", "conv1d"])
+def test_the_threshold_stays_float32_when_the_model_is_cast(make):
+    layer = make()
+    layer.spon_threshold.fill_(0.1)
+    for model in (layer.half(), layer.to(torch.bfloat16), copy.deepcopy(layer)):
+        assert model.weight.dtype != torch.float32
+        assert model.spon_threshold.dtype == torch.float32
+        assert model.spon_threshold.item() == torch.tensor(0.1).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_the_fold_is_w_alpha_in_float32(kind, dtype):
+    torch.manual_seed(0)
+    layer = (nn.Linear(64, 48) if kind == "linear" else Conv1D(48, 64)).to(dtype)
+    alpha = torch.randn(64)
+    matrix = layer.weight if kind == "linear" else layer.weight.t()
+    bias = fold_alpha(layer, alpha)
+    assert bias.dtype == torch.float32
+    torch.testing.assert_close(bias.double(), matrix.double() @ alpha.double(), rtol=1e-5, atol=1e-5)
+
+
+class Packed(nn.Linear):
+    """A linear whose weight says nothing: two levels and a scale, as a quantized layer's might."""
+
+    def __init__(self):
+        super().__init__(8, 4)
+        self.real = self.weight.detach().sign() * 0.1
+        self.weight = nn.Parameter((self.real > 0).to(torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        return x @ self.real.t().to(x.dtype) + self.bias.to(x.dtype)
+
+
+def test_the_fold_of_a_packed_weight_is_what_the_layer_computes_without_its_bias():
+    layer, alpha = Packed(), torch.randn(8)
+    torch.testing.assert_close(fold_alpha(layer, alpha), layer.real @ alpha)
+
+
+def test_the_fold_refuses_an_alpha_of_another_length():
+    with pytest.raises(SponError, match=r"q_proj: alpha: got \(8,\), expected shape \(7,\)"):
+        fold_alpha(nn.Linear(7, 5), torch.zeros(8), "q_proj")
+
+
+def test_what_counts_as_a_linear():
+    assert is_linear(nn.Linear(2, 3)) and is_linear(Conv1D(3, 2)) and is_linear(sparse_linear())
+    assert not is_linear(nn.Embedding(2, 3)) and not is_linear(nn.Conv1d(2, 3, 1))
+    assert linear_features(Conv1D(3, 2)) == linear_features(nn.Linear(2, 3)) == (2, 3)
+    with pytest.raises(SponError, match="embed: got 'Embedding', expected a linear layer"):
+        linear_features(nn.Embedding(2, 3), "embed")
