@@ -25,7 +25,7 @@ from spon_cli.calibrate import Loaded, Settings, calibrated, load
 from spon_cli.output import Bar, err, progress_bars
 from spon_cli.sources import TextSource, text_sources
 from spon_cli.train import train
-from spon_plugin import Adapter
+from spon_plugin import Adapter, SponError
 from spon_plugin.adapter import carries_alpha
 from spon_plugin.evaluation import evaluate
 from spon_plugin.recipe import Recipe, preset
@@ -66,6 +66,19 @@ def main(
     loaded = load(model, dtype)
     data = {name: leading_windows(loaded.tokenizer, body, window, max_tokens) for name, body in tests}
     output.mkdir(parents=True, exist_ok=True)
+    keep_settings(
+        output / "settings" / "settings.json",
+        {
+            "model": Path(model).name,
+            "dtype": dtype,
+            "seed": seed,
+            "train_texts": [source.name for source in sources],
+            "test_texts": list(data),
+            "window": window,
+            "max_tokens": max_tokens,
+            "recipe": recipe.as_dict(),
+        },
+    )
     wanted = options.split_names(methods) or []
     for kind in options.split_names(allocation) or []:
         for share in map(float, options.split_names(sparsity) or []):
@@ -73,6 +86,18 @@ def main(
             measure_masks(loaded, sources, settings, recipe, data, wanted, output)
     (output / "table.md").write_text(table(output))
     print((output / "table.md").read_text())
+
+
+def keep_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of all rows once, and refuse rows under other settings beside them."""
+    if file.is_file():
+        kept = json.loads(file.read_text())
+        for name, value in settings.items():
+            if kept.get(name) != value:
+                remedy = "Choose another --output."
+                raise SponError.of(name, value, f"{kept.get(name)!r}, as for the rows that are there", remedy)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def measure_masks(
@@ -106,8 +131,6 @@ def measure_masks(
                     "method": method,
                     "allocation": settings.allocation,
                     "sparsity": settings.sparsity,
-                    "recipe": recipe.as_dict() if method in ("all", "down_proj") else None,
-                    "train_texts": [source.name for source in sources],
                     "seconds": seconds,
                     "texts": {
                         name: evaluated(loaded, adapter, windows, known[name], stage(f"{METHODS[method]}: {name}"))

@@ -16,7 +16,8 @@ Sparsity = Annotated[float, typer.Option(help="Share of the linears' inputs to z
 Allocation = Annotated[str, typer.Option(help="uniform, or greedy (TEAL's, within each block; slower, better).")]
 Text = Annotated[list[Path] | None, typer.Option(help="A text file; may repeat, for an even mix.")]
 Dataset = Annotated[
-    list[str] | None, typer.Option(help="A Hugging Face data set, as NAME:CONFIG@SPLIT (the last two may be left out); may repeat.")
+    list[str] | None,
+    typer.Option(help="A Hugging Face data set, as NAME:CONFIG@SPLIT (the last two may be left out); may repeat."),
 ]
 Targets = Annotated[
     str | None, typer.Option("--target-modules", help="Comma-separated names of the linears to sparsify; default: all.")

@@ -123,7 +123,6 @@ def train(
     from spon_peft.training import train_adapter
 
     rows = mixed_windows(loaded.tokenizer, [s.text for s in sources], recipe.window, recipe.windows, seed)
-    work.mkdir(parents=True, exist_ok=True)
     actual = replace(recipe, windows=len(rows))
     adapter, losses = train_adapter(
         loaded.model, adapter, rows, actual, work, seed, gradient_checkpointing, progress=stage("Training")

@@ -69,11 +69,22 @@ class SponModel(BaseTuner):
         Raises:
             SponError: two of the names have a mask for one layer; nothing has changed then.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self._check_one_mask([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold an adapter into the base model's biases, under its mask; see `BaseTuner.merge_adapter`.
+
+        Raises:
+            SponError: two of the names have a mask for one layer; nothing has changed then.
+        """
+        self._check_one_mask(adapter_names or self.active_adapters)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _check_one_mask(self, names: list[str]) -> None:
         for module in self.model.modules():
             if isinstance(module, SponLayer):
                 module.only_one([name for name in names if name in module.spon_threshold])
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         kind = model_config.get("model_type")

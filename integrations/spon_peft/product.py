@@ -65,10 +65,8 @@ class _WeightProduct(torch.autograd.Function):
         ctx.save_for_backward(weight, alpha)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         with _without_autocast(alpha.device):
-            vector = alpha.to(dtype)
-            if weight.dtype == dtype:
-                return F.linear(vector, weight)
-            return torch.cat([F.linear(vector, rows.to(dtype)) for rows in weight.split(_rows(weight))])
+            vector = _aligned(alpha.to(dtype))
+            return torch.cat([F.linear(vector, _aligned(rows.to(dtype))) for rows in weight.split(_rows(weight))])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -79,10 +77,10 @@ class _WeightProduct(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 for_weight = torch.outer(grad, alpha.to(grad.dtype)).to(weight.dtype)
             if ctx.needs_input_grad[1]:
-                size = weight.shape[0] if weight.dtype == grad.dtype else _rows(weight)
+                size = _rows(weight)
                 for_alpha = torch.zeros(weight.shape[1], dtype=grad.dtype, device=grad.device)
                 for part, rows in zip(grad.split(size), weight.split(size), strict=True):
-                    for_alpha += part @ rows.to(grad.dtype)
+                    for_alpha += part @ _aligned(rows.to(grad.dtype))
                 for_alpha = for_alpha.to(alpha.dtype)
         return for_weight, for_alpha
 
@@ -90,6 +88,15 @@ class _WeightProduct(torch.autograd.Function):
 def _rows(weight: Tensor) -> int:
     chunk = _CPU_CHUNK if weight.device.type == "cpu" else _GPU_CHUNK
     return max(1, chunk // max(1, weight.shape[1]))
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, copied if it does not start on a 64-byte boundary.
+
+    A matrix-vector product on the CPU sums in another order there, so a weight that was mapped from a file would give
+    other bits than the same weight in the process that trained alpha.
+    """
+    return tensor if tensor.device.type != "cpu" or tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,15 +13,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from spon_plugin.adapter import ALPHA, KEY_PREFIX, Adapter, write_adapter
+from spon_peft.adapters import collect_adapter
+from spon_peft.trainer import SponTrainer
+from spon_plugin.adapter import Adapter, write_adapter
+from spon_plugin.errors import SponError
 from spon_plugin.recipe import Recipe
-
-from .trainer import SponTrainer
 
 Losses = list[dict[str, float]]
 """One row per optimizer step: ``step``, ``loss`` (nats per token), ``learning_rate``, ``grad_norm``."""
@@ -53,7 +56,11 @@ def train_adapter(
 
     Returns:
         The adapter with trained alphas, and the loss of every step.
+
+    Raises:
+        SponError: the checkpoints in `work` are of another recipe, seed, adapter or text.
     """
+    _check_plan(work, {**recipe.as_dict(), "seed": seed, "adapter": adapter.digest, "windows": _digest(windows)})
     start = work / "start"
     shutil.rmtree(start, ignore_errors=True)
     write_adapter(adapter, start)
@@ -87,27 +94,37 @@ def train_adapter(
         data_collator=_stack,
         callbacks=[_Report(progress)],
     )
-    trainer.remove_callback(_printer())
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
     for row in trainer.state.log_history:
         if "loss" in row:
             losses.append(
                 {key: float(row[key]) for key in ("step", "loss", "learning_rate", "grad_norm") if key in row}
             )
-    state = get_peft_model_state_dict(wrapped)
-    alphas = {path: state[f"{KEY_PREFIX}{path}.{ALPHA}"].detach().float().cpu().clone() for path in adapter.alphas}
+    trained = collect_adapter(wrapped)
     wrapped.unload()
-    return replace(adapter, alphas=alphas), losses
+    return replace(adapter, alphas=trained.alphas), losses
+
+
+def _check_plan(work: Path, plan: dict[str, Any]) -> None:
+    """Keep the plan of a training run beside its checkpoints, so that they are not taken up by another one."""
+    file = work / "plan.json"
+    if file.is_file():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in plan.items():
+            if kept.get(name) != value:
+                remedy = "Repeat the interrupted command, or remove the directory to start anew."
+                raise SponError.of(name, value, f"{kept.get(name)!r}, as in the checkpoints in {work}", remedy)
+    work.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(plan, indent=2), encoding="utf-8")
+
+
+def _digest(windows: Tensor) -> str:
+    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-def _printer() -> Any:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
 
 
 class _Report(TrainerCallback):

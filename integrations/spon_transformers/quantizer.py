@@ -9,11 +9,10 @@ of `transformers/quantizers/quantizer_bitnet.py`.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -22,6 +21,9 @@ from spon_plugin.errors import SponError
 from spon_plugin.linear import SparseConv1D, SparseLinear, follow_tokens, is_conv1d, is_linear, linear_features
 from spon_plugin.tokens import DenseTokens
 from spon_transformers import QUANT_METHOD
+
+if TYPE_CHECKING:  # while peft is imported, transformers registers us before it can import this
+    from transformers import PreTrainedModel
 
 _FIELD = "quantization_config"
 
@@ -129,6 +131,8 @@ class SponHfQuantizer(HfQuantizer):
 
 def mark_merged(model: Any, adapter: Adapter) -> None:
     """See `spon_transformers.mark_merged`."""
+    from transformers import PreTrainedModel
+
     layers = {path: m for path, m in model.named_modules() if isinstance(m, SparseLinear | SparseConv1D)}
     config = SponQuantizationConfig(
         thresholds={path: float(layer.spon_threshold) for path, layer in layers.items()},

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+import errno
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import spon_plugin.adapter as adapter_module
+from spon_cli.main import main
+from spon_plugin import read_adapter
+
+TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(600))
+SMALL = ["--windows", "6", "--window", "32"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return str(tmp_path / "text.txt")
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Run a command in this process; returns (exit code, standard output, standard error)."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["spon", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def spon():
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model_dir, tmp_path_factory) -> Path:
+    """An adapter for the tiny model; to be read only."""
+    directory = tmp_path_factory.mktemp("adapter")
+    (directory / "text.txt").write_text(TEXT)
+    code, _, err = run("train", tiny_model_dir, "--text", directory / "text.txt", *SMALL, "-o", directory / "trained")
+    assert code == 0, err
+    return directory / "trained"
+
+
+def names(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["quickstart", "calibrate", "train", "eval", "merge", "inspect"])
+def test_help_has_an_example(spon, command):
+    code, out, _ = spon(command, "--help")
+    assert code == 0 and f"spon {command}" in out and "--json" in out
+
+
+def test_without_a_command_there_is_help(spon):
+    assert "quickstart" in spon()[1]
+    assert spon("--version")[1].startswith("spon-plugin ")
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "greedy"])
+def test_calibrate_writes_plain_teal(spon, tiny_model_dir, text, tmp_path, allocation):
+    arguments = ["--sparsity", "0.6", "--allocation", allocation, "--text", text, "--json", "-o", tmp_path / "teal"]
+    code, out, err = spon("calibrate", tiny_model_dir, *arguments)
+    assert code == 0, err
+    adapter = read_adapter(tmp_path / "teal")
+    assert adapter.fields.sparsity == 0.6 and adapter.fields.allocation == allocation and not adapter.alphas
+    shown = json.loads(out)
+    assert shown["digest"] == adapter.digest
+    assert shown["sparsity"]["achieved"] == pytest.approx(0.6, abs=0.05)
+    assert adapter.fields.calibration["text"] == ["text.txt"] and adapter.base_model == str(tiny_model_dir)
+
+
+def test_train_is_reproducible_byte_for_byte(spon, trained, tiny_model_dir, text, tmp_path):
+    assert spon("train", tiny_model_dir, "--text", text, *SMALL, "-o", tmp_path / "again")[0] == 0
+    assert names(trained) == ["adapter_config.json", "adapter_model.safetensors", "loss.csv", "loss.png"]
+    for name in names(trained):
+        assert (trained / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    assert spon("train", tiny_model_dir, "--text", text, *SMALL, "--seed", "1", "-o", tmp_path / "other")[0] == 0
+    assert read_adapter(tmp_path / "other").digest != read_adapter(trained).digest
+    assert names(tmp_path) == ["again", "other", "text.txt"]
+
+
+def test_train_lowers_the_loss_and_keeps_the_thresholds(spon, tiny_model_dir, text, tmp_path):
+    spon("calibrate", tiny_model_dir, "--text", text, "-o", tmp_path / "teal")
+    code, out, err = spon("train", tmp_path / "teal", "--text", text, "--windows", "60", "--window", "32", "--json",
+                          "--alpha-modules", "down_proj", "-o", tmp_path / "spon")  # fmt: skip
+    assert code == 0, err
+    start, end = read_adapter(tmp_path / "teal"), read_adapter(tmp_path / "spon")
+    assert {k: float(v) for k, v in start.thresholds.items()} == {k: float(v) for k, v in end.thresholds.items()}
+    assert {path.rpartition(".")[2] for path in end.alphas} == {"down_proj"}
+    loss = json.loads(out)["loss"]
+    assert loss["last"] < loss["first"]
+    assert end.fields.calibration["training"]["windows"] == 60
+
+
+def test_an_interrupted_training_resumes_to_the_same_bytes(spon, trained, tiny_model_dir, text, tmp_path, monkeypatch):
+    import spon_cli.train as train_module
+    from spon_peft import training
+
+    def stopped(done: int, *_: object) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    original = training.train_adapter
+
+    def interrupted(*args, progress=None, **kwargs):
+        return original(*args, progress=stopped, save_every=1, **kwargs)
+
+    monkeypatch.setattr(training, "train_adapter", interrupted)
+    command = ["train", tiny_model_dir, "--text", text, *SMALL, "-o", tmp_path / "resumed"]
+    assert spon(*command)[0] == 130
+    monkeypatch.setattr(training, "train_adapter", original)
+    assert names(tmp_path) == ["resumed.training", "text.txt"]
+    code, _, err = spon(*command)
+    assert code == 2 and "Add --resume" in err
+    code, _, err = spon(*command, "--resume", "--learning-rate", "0.1")
+    assert code == 2 and "learning_rate: got 0.1, expected 0.0015, as in the checkpoints" in " ".join(err.split())
+    assert spon(*command, "--resume")[0] == 0
+    for name in names(trained):
+        assert (trained / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name
+    assert not train_module.work_directory(tmp_path / "resumed", False).exists()
+
+
+@pytest.mark.parametrize("protocol", ["all-but-first", "last-half"])
+def test_eval_reports_what_the_readme_says(spon, trained, tiny_model_dir, text, protocol):
+    code, out, err = spon("eval", tiny_model_dir, "--adapter", trained, "--text", text, "--window", "64",
+                          "--max-tokens", "640", "--protocol", protocol, "--json")  # fmt: skip
+    assert code == 0, err
+    shown = json.loads(out)
+    assert set(shown["perplexity"]) == {"dense", "teal", "spon"}
+    dense, teal, spon_ = (shown["perplexity"][k] for k in ("dense", "teal", "spon"))
+    assert shown["recovered"] == pytest.approx((teal - spon_) / (teal - dense))
+    assert shown["sparsity"]["target"] == 0.5 and shown["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.05)
+    assert shown["protocol"] == protocol and shown["tokens"] == 640
+
+
+def test_eval_shows_texts_side_by_side(spon, trained, tiny_model_dir, text, tmp_path):
+    (tmp_path / "other.txt").write_text(TEXT[::-1])
+    arguments = ["--adapter", trained, "--window", "32", "--max-tokens", "64", "--text", text, "--text"]
+    _, out, _ = spon("eval", tiny_model_dir, *arguments, tmp_path / "other.txt")
+    assert "text.txt" in out and "other.txt" in out and "all-but-first" in out
+
+
+def test_inspect_shows_sites_thresholds_and_alphas(spon, trained):
+    code, out, _ = spon("inspect", trained, "--json")
+    modules = json.loads(out)["modules"]
+    assert code == 0 and len(modules) == 14
+    adapter = read_adapter(trained)
+    for row in modules:
+        assert row["threshold"] == float(adapter.thresholds[row["module"]])
+        assert row["alpha_norm"] == pytest.approx(float(adapter.alphas[row["module"]].norm()))
+        assert row["achieved_sparsity"] == pytest.approx(0.5, abs=0.05)
+    assert "down_proj" in spon("inspect", trained)[1]
+
+
+def test_merge_writes_a_checkpoint_with_the_adapter_in_it(spon, trained, tiny_model_dir, tmp_path):
+    from peft import PeftModel
+
+    code, _, err = spon("merge", trained, "-o", tmp_path / "merged", "--dtype", "float32")
+    assert code == 0, err
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    ids = torch.arange(1, 41)[None]
+    expected = PeftModel.from_pretrained(base, trained)(input_ids=ids).logits
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+def wrong(tmp_path: Path, model: Path, text: str, trained: Path) -> dict[str, tuple[list[object], str]]:
+    """Name -> (arguments, what the error must say)."""
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "taken").mkdir()
+    out = ["-o", tmp_path / "out"]
+    train = ["train", model, "--text", text]
+    return {
+        "sparsity of one": ([*train, "--sparsity", "1.0", *out], "sparsity: got 1.0, expected a number in [0, 1)"),
+        "negative sparsity": (["calibrate", model, "--sparsity", "-0.1", *out], "sparsity: got -0.1"),
+        "output exists": ([*train, "-o", tmp_path / "taken"], "expected a path that does not exist"),
+        "empty text": (["train", model, "--text", tmp_path / "empty.txt", *out], "it is empty"),
+        "text shorter than a window": (
+            ["train", model, "--text", tmp_path / "short.txt", *out],
+            "text: got '9 tokens', expected at least one window of 256 tokens",
+        ),
+        "missing text": (["train", model, "--text", tmp_path / "no.txt", *out], "No such file"),
+        "missing model": (["train", tmp_path / "no", *out], "model: got"),
+        "not a linear": (
+            ["calibrate", model, "--text", text, "--target-modules", "input_layernorm", *out],
+            "target_modules: got 'input_layernorm', expected linears",
+        ),
+        "no such alpha module": ([*train, "--alpha-modules", "fc1", *out], "alpha_modules: got ['fc1']"),
+        "no such preset": ([*train, "--preset", "slow", *out], "preset: got 'slow', expected one of fast, paper"),
+        "no such allocation": ([*train, "--allocation", "best", *out], "allocation: got 'best'"),
+        "zero windows": ([*train, "--windows", "0", *out], "windows: got 0, expected a positive number"),
+        "no such dtype": ([*train, "--dtype", "int3", *out], "dtype: got 'int3'"),
+        "sparsity of another adapter": (
+            ["train", trained, "--sparsity", "0.4", "--text", text, *out],
+            "sparsity: got 0.4, expected 0.5, the adapter's",
+        ),
+        "no such adapter": (["eval", model, "--adapter", tmp_path / "no", "--text", text], "adapter: got"),
+        "no such protocol": (
+            ["eval", model, "--adapter", trained, "--text", text, "--protocol", "first-half"],
+            "protocol: got 'first-half', expected one of all-but-first, last-half",
+        ),
+        "window longer than the text": (
+            ["eval", model, "--adapter", trained, "--text", tmp_path / "short.txt"],
+            "expected at least one window of 512 tokens",
+        ),
+        "fewer tokens than a window": (
+            ["eval", model, "--adapter", trained, "--text", text, "--max-tokens", "10"],
+            "max_tokens: got 10",
+        ),
+    }
+
+
+WRONG = [
+    "sparsity of one",
+    "negative sparsity",
+    "output exists",
+    "empty text",
+    "text shorter than a window",
+    "missing text",
+    "missing model",
+    "not a linear",
+    "no such alpha module",
+    "no such preset",
+    "no such allocation",
+    "zero windows",
+    "no such dtype",
+    "sparsity of another adapter",
+    "no such adapter",
+    "no such protocol",
+    "window longer than the text",
+    "fewer tokens than a window",
+]
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_named_and_nothing_is_written(spon, tiny_model_dir, text, trained, tmp_path, case):
+    cases = wrong(tmp_path, tiny_model_dir, text, trained)
+    assert set(cases) == set(WRONG)
+    before = names(tmp_path)
+    code, out, err = spon(*cases[case][0])
+    assert code == 2 and cases[case][1] in " ".join(err.split()), err
+    assert out == "" and names(tmp_path) == before
+
+
+def test_an_adapter_for_another_model_is_refused(spon, trained, text, tmp_path):
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from conftest import make_byte_tokenizer, make_tiny_llama
+
+    for name, changes, message in (
+        ("wider", {"intermediate_size": 64}, "spon_alpha: got (96,), expected shape (64,)"),
+        ("shallower", {"num_hidden_layers": 1}, "sparsified layers such as"),
+    ):
+        make_tiny_llama(**changes).save_pretrained(tmp_path / name)
+        make_byte_tokenizer().save_pretrained(tmp_path / name)
+        code, _, err = spon("eval", tmp_path / name, "--adapter", trained, "--text", text)
+        assert code == 2 and message in " ".join(err.split()), err
+
+
+@pytest.mark.parametrize("command", ["calibrate", "train"])
+def test_a_full_disk_leaves_nothing(spon, tiny_model_dir, text, tmp_path, monkeypatch, command):
+    import spon_cli.train as train_module
+
+    def full(adapter, directory):
+        (directory / "half").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    module = adapter_module if command == "calibrate" else train_module
+    monkeypatch.setattr(module, "save_adapter_files", full)
+    extra = SMALL if command == "train" else []
+    code, _, err = spon(command, tiny_model_dir, "--text", text, *extra, "-o", tmp_path / "out")
+    assert code == 1 and "No space left on device" in err
+    assert set(names(tmp_path)) <= {"text.txt", "out.training"}

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from spon_models import KINDS, ids, logits, sparse, tiny
+from torch import nn
+
+from spon_peft import SponConfig, SponLayer, SponLinear, collect_adapter
+from spon_plugin import SparseConv1D, SparseLinear, SponError, fold_alpha, sparse_inputs, sparsify
+
+
+def layers(model):
+    return [m for m in model.modules() if isinstance(m, SponLayer)]
+
+
+@pytest.mark.parametrize("alpha_modules", ["all", [], ["down_proj", "fc2"]])
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_as_the_core(kind, prefix, alpha_modules):
+    model = sparse(kind, dense_prefix=prefix, alpha_modules=alpha_modules)
+    adapter = collect_adapter(model)
+    base = tiny(kind)
+    dense = logits(base)
+    with sparse_inputs(base, adapter.thresholds, adapter.alphas, prefix):
+        expected = logits(base)
+    assert torch.equal(logits(model), expected)
+    assert not torch.allclose(expected, dense, atol=1e-2)
+
+
+def test_decode_runs_the_context_dense():
+    tokens = ids(1, 9)
+    model, base = sparse(tokens="decode", dense_prefix=0), tiny()
+    assert torch.equal(logits(model, tokens), logits(base, tokens))
+    with torch.no_grad():
+        out = model(input_ids=tokens[:, :6], use_cache=True)
+        first = model(input_ids=tokens[:, 6:7], past_key_values=out.past_key_values).logits
+    assert not torch.allclose(first, logits(base, tokens)[:, 6:7], atol=1e-2)
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_keeps_the_function_and_unmerge_every_bit(kind, prefix):
+    model = sparse(kind, dense_prefix=prefix)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    unmerged = logits(model)
+    model.merge_adapter(safe_merge=True)
+    assert any(layer.get_base_layer().bias is not None for layer in layers(model))
+    torch.testing.assert_close(logits(model), unmerged, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(logits(model), unmerged)
+
+
+def test_merging_folds_in_float32_and_casts_once():
+    model = sparse("qwen2", dtype=torch.bfloat16, dense_prefix=0)
+    adapter, base = collect_adapter(model), tiny("qwen2", dtype=torch.bfloat16)
+    model.merge_adapter()
+    for path, layer in ((p.removeprefix("base_model.model."), m) for p, m in model.named_modules()):
+        if isinstance(layer, SponLayer):
+            linear = base.get_submodule(path)
+            folded = fold_alpha(linear, adapter.alphas[path])
+            folded = folded if linear.bias is None else linear.bias.float() + folded
+            assert torch.equal(layer.get_base_layer().bias, folded.to(torch.bfloat16))
+
+
+def test_merging_survives_a_cast_in_between():
+    model = sparse("qwen2")
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    for path, module in tiny("qwen2", dtype=torch.bfloat16).named_modules():
+        if path.endswith("proj"):
+            base = model.base_model.model.get_submodule(path).get_base_layer()
+            assert (base.bias is None) == (module.bias is None)
+            assert base.bias is None or torch.equal(base.bias, module.bias)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_disabled_and_unloaded_are_the_dense_model_bit_for_bit(kind, merged):
+    dense, model = logits(tiny(kind)), sparse(kind)
+    enabled = logits(model)
+    if merged:
+        model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), dense)
+    assert torch.equal(logits(model), enabled)
+    if merged:
+        model.merge_adapter()
+    base = model.unload()
+    assert torch.equal(logits(base), dense)
+    assert not layers(base) and not base._forward_pre_hooks and not base._forward_hooks
+    assert base.state_dict().keys() == tiny(kind).state_dict().keys()
+
+
+def test_safe_merge_refuses_nan_and_changes_nothing():
+    model = sparse("qwen2")
+    first = layers(model)[0]
+    first.spon_alpha["default"].data[0] = float("nan")
+    bias = first.get_base_layer().bias
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter(safe_merge=True)
+    assert first.get_base_layer().bias is bias and not first.merged
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_merge_and_unload_leaves_sparse_layers(kind):
+    model = sparse(kind)
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    found = [m for m in merged.modules() if isinstance(m, SparseLinear | SparseConv1D)]
+    assert len(found) == (14 if kind == "llama" else 8) and not layers(merged)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merge_and_unload_of_an_unknown_linear_is_refused_before_any_change():
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    base = nn.Sequential(nn.Linear(4, 4), Odd(4, 4))
+    model = get_peft_model(base, SponConfig(target_modules=["0", "1"], init_weights=False))
+    x = torch.randn(3, 4)
+    before = model(x)
+    with pytest.raises(SponError, match=r"merge_and_unload: 1.*Odd"):
+        model.merge_and_unload()
+    assert torch.equal(model(x), before) and len(layers(model)) == 2
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_follow_their_own_passes(copier, prefix):
+    model = sparse(dense_prefix=prefix)
+    expected = logits(model)
+    other = copier(model)
+    del model
+    assert torch.equal(logits(other), expected)
+    base = other.unload()
+    assert not base._forward_pre_hooks and not base._forward_hooks
+
+
+def test_copy_of_a_merged_model():
+    merged = sparse(dense_prefix=2).merge_and_unload()
+    assert torch.equal(logits(copy.deepcopy(merged)), logits(merged))
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16().float()])
+def test_thresholds_and_alphas_survive_casts(cast):
+    model = sparse()
+    before = collect_adapter(model)
+    parameters = [layer.spon_alpha["default"] for layer in layers(model)]
+    cast(model)
+    assert collect_adapter(model).digest == before.digest
+    assert all(p is layer.spon_alpha["default"] for p, layer in zip(parameters, layers(model), strict=True))
+    assert model.base_model.model.lm_head.weight.dtype != torch.float32 or cast.__code__.co_names[-1] == "float"
+
+
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_adapters_of_a_half_precision_base_are_float32(autocast_adapter_dtype):
+    base = tiny(dtype=torch.bfloat16)
+    model = get_peft_model(base, SponConfig(init_weights=False), autocast_adapter_dtype=autocast_adapter_dtype)
+    for layer in layers(model):
+        assert layer.spon_alpha["default"].dtype == layer.spon_threshold["default"].dtype == torch.float32
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_bfloat16_keeps_small_alphas():
+    linear = nn.Linear(64, 32).bfloat16()
+    layer = get_peft_model(nn.Sequential(linear), SponConfig(target_modules=["0"])).base_model.model[0]
+    layer.spon_alpha["default"].data.fill_(1e-3)
+    x = torch.randn(5, 64, dtype=torch.bfloat16) * 10
+    expected = linear(x).float() + linear.weight.float() @ torch.full((64,), 1e-3)
+    assert torch.equal(layer(x), expected.bfloat16())
+
+
+def test_under_autocast():
+    model, tokens = sparse(dense_prefix=0), ids()
+    product = layers(model)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(input_ids=tokens).logits
+        loss = out.float().sum()
+    loss.backward()
+    assert out.dtype == torch.bfloat16
+    assert product.spon_alpha["default"].grad.dtype == torch.float32
+    assert product.spon_alpha["default"].grad.abs().sum() > 0
+
+
+def test_adapters_differ_in_what_they_leave_dense():
+    model = sparse(dense_prefix=0)
+    model.add_adapter("other", SponConfig(init_weights=False, dense_prefix=4, task_type="CAUSAL_LM"))
+    adapter, base = collect_adapter(model, "other"), tiny()
+    first = logits(model)
+    model.set_adapter("other")
+    with sparse_inputs(base, adapter.thresholds, adapter.alphas, 4):
+        assert torch.equal(logits(model), logits(base))
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    hooks = len(model.get_base_model()._forward_pre_hooks)
+    model.delete_adapter("other")
+    assert len(model.get_base_model()._forward_pre_hooks) == hooks - 1
+    assert torch.equal(logits(model), first)
+
+
+def test_two_active_adapters_are_refused_before_any_change():
+    model = sparse(layers_to_transform=1)
+    model.add_adapter("other", SponConfig(init_weights=False))
+    with pytest.raises(SponError, match=r"default.*other"):
+        model.base_model.set_adapter(["default", "other"])
+    assert all(layer.active_adapters == ["default"] for layer in layers(model))
+    with pytest.raises(SponError, match="one SPON adapter"):
+        model.base_model.merge_adapter(adapter_names=["default", "other"])
+    assert not any(layer.merged for layer in layers(model))
+    with pytest.raises(SponError, match="one SPON adapter"):
+        model.base_model.merge_and_unload(adapter_names=["default", "other"])
+
+
+def test_two_active_adapters_on_different_layers_work():
+    model = sparse(layers_to_transform=0)
+    only_first = logits(model)
+    model.add_adapter("other", SponConfig(init_weights=False, layers_to_transform=1))
+    model.base_model.set_adapter(["default", "other"])
+    assert not torch.equal(logits(model), only_first)
+
+
+def test_merging_a_second_adapter_is_refused():
+    model = sparse()
+    model.add_adapter("other", SponConfig(init_weights=False))
+    model.merge_adapter()
+    with pytest.raises(SponError, match="one SPON adapter"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_adapter(adapter_names=["other"])
+
+
+def test_mixed_batches_are_refused():
+    model = sparse()
+    with pytest.raises(SponError, match="adapter_names"):
+        model(input_ids=ids(), adapter_names=["default", "default"])
+    with pytest.raises(SponError, match="adapter_names"):
+        layers(model)[0](torch.randn(2, 16), adapter_names=["default", "default"])
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [("embed_tokens", "Embedding"), ("input_layernorm", "LlamaRMSNorm"), ("self_attn", "LlamaAttention")],
+)
+def test_other_modules_are_refused_by_name(target, kind):
+    with pytest.raises(SponError, match=rf"{target}.*{kind}"):
+        get_peft_model(tiny(), SponConfig(target_modules=[target]))
+
+
+def test_linear_of_multihead_attention_is_refused():
+    with pytest.raises(SponError, match="out_proj"):
+        get_peft_model(nn.ModuleDict({"a": nn.MultiheadAttention(4, 2)}), SponConfig(target_modules=["out_proj"]))
+
+
+def test_layers_of_other_methods_are_refused():
+    model = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"])).base_model.model
+    with pytest.raises(SponError, match=r"q_proj.*Merge or unload"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_peft_model(model, SponConfig(target_modules=["q_proj"]))
+
+
+def test_sparse_layers_are_refused():
+    with pytest.raises(SponError, match="base model"):
+        get_peft_model(sparse().merge_and_unload(), SponConfig())
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_layers_called_alone_mask_every_row(prefix):
+    model = sparse(dense_prefix=prefix)
+    logits(model, ids(2, 8))
+    layer = layers(model)[0]
+    x = torch.randn(16, 16)  # as many rows as the pass before had tokens
+    with torch.no_grad():
+        base = layer.get_base_layer()
+        masked = base(sparsify(x, layer.spon_threshold["default"]))
+        expected = masked + fold_alpha(base, layer.spon_alpha["default"])
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4,), (2, 3, 4), (6, 1)])
+def test_models_that_are_not_of_language_mask_every_row(shape):
+    linear = nn.Linear(shape[-1], 3)
+    model = get_peft_model(nn.Sequential(linear), SponConfig(target_modules=["0"], init_weights=False, dense_prefix=1))
+    layer = layers(model)[0]
+    x = torch.randn(shape)
+    if len(shape) == 3:
+        x = x[0]
+    with torch.no_grad():
+        expected = linear(sparsify(x, layer.spon_threshold["default"])) + linear.weight @ layer.spon_alpha["default"]
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_left_padding_changes_nothing(kind, prefix):
+    model = sparse(kind, dense_prefix=prefix)
+    short, long = ids(1, 5, seed=3), ids(1, 8, seed=4)
+    batch = torch.cat([torch.cat([torch.zeros(1, 3, dtype=torch.long), short], 1), long])
+    mask = (torch.arange(8) >= torch.tensor([[3], [0]])).long()
+    settings = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    together = model.generate(input_ids=batch, attention_mask=mask, **settings)
+    for row, alone in ((0, short), (1, long)):
+        expected = model.generate(input_ids=alone, attention_mask=torch.ones_like(alone), **settings)
+        assert torch.equal(together[row, 8:], expected[0, alone.shape[1] :])
+
+
+def test_status_and_repr():
+    model = sparse(alpha_modules=["down_proj"])
+    status = model.get_model_status()
+    assert status.num_adapter_layers == 14 and status.available_adapters == ["default"] and status.enabled is True
+    assert "spon.SponLinear" in repr(model)
+    assert isinstance(layers(model)[0], SponLinear)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"base_model.model.model.layers.{i}.mlp.down_proj.spon_alpha.default" for i in (0, 1)}
