@@ -18,7 +18,9 @@ class Recipe:
         window: tokens per window.
         batch_size: windows per step.
         epochs: passes over the windows.
-        learning_rate: Adam's, at its highest.
+        learning_rate: Adam's, at its highest; in units of each layer's threshold if `relative`.
+        relative: alphas stand in for entries below the threshold, and thresholds differ fifty-fold between layers; one
+            absolute rate is noise for some layers and standstill for others.
         warmup: the share of the steps in which the rate rises; it falls along a cosine afterwards.
         max_grad_norm: the gradient over all alphas is clipped to this norm.
     """
@@ -28,6 +30,7 @@ class Recipe:
     batch_size: int
     epochs: int
     learning_rate: float
+    relative: bool = True
     warmup: float = 0.1
     max_grad_norm: float = 1.0
 
@@ -55,9 +58,9 @@ class Recipe:
 
 PRESETS = {
     # Short and fast: a real adapter over lunch on a laptop, minutes on a GPU.
-    "fast": Recipe(windows=360, window=256, batch_size=2, epochs=1, learning_rate=1.5e-3),
+    "fast": Recipe(windows=300, window=256, batch_size=2, epochs=1, learning_rate=0.015),
     # The schedule of arXiv 2512.12744: rate 1e-5, ten epochs, batch 8, blocks of 128.
-    "paper": Recipe(windows=2048, window=128, batch_size=8, epochs=10, learning_rate=1e-5),
+    "paper": Recipe(windows=2048, window=128, batch_size=8, epochs=10, learning_rate=1e-5, relative=False),
 }
 
 

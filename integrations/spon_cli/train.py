@@ -44,7 +44,9 @@ def train_command(
     window: Annotated[int | None, typer.Option(help="Tokens per window.  [default: the preset's]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per step.  [default: the preset's]")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the windows.  [default: the preset's]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Highest rate.  [default: the preset's]")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Highest rate; relative to thresholds for fast.  [default: the preset's]")
+    ] = None,
     dense_prefix: options.DensePrefix = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the same command was interrupted.")] = False,

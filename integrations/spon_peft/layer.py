@@ -67,7 +67,9 @@ class SponLayer(BaseTunerLayer):
         if carries_alpha(module_path, config.alpha_modules):
             self.spon_alpha[adapter_name] = nn.Parameter(torch.zeros(self.in_features, dtype=torch.float32))
         if not config.init_weights:
-            self._draw(adapter_name)
+            nn.init.uniform_(self.spon_threshold[adapter_name], 0.1, 0.5)
+            if adapter_name in self.spon_alpha:
+                nn.init.normal_(self.spon_alpha[adapter_name], std=0.5)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -102,12 +104,6 @@ class SponLayer(BaseTunerLayer):
         if len(names) > 1:
             raise SponError.of("adapters", names, "one SPON adapter on a layer", "Two masks cannot be added up.")
         return names[0] if names else None
-
-    def _draw(self, adapter_name: str) -> None:
-        with torch.no_grad():
-            self.spon_threshold[adapter_name].uniform_(0.1, 0.5)
-            if adapter_name in self.spon_alpha:
-                self.spon_alpha[adapter_name].normal_(std=0.5)
 
     def _leave(self, adapter_name: str) -> None:
         tokens = self.spon_tokens.pop(adapter_name, None)
@@ -174,10 +170,10 @@ class SponLinear(nn.Module, SponLayer):
             return self.base_layer(x, *args, **kwargs)
         dense = self.spon_tokens[name].rows(x) if name in self.spon_tokens else None
         y = self.base_layer(sparsify(x, self.spon_threshold[name], dense), *args, **kwargs)
-        if self.merged:
-            return y if dense is None else torch.where(dense.unsqueeze(-1), _add(y, -self._folded()), y)
         if name not in self.spon_alpha:
             return y
+        if self.merged:
+            return y if dense is None else torch.where(dense.unsqueeze(-1), _add(y, -self._folded()), y)
         spontaneous = _add(y, weight_product(self.get_base_layer(), self.spon_alpha[name], x.dtype))
         return spontaneous if dense is None else torch.where(dense.unsqueeze(-1), y, spontaneous)
 
@@ -263,10 +259,8 @@ class SponLinear(nn.Module, SponLayer):
 
     def _folded(self) -> Tensor:
         """What merging added to the bias, float32."""
-        base: Any = self.get_base_layer()
-        bias, old = base.bias, self._bias_before_merge
-        if self.merged_adapters[0] not in self.spon_alpha:
-            return torch.zeros((), device=self.spon_threshold[self.merged_adapters[0]].device)
+        bias: Any = self.get_base_layer().bias
+        old = self._bias_before_merge
         return bias.float() if old is None else bias.float() - old.to(bias.device).float()
 
     def _bias_dtype(self) -> torch.dtype:
@@ -301,4 +295,4 @@ def mixed_batch() -> SponError:
 
 
 def _add(y: Tensor, bias: Tensor) -> Tensor:
-    return (y.to(torch.promote_types(y.dtype, torch.float32)) + bias).to(y.dtype)
+    return (y + bias).to(y.dtype)  # bias is float32 and has a dimension, so the sum is in float32

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
 from spon_peft.adapters import check_injected, check_tensors, collect_adapter, injected_layers
@@ -17,18 +18,6 @@ from spon_peft.targets import TARGET_MODULES
 from spon_peft.tokens import AdapterTokens
 from spon_plugin.errors import SponError
 from spon_plugin.linear import SparseConv1D, SparseLinear, is_linear
-
-try:  # peft >= 0.20
-    from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
-except ImportError:
-
-    def get_quantization_kwargs(model: Any) -> dict[str, Any]:  # type: ignore[misc]
-        """None are needed before peft 0.20."""
-        return {}
-
-    def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Any:  # type: ignore[misc]
-        """Before peft 0.20 only linears that subclass `torch.nn.Linear` are known (bitsandbytes)."""
-        return None
 
 
 class SponModel(BaseTuner):

@@ -60,8 +60,6 @@ class SponTrainer(Trainer):
         self._loss_shifts_labels = True
         self._head: OutputHead | None = None
         self._head_is_known = False
-        if self.args.gradient_checkpointing:
-            model.enable_input_require_grads()  # reentrant checkpoints pass no gradient otherwise
 
     def compute_loss(
         self,

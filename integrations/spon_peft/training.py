@@ -18,14 +18,14 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from spon_peft.adapters import collect_adapter
+from spon_peft.adapters import collect_adapter, injected_layers
 from spon_peft.trainer import SponTrainer
 from spon_plugin.adapter import Adapter, write_adapter
 from spon_plugin.errors import SponError
 from spon_plugin.recipe import Recipe
 
 Losses = list[dict[str, float]]
-"""One row per optimizer step: ``step``, ``loss`` (nats per token), ``learning_rate``, ``grad_norm``."""
+"""One row per optimizer step: ``step``, ``loss`` (nats per token), ``grad_norm`` (before clipping)."""
 
 
 def train_adapter(
@@ -93,14 +93,13 @@ def train_adapter(
         train_dataset=[{"input_ids": row, "labels": row} for row in windows],
         data_collator=_stack,
         callbacks=[_Report(progress)],
+        optimizers=(_optimizer(wrapped, recipe), None),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
     for row in trainer.state.log_history:
         if "loss" in row:
-            losses.append(
-                {key: float(row[key]) for key in ("step", "loss", "learning_rate", "grad_norm") if key in row}
-            )
+            losses.append({key: float(row[key]) for key in ("step", "loss", "grad_norm") if key in row})
     trained = collect_adapter(wrapped)
     wrapped.unload()
     return replace(adapter, alphas=trained.alphas), losses
@@ -117,6 +116,16 @@ def _check_plan(work: Path, plan: dict[str, Any]) -> None:
                 raise SponError.of(name, value, f"{kept.get(name)!r}, as in the checkpoints in {work}", remedy)
     work.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(plan, indent=2), encoding="utf-8")
+
+
+def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
+    """Adam with a rate for every layer."""
+    groups = []
+    for layer in injected_layers(model, model.active_adapter).values():
+        for name, alpha in layer.spon_alpha.items():
+            scale = float(layer.spon_threshold[name]) if recipe.relative else 1.0
+            groups.append({"params": [alpha], "lr": recipe.learning_rate * scale})
+    return torch.optim.Adam(groups, lr=recipe.learning_rate)
 
 
 def _digest(windows: Tensor) -> str:

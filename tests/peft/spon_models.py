@@ -5,7 +5,7 @@ import torch
 import transformers
 from peft import get_peft_model
 
-from spon_peft import SponConfig
+from spon_peft import SponConfig, SponLayer
 
 COMMON = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0)
 LLAMA = dict(COMMON, intermediate_size=24, num_key_value_heads=1, max_position_embeddings=64)
@@ -47,3 +47,7 @@ def ids(batch=2, length=9, seed=1):
 @torch.no_grad()
 def logits(model, tokens=None, **kwargs):
     return model(input_ids=ids() if tokens is None else tokens, **kwargs).logits
+
+
+def layers(model):
+    return [m for m in model.modules() if isinstance(m, SponLayer)]

@@ -3,6 +3,7 @@
 
 import copy
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import get_peft_model
@@ -10,8 +11,6 @@ from torch import nn
 
 from spon_peft import SponConfig, SponLayer
 from spon_plugin import SponError, sparsify
-
-bnb = pytest.importorskip("bitsandbytes")
 
 
 def quantized(kind, bias):

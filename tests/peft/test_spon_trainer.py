@@ -1,19 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from spon_models import COMMON, LLAMA, ids, logits, sparse, tiny
+from spon_models import ids, logits, sparse, tiny
 from transformers import TrainingArguments
 
 from spon_peft import SponConfig, SponLayer, SponTrainer, collect_adapter
-from spon_peft.head import OutputHead, find_head
 from spon_plugin import SponError, sparse_inputs
 from spon_plugin.distillation import kl_reference
 
@@ -119,6 +112,15 @@ def test_frozen_training_modes_survive_the_teacher(tmp_path):
     assert not frozen.training and model.training
 
 
+def test_only_the_student_has_dropout(tmp_path):
+    model, seen = student(kind="gpt2"), set()
+    dropout = model.get_base_model().transformer.drop
+    run = trainer(model, tmp_path)
+    dropout.register_forward_hook(lambda m, *_: seen.add((torch.is_grad_enabled(), m.training)))
+    run.compute_loss(model, example())
+    assert seen == {(False, False), (True, True)}
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 def test_accumulated_batches_are_one_batch(ragged, tmp_path):
     labels = ids(4, 10)
@@ -220,31 +222,6 @@ def test_evaluation_gives_the_same_loss(tmp_path):
     assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
-HEADS = {
-    "Gemma2ForCausalLM": {"final_logit_softcapping": 2.0, "head_dim": 8},
-    "GraniteForCausalLM": {"logits_scaling": 4.0},
-    "CohereForCausalLM": {"logit_scale": 0.25},
-    "GPTNeoXForCausalLM": {},
-}
-
-
-@pytest.mark.parametrize("architecture", HEADS)
-def test_heads(architecture):
-    torch.manual_seed(0)
-    cls = getattr(transformers, architecture)
-    arguments = (
-        LLAMA | HEADS[architecture] if architecture != "GPTNeoXForCausalLM" else COMMON | {"intermediate_size": 24}
-    )
-    model = cls(cls.config_class(**arguments)).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.mul_(8 if parameter.dim() == 2 else 1)
-    inputs = {"input_ids": ids()}
-    head = find_head(model, inputs)
-    assert isinstance(head, OutputHead)
-    hidden = model.base_model(**inputs).last_hidden_state
-    torch.testing.assert_close(head(hidden), model(**inputs).logits, rtol=1e-4, atol=1e-4)
-
-
 def test_unknown_heads_use_full_logits(tmp_path, monkeypatch):
     model = student(dense_prefix=0)
     base = model.get_base_model()
@@ -286,49 +263,3 @@ def test_no_tokens_give_no_loss(tmp_path):
     loss = trainer(model, tmp_path).compute_loss(model, example(torch.full((4, 10), -100)))
     loss.backward()
     assert loss == 0 and not alphas_grad(model).any()
-
-
-DDP = """
-import sys, torch
-sys.path[:0] = sys.argv[2].split(":")
-from test_spon_trainer import alphas_grad, example, ids, student, trainer
-labels = ids(4, 10)
-labels[0, 3:], labels[3, :8] = -100, -100
-rows = [{k: v[i] for k, v in example(labels).items()} for i in range(4)]
-model = student()
-run = trainer(model, sys.argv[1], data=rows, per_device_train_batch_size=int(sys.argv[3]))
-run.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-file = f"{sys.argv[1]}/{run.args.process_index}.pt"
-run.optimizer.register_step_pre_hook(lambda *_: torch.save(alphas_grad(model), file))
-run.train()
-assert run.args.world_size == int(sys.argv[4])
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_have_the_gradient_of_one(tmp_path):
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join(map(str, [root, root / "integrations", Path(__file__).parent]))
-    (tmp_path / "run.py").write_text(DDP)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    gradients = {}
-    for world, batch in ((1, 4), (2, 2)):
-        out = tmp_path / str(world)
-        out.mkdir()
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(world),
-            "--master-port",
-            str(port),
-        ]
-        command += [str(tmp_path / "run.py"), str(out), paths, str(batch), str(world)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-        subprocess.run(command, check=True, env=environment, timeout=300)
-        gradients[world] = [torch.load(out / f"{rank}.pt") for rank in range(world)]
-    assert torch.equal(*gradients[2])
-    torch.testing.assert_close(gradients[2][0], gradients[1][0], rtol=1e-4, atol=1e-6)

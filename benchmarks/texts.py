@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write texts of the README as plain files: two to evaluate on, and Python's language reference to train on.
+
+    python -m benchmarks.texts OUT                 # from the Hugging Face hub (needs the datasets package)
+    python -m benchmarks.texts OUT --data FOLDER   # from wikitext2/wiki.test.raw, tasks/lambada_openai/test.jsonl
+
+`wikitext2.txt` is WikiText-2 raw test as the hub's data set joins it (lines with their newline, joined by two more);
+`lambada.txt` is the test passages of OpenAI's LAMBADA, joined by an empty line. `python_docs.txt` comes with Python.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spon_cli.sources import text_sources
+from spon_plugin.text import offline_text
+
+
+def main(
+    output: Annotated[Path, typer.Argument(help="The folder to write to.")],
+    data: Annotated[Path | None, typer.Option(help="A folder with the raw files; the hub by default.")] = None,
+) -> None:
+    """Write wikitext2.txt, lambada.txt and python_docs.txt."""
+    if data is None:
+        wiki, lambada = (
+            source.text
+            for source in text_sources(
+                None, ["Salesforce/wikitext:wikitext-2-raw-v1@test", "EleutherAI/lambada_openai@test"]
+            )
+        )
+    else:
+        raw = (data / "wikitext2" / "wiki.test.raw").read_text(encoding="utf-8")
+        wiki = "\n\n".join(f"{line}\n" if line.strip() else "" for line in raw.split("\n"))
+        rows = (data / "tasks" / "lambada_openai" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+        lambada = "\n\n".join(json.loads(row)["text"] for row in rows)
+    output.mkdir(parents=True, exist_ok=True)
+    texts = {"wikitext2.txt": wiki, "lambada.txt": lambada, "python_docs.txt": offline_text()}
+    for name, text in texts.items():
+        (output / name).write_text(text, encoding="utf-8")
+        print(output / name, len(text), "characters")
+
+
+if __name__ == "__main__":
+    typer.run(main)
