@@ -21,7 +21,7 @@ import torch
 import typer
 
 from spon_cli import options
-from spon_cli.calibrate import Loaded, Settings, calibrated, load
+from spon_cli.calibrate import CALIBRATION_TOKENS, Loaded, Settings, calibrated, load
 from spon_cli.output import Bar, err, progress_bars
 from spon_cli.sources import TextSource, text_sources
 from spon_cli.train import train
@@ -33,6 +33,7 @@ from spon_plugin.sites import linear_inputs
 from spon_plugin.statistics import mean_alphas
 from spon_plugin.text import leading_windows, mixed_windows, read_text
 
+MEAN_WINDOWS = 16
 METHODS = {
     "teal": "TEAL (no alpha)",
     "mean": "mean bias, no training",
@@ -52,6 +53,7 @@ def main(
     allocation: Annotated[str, typer.Option(help="Comma-separated.")] = "uniform,greedy",
     methods: Annotated[str, typer.Option(help="Comma-separated: " + ", ".join(METHODS) + ".")] = ",".join(METHODS),
     windows: Annotated[int | None, typer.Option(help="Training windows.  [default: the preset's]")] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = CALIBRATION_TOKENS,
     window: options.Window = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each test text.")] = 16384,
     dtype: options.Dtype = "auto",
@@ -76,13 +78,14 @@ def main(
             "test_texts": list(data),
             "window": window,
             "max_tokens": max_tokens,
+            "calibration_tokens": calibration_tokens,
             "recipe": recipe.as_dict(),
         },
     )
     wanted = options.split_names(methods) or []
     for kind in options.split_names(allocation) or []:
         for share in map(float, options.split_names(sparsity) or []):
-            settings = Settings(share, kind, window=recipe.window, seed=seed)
+            settings = Settings(share, kind, window=recipe.window, calibration_tokens=calibration_tokens, seed=seed)
             measure_masks(loaded, sources, settings, recipe, data, wanted, output)
     (output / "table.md").write_text(table(output))
     print((output / "table.md").read_text())
@@ -159,7 +162,9 @@ def with_alphas(
     modules: Any = ["down_proj"] if method == "down_proj" else "all"
     fields = replace(masks.fields, alpha_modules=modules)
     if method == "mean":
-        windows = mixed_windows(loaded.tokenizer, [s.text for s in sources], settings.window, 64, settings.seed)
+        windows = mixed_windows(
+            loaded.tokenizer, [s.text for s in sources], settings.window, MEAN_WINDOWS, settings.seed
+        )
         alphas = mean_alphas(loaded.model, loaded.sites, masks.thresholds, windows, fields.dense_prefix)
         return replace(masks, fields=fields, alphas=alphas)
     inputs = linear_inputs(loaded.model)
