@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import spon_plugin.adapter as adapter_module
 from spon_cli.main import main
 from spon_plugin import read_adapter
+from spon_plugin.recipe import preset
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(600))
 SMALL = ["--windows", "6", "--window", "32"]
@@ -123,7 +124,8 @@ def test_an_interrupted_training_resumes_to_the_same_bytes(spon, trained, tiny_m
     code, _, err = spon(*command)
     assert code == 2 and "Add --resume" in err
     code, _, err = spon(*command, "--resume", "--learning-rate", "0.1")
-    assert code == 2 and "learning_rate: got 0.1, expected 0.0015, as in the checkpoints" in " ".join(err.split())
+    planned = f"learning_rate: got 0.1, expected {preset('fast').learning_rate}, as in the checkpoints"
+    assert code == 2 and planned in " ".join(err.split())
     assert spon(*command, "--resume")[0] == 0
     for name in names(trained):
         assert (trained / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name
@@ -175,6 +177,24 @@ def test_merge_writes_a_checkpoint_with_the_adapter_in_it(spon, trained, tiny_mo
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
 
 
+def test_a_dataset_is_read_by_name_configuration_and_split(monkeypatch):
+    import datasets
+
+    from spon_cli.sources import text_sources
+
+    asked = []
+
+    def load_dataset(name, config, split, streaming):
+        asked.append((name, config, split, streaming))
+        return datasets.Dataset.from_dict({"id": [1, 2], "text": ["one\n", "two"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (source,) = text_sources(None, ["org/name:raw@test"])
+    assert source.text == "one\n\n\ntwo" and source.name == "org/name:raw@test"
+    text_sources(None, ["org/name"])
+    assert asked == [("org/name", "raw", "test", True), ("org/name", None, "train", True)]
+
+
 def wrong(tmp_path: Path, model: Path, text: str, trained: Path) -> dict[str, tuple[list[object], str]]:
     """Name -> (arguments, what the error must say)."""
     (tmp_path / "empty.txt").write_text("\n")
@@ -192,6 +212,7 @@ def wrong(tmp_path: Path, model: Path, text: str, trained: Path) -> dict[str, tu
             "text: got '9 tokens', expected at least one window of 256 tokens",
         ),
         "missing text": (["train", model, "--text", tmp_path / "no.txt", *out], "No such file"),
+        "missing data set": (["train", model, "--dataset", tmp_path / "no:such@split", *out], "dataset: got"),
         "missing model": (["train", tmp_path / "no", *out], "model: got"),
         "not a linear": (
             ["calibrate", model, "--text", text, "--target-modules", "input_layernorm", *out],
@@ -229,6 +250,7 @@ WRONG = [
     "empty text",
     "text shorter than a window",
     "missing text",
+    "missing data set",
     "missing model",
     "not a linear",
     "no such alpha module",
