@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m spon_cli`, the same as `spon`."""
 
-from spon_cli.main import main
+from spon_cli import run
 
-main()
+run()

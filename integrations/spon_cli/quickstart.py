@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +51,7 @@ def quickstart_command(
         adapter = calibrated(loaded, sources, settings, stage)
         adapter.peft["base_model_name_or_path"] = str(model_directory.absolute())
         adapter, losses = train(loaded, adapter, sources, recipe, directory / "training", seed, False, stage)
+        shutil.rmtree(directory / "training")
         save(adapter, losses, directory / "adapter")
         evaluation_windows = leading_windows(loaded.tokenizer, test.text, 512, 8192)
         result = evaluate(loaded.model, adapter, loaded.sites, evaluation_windows, progress=stage("Evaluating"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import spon_cli
 import spon_plugin.adapter as adapter_module
 from spon_cli.main import main
 from spon_plugin import read_adapter
@@ -65,6 +66,14 @@ def test_help_has_an_example(spon, command):
 def test_without_a_command_there_is_help(spon):
     assert "quickstart" in spon()[1]
     assert spon("--version")[1].startswith("spon-plugin ")
+
+
+def test_a_missing_dependency_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    for name in [name for name in sys.modules if name.startswith("spon_cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match=r"spon needs typer. Install it with: pip install 'spon-plugin\[cli\]'"):
+        spon_cli.run()
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "greedy"])
