@@ -135,8 +135,12 @@ def load(name: str, dtype: str, target_modules: Sequence[str] | None = None) -> 
     Raises:
         SponError: the model cannot be loaded, or a target is not one of its linears.
     """
+    from transformers.utils import logging
+
     from spon_transformers.loading import load_model, load_tokenizer
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # ours say what is going on
     tokenizer = load_tokenizer(name)
     model = load_model(name, dtype)
     return Loaded(name, dtype, model, tokenizer, find_sites(model, target_modules))

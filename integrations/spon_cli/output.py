@@ -70,8 +70,16 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*("-" if cell is None else cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row))
+        table.add_row(*map(_cell, row))
     out.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.4g}"
 
 
 def percent(share: float | None) -> str | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +97,10 @@ def train_adapter(
         optimizers=(_optimizer(wrapped, recipe), None),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    with warnings.catch_warnings():
+        # On saving a checkpoint PEFT wonders whether embeddings were trained, too; here only alphas are.
+        warnings.filterwarnings("ignore", message="Could not find a config file")
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
     for row in trainer.state.log_history:
         if "loss" in row:
             losses.append({key: float(row[key]) for key in ("step", "loss", "grad_norm") if key in row})
