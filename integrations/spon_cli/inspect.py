@@ -40,5 +40,10 @@ def module_rows(adapter: Adapter) -> list[tuple[str, float, float | None, float 
             float(adapter.alphas[path].norm()) if path in adapter.alphas else None,
             achieved.get(path),
         )
-        for path, threshold in adapter.thresholds.items()
+        for path, threshold in sorted(adapter.thresholds.items(), key=lambda item: _natural(item[0]))
     ]
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Sorts block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
