@@ -28,7 +28,6 @@ DensePrefix = Annotated[
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; of the base model's weights.")]
 Window = Annotated[int, typer.Option(help="Tokens per window.")]
 Seed = Annotated[int, typer.Option(help="Same command, same seed, same adapter.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice.")]
 
 
 def split_names(value: str | None) -> list[str] | None:
