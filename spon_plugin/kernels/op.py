@@ -42,7 +42,8 @@ def _run(x: Tensor, weight_t: Tensor, threshold: Tensor, bias: Tensor | None, sh
 
 def _fake(x: Tensor, weight_t: Tensor, threshold: Tensor, bias: Tensor | None, shard_sizes: list[int] | None) -> Tensor:
     check_arguments(x, weight_t, bias)
-    check_threshold(threshold, *weight_t.shape, shard_sizes or [weight_t.shape[1]])
+    in_features, out_features = weight_t.shape
+    check_threshold(threshold, in_features, out_features, shard_sizes or [out_features])
     return x.new_empty((*x.shape[:-1], weight_t.shape[1]))
 
 
