@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the adapter fit the model? Answered from the model's configuration alone, before weights are read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from spon_plugin.adapter import read_adapter
+from spon_plugin.errors import SponError
+from spon_plugin.sites import linear_inputs
+from spon_vllm.settings import Settings
+
+logger = init_logger("vllm.spon")
+
+
+def check_fit(settings: Settings, hf_config: Any, model: str) -> None:
+    """Check what can be checked at configuration time; workers check the rest when they make the layers.
+
+    Raises:
+        SponError: the adapter is for another model, names what is no linear layer, or covers a fused layer in part.
+    """
+    linears = base_linears(hf_config)
+    if settings.adapter is not None and linears is not None:
+        read_adapter(settings.adapter).check_base(linears, model)
+    elif linears is not None:
+        missing = [module for module in settings.thresholds if module not in linears]
+        if missing:
+            raise SponError.of(f"quantization_config: threshold of {missing[0]}", "one", "linear layers of the model")
+    for fused, shards in packed_modules(hf_config).items():
+        check_shards(settings.modules, fused, shards, linears)
+
+
+def check_shards(
+    modules: Iterable[str], fused: str, shards: Sequence[str], linears: Mapping[str, int] | None = None
+) -> None:
+    """Check that linears which vLLM computes as one layer are all sparsified, or none.
+
+    Args:
+        modules: paths of the sparsified linears.
+        fused: the name of vLLM's layer.
+        shards: the names of the linears in it.
+        linears: the linears that the model has, if they are known; others cannot be missed.
+
+    Raises:
+        SponError: a threshold is missing.
+    """
+    names = set(modules)
+    for parent in sorted({name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in shards}):
+        paths = [f"{parent}.{shard}" for shard in shards]
+        missing = [path for path in paths if path not in names and (linears is None or path in linears)]
+        if missing:
+            raise SponError.of(
+                f"{missing[0]}.spon_threshold",
+                "no such tensor",
+                f"one, because vLLM computes {', '.join(shards)} in one layer, {fused}",
+                "Make the adapter with all of them in target_modules, or with none.",
+            )
+
+
+def base_linears(hf_config: Any) -> dict[str, int] | None:
+    """Module path -> in_features of the base model's linears; None where transformers cannot build the model.
+
+    The model is built without storage. vLLM depends on transformers, so nothing is installed for this.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(hf_config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with torch.device("meta"):
+            return linear_inputs(AutoModelForCausalLM.from_config(config))
+    except Exception as error:  # any failure of code that is not ours: the workers check what this cannot
+        logger.debug("SPON: %s is not checked at configuration time: %s", type(config).__name__, error)
+        return None
+
+
+def packed_modules(hf_config: Any) -> dict[str, list[str]]:
+    """Name of a fused layer -> names of the linears in it, for the model's architecture; empty where unknown."""
+    from vllm.model_executor.models import ModelRegistry
+
+    for architecture in getattr(hf_config, "architectures", None) or []:
+        entry = ModelRegistry.models.get(architecture)
+        try:
+            mapping = getattr(entry.load_model_cls(), "packed_modules_mapping", None) if entry else None
+        except Exception as error:
+            logger.debug("SPON: %s is not checked at configuration time: %s", architecture, error)
+            continue
+        if mapping:
+            return {fused: list(shards) for fused, shards in mapping.items() if len(shards) > 1}
+    return {}

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SponConfig`: the quantization method ``spon`` as vLLM sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from spon_plugin.adapter import read_adapter
+from spon_plugin.sites import is_expert
+from spon_vllm import QUANT_METHOD
+from spon_vllm.checks import check_fit, check_shards
+from spon_vllm.linear import Masks, SponLinearMethod
+from spon_vllm.report import Coverage
+from spon_vllm.settings import Settings, resolve
+
+logger = init_logger("vllm.spon")
+
+
+class SponConfig(QuantizationConfig):
+    """Sparsifies the linears that an adapter names, around whatever computes them otherwise.
+
+    vLLM makes one from `quantization_config` in the process that parses the arguments, completes it with
+    `maybe_update_config`, and sends it to the workers by pickle; so it holds no tensors until a worker asks.
+
+    Args:
+        given: `quantization_config` of the checkpoint or from ``--hf-overrides``; None for neither.
+    """
+
+    def __init__(self, given: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.given = dict(given or {})
+        self.settings: Settings | None = None
+        self.inner: Any = None
+        self._names: dict[str, str] | None = None
+        self._masks: dict[str, Masks] | None = None
+        self.coverage = Coverage()
+
+    def __repr__(self) -> str:
+        return f"SponConfig({self.settings or self.given})"
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The method's name."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """The dtypes of activations."""
+        own = [torch.bfloat16, torch.float16, torch.float32]
+        return own if self.inner is None else [d for d in own if d in self.inner.get_supported_act_dtypes()]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Compute capability 7.0 and later."""
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """No file of its own: `config.json` or the adapter says everything."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SponConfig:
+        """From `quantization_config`, which may be the base model's own."""
+        return cls(config)
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Take over where the user asks for it: the base's own quantization becomes the inner method."""
+        return QUANT_METHOD if user_quant == QUANT_METHOD else None
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Find the adapter, check that it fits, and write what was found where vLLM's compile cache looks.
+
+        Args:
+            model_name: the base model or the merged checkpoint.
+            hf_config: its configuration; its `quantization_config` is replaced.
+            revision: of the model, on the hub.
+
+        Raises:
+            SponError: there is no adapter, or it does not fit; the message says what to do.
+        """
+        self.settings, merged = resolve(self.given, _stored(model_name, revision))
+        if self.settings.base_quantization is not None:
+            self.inner = _inner_config(dict(self.settings.base_quantization), hf_config)
+            self.inner.maybe_update_config(model_name, hf_config=hf_config, revision=revision)
+        if hf_config is not None:
+            check_fit(self.settings, hf_config, model_name)
+            hf_config.quantization_config = self.settings.as_config(merged)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Rename modules as the model in vLLM names them."""
+        self._names = hf_to_vllm_mapper.apply_dict(self.names)
+        self._masks = None
+        if self.inner is not None:
+            self.inner.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The module's path in vLLM -> its path in the adapter."""
+        if self._names is None:
+            assert self.settings is not None, "maybe_update_config has not been called"
+            self._names = {module: module for module in self.settings.modules}
+        return self._names
+
+    @property
+    def masks(self) -> dict[str, Masks]:
+        """The module's path in vLLM -> its mask and alpha; read once in every worker."""
+        if self._masks is None:
+            settings = self.settings
+            assert settings is not None, "maybe_update_config has not been called"
+            if settings.adapter is None:
+                own = {m: Masks(torch.tensor([v], dtype=torch.float32)) for m, v in settings.thresholds.items()}
+            else:
+                adapter = read_adapter(settings.adapter)
+                own = {m: Masks(t, adapter.alphas.get(m)) for m, t in adapter.thresholds.items()}
+            self._masks = {name: own[module] for name, module in self.names.items()}
+        return self._masks
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """The method for one layer: sparse around the inner method where the adapter says so.
+
+        Raises:
+            SponError: the adapter covers a fused layer in part.
+        """
+        inner = self._inner_method(layer, prefix)
+        if not isinstance(layer, LinearBase):
+            return inner
+        parent, _, leaf = prefix.rpartition(".")
+        shards = list(self.packed_modules_mapping.get(leaf, [leaf]))
+        paths = [f"{parent}.{shard}" if parent else shard for shard in shards]
+        covered = [path for path in paths if path in self.masks]
+        # MLA multiplies kv_b_proj's weight into other tensors, and a router chooses experts: neither is computed here.
+        if not covered or leaf == "kv_b_proj" or is_expert(prefix):
+            return inner
+        check_shards(self.masks, leaf, shards)
+        assert self.settings is not None
+        return SponLinearMethod(inner, paths, [self.masks[path] for path in paths], self.settings, self.coverage)
+
+    def _inner_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        if self.inner is not None:
+            self.inner.packed_modules_mapping = self.packed_modules_mapping
+            return self.inner.get_quant_method(layer, prefix)
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def get_cache_scale(self, name: str) -> str | None:
+        """The inner method's name of a key-value scale (vLLM up to 0.2x asks for each tensor)."""
+        return self.inner.get_cache_scale(name) if hasattr(self.inner, "get_cache_scale") else None
+
+    def get_cache_scale_mapper(self) -> Any:
+        """The inner method's mapping of key-value scales (later versions of vLLM)."""
+        return (self.inner or super()).get_cache_scale_mapper()
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """The inner method's mapping of tensors (vLLM 0.3x)."""
+        return (self.inner or super()).get_checkpoint_weight_mapper()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_masks": None}
+
+
+def _stored(model_name: str, revision: str | None) -> dict[str, Any] | None:
+    """`quantization_config` in the model's own `config.json`, before any override."""
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(model_name, revision=revision)
+    except Exception as error:  # no such file: formats of vLLM's own, cloud storage
+        logger.debug("SPON: %s has no config.json to look into: %s", model_name, error)
+        return None
+    stored = config.get("quantization_config")
+    return stored if isinstance(stored, dict) else None
+
+
+def _inner_config(base: dict[str, Any], hf_config: Any) -> Any:
+    """The base's own quantization, chosen as vLLM's `ModelConfig._verify_quantization` chooses it."""
+    name = base["quant_method"]
+    for method in QUANTIZATION_METHODS:
+        if method == QUANT_METHOD:
+            continue
+        override = get_quantization_config(method).override_quantization_method(base, None, hf_config=hf_config)
+        if override is not None:
+            name = override
+            break
+    return get_quantization_config(name).from_config(base)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SponLinearMethod`: how one of vLLM's linear layers is made, filled and computed sparsely.
+
+It wraps an inner method and does not subclass vLLM's `UnquantizedLinearMethod`: vLLM asks for that class by
+`isinstance` and then goes past `apply`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.model_executor.layers.linear import (
+    WEIGHT_LOADER_V2_SUPPORTED,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, PerTensorScaleParameter
+from vllm.model_executor.utils import set_weight_attrs
+
+from spon_plugin.errors import SponError
+from spon_vllm import ops
+from spon_vllm.report import Coverage
+from spon_vllm.settings import Settings
+
+_FOLD_ROWS = 8192
+"""Rows of a weight that are float32 at a time while alpha is folded."""
+
+
+class Masks(NamedTuple):
+    """What an adapter says about one linear.
+
+    Attributes:
+        threshold: float32 ``[1]``.
+        alpha: float32 ``[in_features]``, of the whole layer; None for none, and in a merged checkpoint.
+    """
+
+    threshold: Tensor
+    alpha: Tensor | None = None
+
+
+@register_weight_loader_v2_supported_method
+class SponLinearMethod(LinearMethodBase):
+    """``y = W S(x) + b + W alpha``, around the method that holds `W`.
+
+    Args:
+        inner: vLLM's method for the layer without SPON.
+        paths: of the linears in the layer, as vLLM names them.
+        masks: of each of them.
+        settings: what is served.
+        coverage: told about the layer.
+    """
+
+    def __init__(
+        self, inner: Any, paths: Sequence[str], masks: Sequence[Masks], settings: Settings, coverage: Coverage
+    ) -> None:
+        self.inner, self.paths, self.masks = inner, list(paths), list(masks)
+        self.settings, self.coverage = settings, coverage
+        self.plain = isinstance(inner, UnquantizedLinearMethod)
+        self.shard_sizes: list[int] | None = None
+        coverage.add(paths)
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Make the inner method's parameters, and those that a merged checkpoint fills.
+
+        Raises:
+            SponError: the layer fuses other linears than the adapter knows, an alpha has another length than the
+                layer's input, or a merged checkpoint's weights are quantized.
+        """
+        self._check(input_size, output_partition_sizes)
+        self.sizes, self.in_part, self.in_full = list(output_partition_sizes), input_size_per_partition, input_size
+        attributes = dict(extra_weight_attrs)
+        if not self.plain and type(self.inner).__name__ not in WEIGHT_LOADER_V2_SUPPORTED:
+            attributes["weight_loader"] = layer.weight_loader  # vLLM chose one by the name of this class
+        self.inner.create_weights(
+            layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **attributes
+        )
+        if self.settings.merged:
+            self._expect_merged(layer, params_dtype, extra_weight_attrs["weight_loader"])
+
+    def _check(self, input_size: int, output_partition_sizes: Sequence[int]) -> None:
+        if len(self.paths) not in (1, len(output_partition_sizes)):
+            raise SponError.of(
+                self.paths[0], f"{len(self.paths)} linears", f"a layer of {len(output_partition_sizes)} in vLLM",
+                "This layer is not supported; leave these linears out of target_modules.",
+            )  # fmt: skip
+        for path, mask in zip(self.paths, self.masks, strict=True):
+            if mask.alpha is not None and mask.alpha.numel() != input_size:
+                raise SponError.of(
+                    f"{path}.spon_alpha", tuple(mask.alpha.shape), f"shape ({input_size},), the layer's input",
+                    "The adapter was made for another model.",
+                )  # fmt: skip
+        if self.settings.merged and not self.plain:
+            raise SponError.of(
+                self.paths[0], type(self.inner).__name__, "plain weights in a merged checkpoint",
+                "Serve the quantized base model with the adapter directory.",
+            )  # fmt: skip
+
+    def _expect_merged(self, layer: nn.Module, dtype: torch.dtype, loader: Any) -> None:
+        """Let vLLM's loader fill what a merged checkpoint has for every sparse linear."""
+        count, width = len(self.sizes), sum(self.sizes)
+        threshold = torch.zeros(count, dtype=torch.float32)
+        layer.register_parameter("spon_threshold", PerTensorScaleParameter(data=threshold, weight_loader=loader))
+        if self.settings.has_dense_bias:
+            bias = ChannelQuantScaleParameter(
+                data=torch.zeros(width, dtype=dtype), output_dim=0, weight_loader=loader
+            )
+            layer.register_parameter("spon_dense_bias", bias)
+        # The folded bias is called `bias`. A layer that vLLM makes without one sets it to None after this method
+        # returns, and its loader would then skip the tensor: put a parameter in the place of that None.
+        register = layer.register_parameter
+
+        def register_bias(name: str, parameter: Any) -> None:
+            if name == "bias":
+                del layer.register_parameter
+                if parameter is None:
+                    parameter = nn.Parameter(torch.zeros(width, dtype=dtype), requires_grad=False)
+                    set_weight_attrs(parameter, {"output_dim": 0, "weight_loader": layer.weight_loader})
+            register(name, parameter)
+
+        layer.register_parameter = register_bias  # type: ignore[method-assign, assignment]
+
+    @torch.no_grad()
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Fold alpha into the bias and lay the weight out for the kernels, on the rank's own part."""
+        if self.plain:
+            # One copy, [in, out] in memory and [out, in] to everything that asks; the parameter keeps its loader.
+            layer.weight.data = layer.weight.data.t().contiguous().t()
+        else:
+            self.inner.process_weights_after_loading(layer)
+        # vLLM adds a row-parallel layer's bias on one rank, and none where the model adds it itself.
+        row_parallel = self.in_part != self.in_full or hasattr(layer, "input_is_parallel")
+        bias = layer.bias if not layer.skip_bias_add and not (row_parallel and layer.tp_rank > 0) else None
+        total = self._merged_bias(layer, bias, row_parallel) if self.settings.merged else self._fold(layer)
+        if bias is not None and self.plain and not self.settings.merged:
+            total += bias.float()
+        thresholds = torch.cat([mask.threshold for mask in self.masks])
+        if bool((thresholds == thresholds[0]).all()):
+            thresholds = thresholds[:1]
+        else:
+            self.shard_sizes = self.sizes
+        layer.register_buffer("spon_threshold", thresholds.to(total.device), persistent=False)
+        layer.register_buffer("spon_bias", total.contiguous(), persistent=False)
+        self.coverage.finish(
+            4 * (total.numel() + thresholds.numel()),
+            self.settings,
+            layer.quant_config.names,
+            get_tensor_model_parallel_rank() == 0,
+            get_pp_group().world_size == 1,
+        )
+
+    def _fold(self, layer: nn.Module) -> Tensor:
+        """float32 ``[out_features of this rank]``: ``W alpha`` of this rank's inputs; the all-reduce adds them up."""
+        first = layer.tp_rank * self.in_part if self.in_part != self.in_full else 0
+        rows = []
+        for index, mask in enumerate(self.masks):
+            start = sum(self.sizes[:index])
+            size = self.sizes[index] if len(self.masks) > 1 else sum(self.sizes)
+            if mask.alpha is None:
+                rows.append(torch.zeros(size, dtype=torch.float32, device=_device(layer)))
+                continue
+            alpha = mask.alpha[first : first + self.in_part].to(_device(layer))
+            if self.plain:
+                weight = layer.weight.data[start : start + size]
+                rows.append(torch.cat([part.float() @ alpha for part in weight.split(_FOLD_ROWS)]))
+            else:
+                rows.append(self._product(layer, alpha)[start : start + size])
+        return torch.cat(rows)
+
+    def _product(self, layer: nn.Module, alpha: Tensor) -> Tensor:
+        """What a layer of unknown weight format makes of alpha: ``linear(alpha) - linear(0)``."""
+        rows = torch.stack([alpha, torch.zeros_like(alpha)]).to(layer.params_dtype)
+        out = self.inner.apply(layer, rows, None).float()
+        return out[0] - out[1]
+
+    def _merged_bias(self, layer: nn.Module, bias: Tensor | None, row_parallel: bool) -> Tensor:
+        """Tell the checkpoint's two biases apart: `layer.bias` becomes the dense one, the result is the folded one."""
+        folded = layer.bias.data.to(torch.float32, copy=True)
+        dense = layer.spon_dense_bias.data if self.settings.has_dense_bias else None
+        del layer.spon_threshold
+        if dense is not None:
+            del layer.spon_dense_bias
+            layer.bias.data.copy_(dense)
+        elif layer.skip_bias_add:
+            return torch.zeros_like(folded)
+        if bias is not None:
+            return folded
+        return folded - layer.bias.data.float() if not row_parallel or layer.tp_rank == 0 else torch.zeros_like(folded)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute the layer.
+
+        Args:
+            layer: vLLM's.
+            x: ``[tokens, in_features of this rank]``.
+            bias: the dense model's, where this rank adds it.
+
+        Returns:
+            ``[tokens, out_features of this rank]`` in `x.dtype`.
+        """
+        limit, threshold, folded = self.settings.limit, layer.spon_threshold, layer.spon_bias
+        if self.plain:
+            return torch.ops.spon_vllm.linear(x, layer.weight, threshold, folded, bias, self.shard_sizes, limit)
+        if self.shard_sizes is None:
+            y = self.inner.apply(layer, torch.ops.spon_vllm.mask(x, threshold, limit), bias)
+        else:
+            # A packed weight cannot be cut, so each mask runs the whole layer: right, and as slow as it sounds.
+            parts = []
+            for index, size in enumerate(self.sizes):
+                masked = torch.ops.spon_vllm.mask(x, threshold[index : index + 1], limit)
+                whole = self.inner.apply(layer, masked, bias)
+                parts.append(whole.narrow(-1, sum(self.sizes[:index]), size))
+            y = torch.cat(parts, dim=-1)
+        return torch.ops.spon_vllm.add_bias(y, folded, limit)
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where the layer computes."""
+    tensor = next(layer.parameters(), None)
+    return tensor.device if tensor is not None else torch.device("cpu")

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`spon_vllm::linear`: the sparse linear layer as one operator that `torch.compile` cannot look into.
+
+vLLM drops Dynamo's guards, so whatever Python decides while a graph is traced stays decided: a branch on the number of
+tokens, a threshold that is a float, a bias that is None. Here the branch is inside the operator, and thresholds and
+biases are tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spon_plugin.kernels import sparse_linear
+from spon_plugin.masking import sparsify
+from spon_vllm import metrics
+
+_LIBRARY = torch.library.Library("spon_vllm", "DEF")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor weight, Tensor threshold, Tensor sparse_bias, Tensor? dense_bias, int[]? shard_sizes, "
+    "int limit) -> Tensor"
+)
+_LIBRARY.define("mask(Tensor x, Tensor threshold, int limit) -> Tensor")
+_LIBRARY.define("add_bias(Tensor y, Tensor extra, int limit) -> Tensor")
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    sparse_bias: Tensor,
+    dense_bias: Tensor | None,
+    shard_sizes: list[int] | None,
+    limit: int,
+) -> Tensor:
+    """``S(x) weight^T + sparse_bias`` in a step of at most `limit` tokens, ``x weight^T + dense_bias`` in a larger one.
+
+    Args:
+        x: ``[..., in_features]``.
+        weight: ``[out_features, in_features]``, whose transpose is contiguous.
+        threshold: float32 ``[1]``, or ``[n_shards]`` with `shard_sizes`.
+        sparse_bias: float32 ``[out_features]``, ``b + W alpha``.
+        dense_bias: ``[out_features]``, the base model's; None for none.
+        shard_sizes: the widths of the linears fused in `weight`, where their thresholds differ.
+        limit: in tokens; negative for none.
+
+    Returns:
+        ``[..., out_features]`` in `x.dtype`.
+    """
+    if not runs_sparse(x, limit):
+        metrics.COUNTERS.dense_calls += 1
+        return F.linear(x, weight, dense_bias)
+    metrics.COUNTERS.count_sparse(x, threshold)
+    return sparse_linear(x, weight.t(), threshold, sparse_bias, shard_sizes=shard_sizes or [weight.shape[0]])
+
+
+def mask(x: Tensor, threshold: Tensor, limit: int) -> Tensor:
+    """``S(x)`` in a step of at most `limit` tokens, a copy of `x` in a larger one; for weights of another format."""
+    if not runs_sparse(x, limit):
+        metrics.COUNTERS.dense_calls += 1
+        return x.clone()
+    metrics.COUNTERS.count_sparse(x, threshold)
+    return sparsify(x, threshold)
+
+
+def add_bias(y: Tensor, extra: Tensor, limit: int) -> Tensor:
+    """``y + extra`` in a step of at most `limit` tokens, a copy of `y` in a larger one; added in float32."""
+    return (y.float() + extra).to(y.dtype) if runs_sparse(y, limit) else y.clone()
+
+
+def runs_sparse(x: Tensor, limit: int) -> bool:
+    """Whether a step with the tokens of `x` ``[..., features]`` is sparse."""
+    return limit < 0 or x.shape[:-1].numel() <= limit
+
+
+def _like_linear(
+    x: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    sparse_bias: Tensor,
+    dense_bias: Tensor | None,
+    shard_sizes: list[int] | None,
+    limit: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+for _name, _implementation, _fake in (
+    ("linear", linear, _like_linear),
+    ("mask", mask, lambda x, threshold, limit: torch.empty_like(x)),
+    ("add_bias", add_bias, lambda y, extra, limit: torch.empty_like(y)),
+):
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"spon_vllm::{_name}", _fake, lib=_LIBRARY)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker says once its layers are ready: one line on what it serves, and one on what stays dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+if TYPE_CHECKING:
+    from spon_vllm.settings import Settings
+
+logger = init_logger("vllm.spon")
+
+
+@dataclass
+class Coverage:
+    """Which of a model's layers are sparse, counted while vLLM makes and fills them.
+
+    Attributes:
+        made: layers that have been made.
+        ready: layers whose weights are in place.
+        modules: the adapter's linears in them.
+        extra_bytes: memory that the sparse layers add: thresholds and biases.
+    """
+
+    made: int = 0
+    ready: int = 0
+    modules: set[str] = field(default_factory=set)
+    extra_bytes: int = 0
+
+    def add(self, modules: Iterable[str]) -> None:
+        """A layer for `modules` has been made."""
+        self.made += 1
+        self.modules.update(modules)
+
+    def finish(self, extra_bytes: int, settings: Settings, wanted: Iterable[str], speaks: bool, whole: bool) -> None:
+        """A layer is ready; after the last one, log.
+
+        Args:
+            extra_bytes: what the layer adds.
+            settings: what is served.
+            wanted: the adapter's linears, as vLLM names them.
+            speaks: whether this worker logs; the others hold the same layers.
+            whole: whether this worker holds every block of the model (no pipeline parallelism).
+        """
+        self.ready += 1
+        self.extra_bytes += extra_bytes
+        if self.ready != self.made or not speaks:
+            return
+        logger.info("%s", self.line(settings))
+        dense = sorted(set(wanted) - self.modules)
+        if dense and whole:
+            logger.warning(
+                "SPON: %d linears of the adapter stay dense, without mask or alpha: vLLM does not compute them as "
+                "plain linear layers (experts, routers, lm_head, kv_b_proj). They are %s%s",
+                len(dense), ", ".join(dense[:3]), " and others." if len(dense) > 3 else ".",
+            )  # fmt: skip
+
+    def line(self, settings: Settings) -> str:
+        """The line that an operator looks for."""
+        source = settings.adapter or "merged into the checkpoint"
+        mode = settings.token_mode
+        if mode == "decode":
+            mode += f" (sparse up to {settings.max_sparse_tokens} tokens in a step, dense above)"
+        return (
+            f"SPON: adapter {source}, digest {settings.digest[:12]}, target sparsity {settings.sparsity:.0%}, "
+            f"{len(self.modules)} linears in {self.made} layers, tokens: {mode}, "
+            f"extra memory {self.extra_bytes / 2**20:.2f} MiB per worker"
+        )

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server is asked to serve: where the masks come from, and which tokens they apply to.
+
+Everything is read and checked in the process that makes vLLM's configuration, before a worker starts, and goes to the
+workers as the JSON object that `Settings.as_config` makes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from spon_plugin.adapter import read_adapter
+from spon_plugin.errors import SponError
+from spon_plugin.masking import TOKEN_MODES
+from spon_vllm import QUANT_METHOD
+
+ADAPTER_VARIABLE = "SPON_ADAPTER"
+TOKEN_MODE_VARIABLE = "SPON_TOKEN_MODE"
+MAX_SPARSE_TOKENS_VARIABLE = "SPON_MAX_SPARSE_TOKENS"
+
+DEFAULT_TOKEN_MODE = "decode"
+DEFAULT_MAX_SPARSE_TOKENS = 8
+EVERY_STEP = -1
+"""The limit of mode ``all``: no step is too large to be sparse."""
+
+_NAME_IT = (
+    "Name one: vllm serve ADAPTER_DIR, or vllm serve BASE --quantization spon --hf-overrides "
+    '\'{"quantization_config": {"quant_method": "spon", "adapter": "ADAPTER_DIR"}}\', or SPON_ADAPTER=ADAPTER_DIR, '
+    "or serve a checkpoint that `spon merge` wrote."
+)
+_KNOWN = ("quant_method", "adapter", "adapter_digest", "token_mode", "max_sparse_tokens", "base_quantization_config")
+_MERGED = ("format_version", "sparsity", "tokens", "dense_prefix", "thresholds")
+
+_served_adapter: ContextVar[str | None] = ContextVar("spon_served_adapter", default=None)
+
+
+@contextmanager
+def serving_adapter(adapter: str | None) -> Iterator[None]:
+    """While vLLM's configuration is made in this block, `adapter` is what it is made for."""
+    token = _served_adapter.set(adapter)
+    try:
+        yield
+    finally:
+        _served_adapter.reset(token)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One model's masks and how they are served.
+
+    Attributes:
+        adapter: the adapter directory; None for a merged checkpoint, which holds its own masks.
+        thresholds: module path -> threshold, of a merged checkpoint; empty with an adapter.
+        digest: of the adapter (`spon_plugin.Adapter.digest`); it makes vLLM's compile cache tell adapters apart.
+        sparsity: the target.
+        has_dense_bias: whether a merged checkpoint holds the dense model's biases beside the folded ones.
+        token_mode: ``all``, every step is sparse; ``decode``, steps of more than `max_sparse_tokens` tokens are dense.
+        max_sparse_tokens: the largest number of tokens in a step that runs sparse in mode ``decode``.
+        base_quantization: `quantization_config` of the base model, if its weights are quantized.
+    """
+
+    adapter: str | None = None
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    digest: str = ""
+    sparsity: float = 0.0
+    has_dense_bias: bool = False
+    token_mode: str = DEFAULT_TOKEN_MODE
+    max_sparse_tokens: int = DEFAULT_MAX_SPARSE_TOKENS
+    base_quantization: Mapping[str, Any] | None = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether the masks are those of a merged checkpoint."""
+        return self.adapter is None
+
+    @property
+    def limit(self) -> int:
+        """The largest number of tokens in a step that runs sparse; `EVERY_STEP` for no limit."""
+        return EVERY_STEP if self.token_mode == "all" else self.max_sparse_tokens
+
+    @property
+    def modules(self) -> list[str]:
+        """The paths of the sparsified linears, as the base model names them."""
+        return list(self.thresholds) if self.adapter is None else list(read_adapter(self.adapter).thresholds)
+
+    def as_config(self, merged_fields: Mapping[str, Any]) -> dict[str, Any]:
+        """``quantization_config`` that says the same; `resolve` reads it back.
+
+        Args:
+            merged_fields: the fields of a merged checkpoint's `quantization_config`, kept as they are.
+        """
+        config: dict[str, Any] = {key: merged_fields[key] for key in _MERGED if key in merged_fields}
+        config |= {
+            "quant_method": QUANT_METHOD,
+            "adapter_digest": self.digest,
+            "token_mode": self.token_mode,
+            "max_sparse_tokens": self.max_sparse_tokens,
+        }
+        if self.adapter is not None:
+            config["adapter"] = self.adapter
+        if self.base_quantization is not None:
+            config["base_quantization_config"] = dict(self.base_quantization)
+        return config
+
+
+def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any]]:
+    """Find out what is to be served.
+
+    Args:
+        given: `quantization_config` as vLLM has it: of the checkpoint, or from ``--hf-overrides``.
+        stored: `quantization_config` in the model's own `config.json`, which an override replaces as a whole.
+
+    Returns:
+        The settings, and the fields of a merged checkpoint.
+
+    Raises:
+        SponError: no adapter is named, or two are; it cannot be read; a setting is unknown or wrong.
+    """
+    given, base, merged = _split(given, stored)
+    settings = _token_settings(given)
+    if base is not None:
+        settings = replace(settings, base_quantization=base)
+    adapter = given.get("adapter") or _served_adapter.get() or os.environ.get(ADAPTER_VARIABLE)
+    if merged is None:
+        return _with_adapter(settings, adapter), {}
+    if adapter is not None and read_adapter(adapter).digest != merged.get("adapter_digest"):
+        raise SponError.of(
+            "adapter", adapter, "none, as the checkpoint has another one merged into it", "Serve the base model."
+        )
+    prefix, tokens = merged.get("dense_prefix", 0), merged.get("tokens", "all")
+    settings = replace(
+        settings,
+        thresholds=_thresholds(merged),
+        digest=str(merged.get("adapter_digest")),
+        sparsity=merged.get("sparsity", 0.0),
+        has_dense_bias=prefix > 0 or tokens != "all",
+    )
+    return settings, dict(merged)
+
+
+def _split(
+    given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any] | None]:
+    """Tell apart what was asked for, the base's own quantization, and a merged checkpoint's fields."""
+    given, stored = dict(given or {}), dict(stored or {})
+    base = given.pop("base_quantization_config", None)
+    if given.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
+        base, given = given, {}
+    elif base is None and stored.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
+        base = stored
+    # An override on a merged checkpoint takes the place of the whole object, masks and all: bring them back.
+    fields = {**{key: stored[key] for key in (*_MERGED, "adapter_digest") if key in stored}, **given}
+    merged = fields if "thresholds" in fields else None
+    unknown = sorted(key for key in given if key not in _KNOWN and key not in _MERGED)
+    if unknown:
+        raise SponError.of("quantization_config", unknown, "fields among " + ", ".join(_KNOWN))
+    return given, base, merged
+
+
+def _token_settings(given: Mapping[str, Any]) -> Settings:
+    mode = given.get("token_mode") or os.environ.get(TOKEN_MODE_VARIABLE) or DEFAULT_TOKEN_MODE
+    if mode not in TOKEN_MODES:
+        raise SponError.of("token_mode", mode, "one of " + ", ".join(TOKEN_MODES))
+    limit = given.get("max_sparse_tokens")
+    if limit is None:
+        limit = os.environ.get(MAX_SPARSE_TOKENS_VARIABLE, DEFAULT_MAX_SPARSE_TOKENS)
+    try:
+        number = -1 if isinstance(limit, bool | float) else int(limit)
+    except (TypeError, ValueError):
+        number = -1
+    if number < 1:
+        raise SponError.of("max_sparse_tokens", limit, "a whole number >= 1")
+    return Settings(token_mode=mode, max_sparse_tokens=number)
+
+
+def _with_adapter(settings: Settings, adapter: Any) -> Settings:
+    if adapter is None:
+        raise SponError.of("adapter", None, "a SPON adapter for --quantization spon", _NAME_IT)
+    if not isinstance(adapter, str) or not os.path.isdir(os.path.expanduser(adapter)):
+        raise SponError.of(
+            "adapter", adapter, "an existing adapter directory", "Check the path; a hub name has to be downloaded first."
+        )
+    path = os.path.abspath(os.path.expanduser(adapter))
+    loaded = read_adapter(path)
+    return replace(settings, adapter=path, digest=loaded.digest, sparsity=loaded.fields.sparsity)
+
+
+def _thresholds(merged: Mapping[str, Any]) -> dict[str, float]:
+    thresholds = merged["thresholds"]
+    if not isinstance(thresholds, dict) or not thresholds:
+        raise SponError.of("quantization_config: thresholds", thresholds, "module paths with their thresholds")
+    for path, value in thresholds.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < float("inf"):
+            raise SponError.of(f"quantization_config: threshold of {path}", value, "a finite number >= 0")
+    return dict(thresholds)
