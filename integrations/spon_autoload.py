@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers SPON with PEFT and transformers without an import by the user.
+"""Registers SPON with PEFT, transformers and lm-eval without an import by the user.
 
 torch (>= 2.5) calls :func:`autoload` at the end of ``import torch`` (entry point group ``torch.backends``) and turns an
 exception raised there into a failure of ``import torch`` for the whole environment. So this module stands alone: the
@@ -19,6 +19,7 @@ from types import ModuleType
 HOOKS = {
     "peft.tuners": "spon_peft:register",
     "transformers.quantizers.auto": "spon_transformers:register",
+    "lm_eval.models": "spon_lm_eval:register",
 }
 _pending = dict(HOOKS)
 _searching: set[str] = set()  # hosts for which the finders behind ours are being asked

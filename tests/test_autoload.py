@@ -2,7 +2,7 @@
 """What `import torch` does with SPON installed, intact or not: tests of integrations/spon_autoload.py.
 
 Every test runs in a fresh interpreter with a site directory of its own, which holds a copy of the module under test and
-the metadata that make torch call it. Most of them put tiny stand-ins for torch, peft and transformers there as well.
+the metadata that make torch call it. Most of them put tiny stand-ins for torch, peft, transformers and lm_eval there as well.
 """
 
 import ast
@@ -53,6 +53,9 @@ WARNING = "RuntimeWarning: spon-plugin could not register with "
 needs_hosts = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("peft", "transformers"))), reason="needs peft and transformers"
 )
+# tests/lm_eval is on sys.path under that name, as a package without a file
+LM_EVAL = importlib.util.find_spec("lm_eval")
+needs_lm_eval = pytest.mark.skipif(LM_EVAL is None or LM_EVAL.origin is None, reason="needs lm-eval")
 
 
 class Site:
@@ -100,8 +103,11 @@ def fake(real):
     real.write("transformers/__init__.py")
     real.write("transformers/quantizers/__init__.py")
     real.write("transformers/quantizers/auto.py", "READY = True\n")
+    real.write("lm_eval/__init__.py")
+    real.write("lm_eval/models/__init__.py", "READY = True\n")
     real.write("spon_peft/__init__.py", REGISTER)
     real.write("spon_transformers/__init__.py", REGISTER)
+    real.write("spon_lm_eval/__init__.py", REGISTER)
     return real
 
 
@@ -195,12 +201,51 @@ def register():
     print("registered", __name__)
 """,
     )
-    result = real.run(f"{first}\nimport peft, transformers.quantizers.auto\nprint(len(sys.meta_path))")
+    real.write("lm_eval/__init__.py")
+    real.write("lm_eval/models/__init__.py")
+    real.write("spon_lm_eval/__init__.py", REGISTER)
+    ours = 'print(sum(type(finder).__module__ == "spon_autoload" for finder in sys.meta_path))'
+    result = real.run(f"{first}\nimport peft, transformers.quantizers.auto, lm_eval.models\n{ours}")
     assert result.returncode == 0, result.stderr
     assert "spon" not in result.stderr
-    *registered, finders = result.stdout.splitlines()
-    assert sorted(registered) == ["registered spon_peft", "registered spon_transformers"]
-    assert finders == real.output("import torch\nprint(len(sys.meta_path))", SPON_AUTOLOAD="0")[0]
+    *registered, left = result.stdout.splitlines()
+    assert sorted(registered) == ["registered spon_lm_eval", "registered spon_peft", "registered spon_transformers"]
+    assert left == "0"
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param("import torch, lm_eval.models", id="torch-first"),
+        pytest.param("import lm_eval.models, torch", id="models-first"),
+        pytest.param("from lm_eval.models.huggingface import HFLM", id="model-of-lm-eval-first"),
+        pytest.param("import lm_eval.evaluator", id="evaluator-first"),
+        pytest.param("import spon_lm_eval, torch", id="our-package-first"),
+    ],
+)
+def test_real_lm_eval_offers_what_the_hook_needs(real, first):
+    """At the time of the hook: a registry that takes a placeholder, without importing what it stands for."""
+    real.write(
+        "spon_lm_eval/__init__.py",
+        """
+def register():
+    import sys
+    from lm_eval.api.registry import model_registry
+    assert "hf" in model_registry
+    before = set(sys.modules)
+    if "spon-hf" not in model_registry:
+        model_registry.register("spon-hf", target="spon_lm_eval:Model")
+    assert set(sys.modules) == before
+    print("registered", __name__)
+class Model:
+    pass
+""",
+    )
+    result = real.run(f"{first}\nimport torch\nfrom lm_eval.api.registry import get_model\nprint(get_model('spon-hf'))")
+    assert result.returncode == 0, result.stderr
+    assert "could not register" not in result.stderr
+    assert result.stdout.splitlines() == ["registered spon_lm_eval", "<class 'spon_lm_eval.Model'>"]
 
 
 # --- when the hooks run ---
@@ -214,10 +259,12 @@ print("torch")
 import peft.tuners
 print("peft")
 import transformers.quantizers.auto
+import lm_eval.models
 import peft.tuners, torch
 assert sys.meta_path == before
 """
-    assert fake.output(code) == ["torch", "registered spon_peft", "peft", "registered spon_transformers"]
+    registered = ["registered spon_transformers", "registered spon_lm_eval"]
+    assert fake.output(code) == ["torch", "registered spon_peft", "peft", *registered]
 
 
 def test_autoload_called_again(fake):
@@ -227,17 +274,18 @@ spon_autoload.autoload()
 print(sum(type(finder).__module__ == "spon_autoload" for finder in sys.meta_path))
 import peft.tuners
 spon_autoload.autoload()
-import transformers.quantizers.auto
+import transformers.quantizers.auto, lm_eval.models
 spon_autoload.autoload()
 print(sum(type(finder).__module__ == "spon_autoload" for finder in sys.meta_path))
 """
-    assert fake.output(code) == ["1", "registered spon_peft", "registered spon_transformers", "0"]
+    registered = ["registered spon_peft", "registered spon_transformers", "registered spon_lm_eval"]
+    assert fake.output(code) == ["1", *registered, "0"]
 
 
 def test_switched_off(fake):
     code = """
 before = sys.meta_path, list(sys.meta_path)
-import torch, peft.tuners, transformers.quantizers.auto
+import torch, peft.tuners, transformers.quantizers.auto, lm_eval.models
 assert sys.meta_path is before[0] and sys.meta_path == before[1]
 assert "spon_autoload" in sys.modules
 """
@@ -369,7 +417,8 @@ def test_failing_hook_where_warnings_are_errors(fake):
 def test_absent_packages_are_silent(fake):
     shutil.rmtree(fake.path / "spon_peft")
     shutil.rmtree(fake.path / "spon_transformers")
-    assert fake.output("import torch, peft.tuners, transformers.quantizers.auto", "-W", "error") == []
+    shutil.rmtree(fake.path / "spon_lm_eval")
+    assert fake.output("import torch, peft.tuners, transformers.quantizers.auto, lm_eval.models", "-W", "error") == []
 
 
 def test_directory_left_by_an_uninstall_is_silent(fake):
@@ -549,10 +598,10 @@ import torch
 others = iter(sys.meta_path)
 next(others)
 expected = sys.meta_path[1:]
-import peft.tuners, transformers.quantizers.auto
+import peft.tuners, transformers.quantizers.auto, lm_eval.models
 assert list(others) == expected == sys.meta_path
 """
-    assert fake.output(code) == ["registered spon_peft", "registered spon_transformers"]
+    assert fake.output(code)[:2] == ["registered spon_peft", "registered spon_transformers"]
 
 
 # --- threads ---

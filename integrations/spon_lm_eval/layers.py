@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put an adapter on a loaded model, and say what its layers are and compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from spon_lm_eval.arguments import SponArguments
+from spon_plugin.errors import SponError
+from spon_plugin.linear import SparseConv1D, SparseLinear, linear_features
+from spon_plugin.sites import Site, find_sites
+from spon_plugin.tokens import DenseTokens
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """One sparsified linear of the evaluated model.
+
+    Attributes:
+        path: of the linear in the base model.
+        module: the layer whose input is masked.
+        threshold: float32 ``[1]``.
+        tokens: which tokens of a pass are dense; None where every token is masked.
+        in_features: length of its input.
+        weights: number of its weights.
+    """
+
+    path: str
+    module: nn.Module
+    threshold: Tensor
+    tokens: DenseTokens | None
+    in_features: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class SparseModel:
+    """A model under an adapter.
+
+    Attributes:
+        model: what to call: the merged model, or a `PeftModel` around a quantized one.
+        inner: the transformers model inside it, which every forward pass goes through.
+        layers: its sparsified linears.
+        sites: the input sites of the base model; empty if they could not be found.
+    """
+
+    model: Any
+    inner: nn.Module
+    layers: list[SparseLayer]
+    sites: list[Site]
+
+
+def with_adapter(base: Any, arguments: SponArguments) -> SparseModel:
+    """Put the adapter on `base`, with ``W alpha`` folded into its biases.
+
+    A floating-point model becomes a plain one of `SparseLinear` layers, the very layers of a merged checkpoint. The
+    layers of a quantized model stay inside PEFT's.
+
+    Args:
+        base: a transformers model, changed in place.
+        arguments: the adapter, and how to evaluate it.
+
+    Raises:
+        SponError: the adapter was made for another base model.
+    """
+    from peft import PeftConfig, PeftModel
+
+    from spon_peft.adapters import injected_layers
+
+    sites = _sites(base)
+    config: Any = PeftConfig.from_pretrained(arguments.directory)
+    config.tokens, config.dense_prefix = arguments.tokens, arguments.dense_prefix
+    model = PeftModel.from_pretrained(base, arguments.directory, config=config).eval()
+    name = model.active_adapter
+    layers = injected_layers(model, name)
+    if not arguments.alpha:
+        model.peft_config[name].alpha_modules = []  # type: ignore[union-attr]
+        for layer in layers.values():
+            if name in layer.spon_alpha:
+                del layer.spon_alpha[name]
+    if any(layer.quantization_backend is not None for layer in layers.values()):
+        model.merge_adapter()
+        inner = model.get_base_model()
+        found = [
+            SparseLayer(
+                path,
+                layer,  # type: ignore[arg-type]
+                layer.spon_threshold[name],
+                layer.spon_tokens.get(name),
+                layer.in_features,
+                layer.in_features * layer.out_features,
+            )
+            for path, layer in layers.items()
+        ]
+        return SparseModel(model, inner, found, sites)
+    merged: Any = model.merge_and_unload()
+    found = []
+    for path in layers:
+        module = merged.get_submodule(path)
+        in_features, out_features = linear_features(module)
+        found.append(
+            SparseLayer(path, module, module.spon_threshold, module.tokens, in_features, in_features * out_features)
+        )
+    return SparseModel(merged, merged, found, sites)
+
+
+def kernel_of(layer: nn.Module) -> str:
+    """The name of what computes a sparsified linear."""
+    own = getattr(layer, "kernel", None)
+    if isinstance(own, str):
+        return own
+    merged = isinstance(layer, SparseLinear | SparseConv1D)
+    return "masked dense matmul (torch)" if merged else "masked dense matmul (torch), quantized weights"
+
+
+def _sites(base: Any) -> list[Site]:
+    try:
+        return find_sites(base)
+    except SponError:  # linears of another kind than the core knows (GPTQ): each is then a site of its own
+        return []
