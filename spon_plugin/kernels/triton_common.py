@@ -25,6 +25,8 @@ from spon_plugin.errors import SponError
 from spon_plugin.kernels.arguments import Thresholds, check_arguments
 from spon_plugin.kernels.configs import DTYPES, MAX_ROWS, Launch, next_power_of_two
 
+# Said, because the default changes between versions of Triton, and with it the last bit.
+FLOAT_OPTIONS = {"enable_fp_fusion": True}
 # Entries of a tile of partial sums: 64 registers a thread.
 REDUCE_TILE = 8192
 
@@ -281,8 +283,7 @@ class Problem:
             "WIDEN": self.x.dtype == torch.float32 or isinstance(kernel, InterpretedFunction),
             "num_warps": self.launch.num_warps,
             "num_stages": self.launch.num_stages,
-            # Said, because the default changes between versions of Triton, and with it the last bit.
-            "enable_fp_fusion": True,
+            **FLOAT_OPTIONS,
         }
 
     def on_device(self) -> Any:
@@ -315,5 +316,6 @@ class Problem:
             OUT=out_features,
             BLOCK=block,
             num_warps=4,
+            **FLOAT_OPTIONS,
         )
         return self.y

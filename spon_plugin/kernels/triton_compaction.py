@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spon_plugin.kernels.configs import Launch
 from spon_plugin.kernels.triton_common import (
+    FLOAT_OPTIONS,
     Problem,
     add_products,
     empty_sums,
@@ -101,6 +102,7 @@ def _lists(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         BLOCK_ROWS=problem.block_rows,
         BLOCK=CHUNK,
         num_warps=4 if problem.rows == 1 else 8,
+        **FLOAT_OPTIONS,
     )
     return channels, values, counts
 
