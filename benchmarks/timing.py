@@ -74,7 +74,7 @@ def read_bandwidth(buffers: list[Tensor], seconds: float = 0.5) -> float:
 
 def _cpu_rounds(calls: Mapping[str, Callable[[int], object]], copies: int, seconds: float) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for name, call in calls.items():
+    for call in calls.values():
         for i in range(min(3, copies)):
             call(i)
     turn, end = 0, time.perf_counter() + seconds

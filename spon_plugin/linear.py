@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spon_plugin.errors import SponError
+from spon_plugin.kernels import sparse_linear
 from spon_plugin.masking import sparsify
 from spon_plugin.tokens import Attachment, DenseTokens
 
@@ -34,8 +35,18 @@ class _SparseLayer(nn.Module):
         value = torch.zeros(out_features, dtype=like.dtype, device=like.device) if bias is None else bias.detach()
         self.spon_dense_bias = value.clone()
 
-    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
+    def arrange_for_kernels(self) -> None:
+        """Lay the weight out by inputs, ``[in_features, out_features]`` contiguous, as the sparse kernels read it.
+
+        Its shape, its values and what `state_dict` gives stay as they are; there is still one copy. A layer whose
+        weight lies otherwise masks, and multiplies densely.
+        """
+
+    def _compute(self, x: Tensor, weight_t: Tensor) -> Tensor:
         dense = None if self.tokens is None else self.tokens.rows(x)
+        if dense is None and x.dtype == weight_t.dtype and weight_t.is_contiguous():
+            return sparse_linear(x, weight_t, self.spon_threshold, self.bias)
+        weight = weight_t.t()
         kept = sparsify(x, self.spon_threshold, dense)
         if dense is None or self.spon_dense_bias is None:
             return F.linear(kept, weight, self.bias)
@@ -50,8 +61,8 @@ class _SparseLayer(nn.Module):
 class SparseLinear(_SparseLayer, nn.Linear):
     """``y = W S(x) + bias``, with ``bias = b + W alpha`` folded in beforehand.
 
-    The plain reference that PEFT-merged and exported models run. Same parameters as `torch.nn.Linear`, and one buffer
-    more, so state dicts interchange. Every token is masked, unless the layer follows a `DenseTokens`: then dense
+    What PEFT-merged and exported models run: `kernels.sparse_linear`, once `arrange_for_kernels` has been called. Same
+    parameters as `torch.nn.Linear`, and one buffer more, so state dicts interchange. Every token is masked, unless the layer follows a `DenseTokens`: then dense
     tokens compute ``W x + spon_dense_bias``, as in the dense model.
 
     Attributes:
@@ -75,7 +86,18 @@ class SparseLinear(_SparseLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        return self._compute(x, self.weight)
+        return self._compute(x, self.weight.t())
+
+    def arrange_for_kernels(self) -> None:
+        """See `_SparseLayer.arrange_for_kernels`."""
+        weight = self.weight.data
+        if weight.device.type != "meta" and not weight.t().is_contiguous():
+            self.weight.data = weight.t().contiguous().t()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:  # safetensors, and whoever loads the file, take contiguous tensors only
+            destination[prefix + "weight"] = destination[prefix + "weight"].contiguous()
 
 
 class SparseConv1D(_SparseLayer):
@@ -104,7 +126,7 @@ class SparseConv1D(_SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        return self._compute(x, self.weight.t())
+        return self._compute(x, self.weight)
 
     def extra_repr(self) -> str:
         """Show the layer as transformers shows Conv1D."""

@@ -102,6 +102,7 @@ class SponHfQuantizer(HfQuantizer):
             layer = model.get_submodule(path)
             assert isinstance(layer, SparseLinear | SparseConv1D)
             layer.spon_threshold = torch.tensor([value], dtype=torch.float32, device=layer.spon_threshold.device)
+            layer.arrange_for_kernels()
         _follow(model, self.quantization_config)
         model.is_quantized = False  # its weights are ordinary ones: it may be cast and trained
         return model
@@ -134,6 +135,8 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
     from transformers import PreTrainedModel
 
     layers = {path: m for path, m in model.named_modules() if isinstance(m, SparseLinear | SparseConv1D)}
+    for layer in layers.values():
+        layer.arrange_for_kernels()
     config = SponQuantizationConfig(
         thresholds={path: float(layer.spon_threshold) for path, layer in layers.items()},
         sparsity=adapter.fields.sparsity,

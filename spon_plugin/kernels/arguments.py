@@ -31,6 +31,9 @@ class Thresholds(NamedTuple):
             SponError: the two do not fit each other or `weight_t`.
         """
         in_features, out_features = weight_t.shape
+        if shard_sizes is None and threshold.dtype is torch.float32 and threshold.shape == (1,):
+            # The usual case, short of all checks: a decoding step passes here hundreds of times.
+            return Thresholds((threshold,), [out_features])
         sizes = [out_features] if shard_sizes is None else list(shard_sizes)
         check_threshold(threshold, in_features, out_features, sizes)
         if len(sizes) > 1 and (threshold.dim() == 2 or threshold.numel() == len(sizes)):
@@ -50,7 +53,8 @@ def check_threshold(threshold: Tensor, in_features: int, out_features: int, size
     if sum(sizes) != out_features or not all(size > 0 for size in sizes):
         raise SponError.of("shard_sizes", list(sizes), f"positive widths that add up to out_features ({out_features})")
     shards = len(sizes)
-    shapes = {(1,), (in_features,), (shards,), (shards, in_features)}
+    # A tuple, not a set: under torch.compile sizes may be symbols, which have no hash.
+    shapes = ((1,), (in_features,), (shards,), (shards, in_features))
     if tuple(threshold.shape) not in shapes:
         raise SponError.of(
             "threshold",

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from spon_plugin.kernels import reference
-from spon_plugin.kernels.arguments import check_arguments, check_threshold
+from spon_plugin.kernels import cpu, cuda, gemm
+from spon_plugin.kernels.arguments import Thresholds, check_arguments, check_threshold
+from spon_plugin.masking import keep_mask, sparsify
+
+# The largest batch of the CPU kernel. Beyond it hardly an input is masked in all rows, and a GEMM reuses each weight.
+CPU_ROWS = 8
 
 _LIBRARY = torch.library.Library("spon", "DEF")
 _LIBRARY.define(
@@ -27,25 +32,91 @@ def sparse_linear(
 ) -> Tensor:
     """``y = S(x) weight_t + bias``, reading only the rows of `weight_t` that the mask keeps where that is faster.
 
-    Arguments, shapes and dtypes are those of `reference.sparse_linear`.
+    Arguments, shapes and dtypes are those of `reference.sparse_linear`. Which implementation runs depends on device,
+    dtype and number of rows; see `implementation`. All of them mask alike (`masking.keep_mask`) and accumulate in
+    float32; a GEMM of torch adds up in its own order. The gradient is that of the reference: through the kept entries.
 
     Raises:
         SponError: arguments that do not fit each other.
     """
+    if _is_plain(x, weight_t, bias):
+        # The dispatcher and its Python bridge cost several microseconds, as much as a small layer's work.
+        return _run(x, weight_t, threshold, bias, shard_sizes)
     return torch.ops.spon.sparse_linear(x, weight_t, threshold, bias, shard_sizes)
 
 
-def _run(x: Tensor, weight_t: Tensor, threshold: Tensor, bias: Tensor | None, shard_sizes: list[int] | None) -> Tensor:
+def implementation(x: Tensor) -> str:
+    """The name of what `sparse_linear` runs for an input like `x`: "cuda", "cpu" (sparse) or "gemm" (masked dense)."""
+    if x.is_cuda:
+        return "cuda"
+    rows = x.shape[:-1].numel()
+    small = 0 < rows <= CPU_ROWS and x.shape[-1] > 0
+    return "cpu" if small and x.device.type == "cpu" and x.dtype in cpu.DTYPES and cpu.is_available() else "gemm"
+
+
+def _is_plain(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> bool:
+    """Whether nobody has to see this call: no compiler, no tensor subclass, no gradient."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or type(weight_t) not in (Tensor, nn.Parameter):
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not (x.requires_grad or weight_t.requires_grad or (bias is not None and bias.requires_grad))
+
+
+# The dispatcher leaves out trailing arguments that equal their defaults.
+def _run(
+    x: Tensor,
+    weight_t: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    shard_sizes: Sequence[int] | None = None,
+) -> Tensor:
     check_arguments(x, weight_t, bias)
-    return reference.sparse_linear(x, weight_t, threshold, bias, shard_sizes=shard_sizes)
+    kind = implementation(x)
+    if kind == "cuda":
+        return cuda.sparse_linear(x, weight_t, threshold, bias, shard_sizes)
+    if kind == "cpu":
+        return cpu.sparse_linear(x, weight_t, threshold, bias, shard_sizes=shard_sizes)
+    return gemm.sparse_linear(x, weight_t, threshold, bias, shard_sizes=shard_sizes)
 
 
-def _fake(x: Tensor, weight_t: Tensor, threshold: Tensor, bias: Tensor | None, shard_sizes: list[int] | None) -> Tensor:
+def _fake(
+    x: Tensor,
+    weight_t: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    shard_sizes: Sequence[int] | None = None,
+) -> Tensor:
     check_arguments(x, weight_t, bias)
     in_features, out_features = weight_t.shape
     check_threshold(threshold, in_features, out_features, shard_sizes or [out_features])
-    return x.new_empty((*x.shape[:-1], weight_t.shape[1]))
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight_t, threshold, bias, ctx.shard_sizes = (*inputs, None, None)[:5]
+    ctx.save_for_backward(x, weight_t, threshold)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight_t, threshold = ctx.saved_tensors
+    thresholds = Thresholds.of(threshold, weight_t, ctx.shard_sizes)
+    shards = list(zip(thresholds.rows, grad.split(thresholds.sizes, -1), strict=True))
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        columns = weight_t.split(thresholds.sizes, 1)
+        parts = [(part @ column.t()) * keep_mask(x, tau) for (tau, part), column in zip(shards, columns, strict=True)]
+        grad_x = torch.stack(parts).sum(0)
+    if ctx.needs_input_grad[1]:
+        rows = x.reshape(-1, x.shape[-1])
+        kept = [sparsify(rows, tau).t() @ part.reshape(-1, part.shape[-1]) for tau, part in shards]
+        grad_weight = torch.cat(kept, 1)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, grad_weight, None, grad_bias, None
 
 
 _LIBRARY.impl("sparse_linear", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("spon::sparse_linear", _fake, lib=_LIBRARY)
+torch.library.register_autograd("spon::sparse_linear", _backward, setup_context=_save, lib=_LIBRARY)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few machine operations that the CPU kernel needs and Numba does not offer.
+
+Numba has no bfloat16 and no float16 arithmetic on CPUs, so the kernel sees elements as bits. The type of the bits says
+which format they are: uint16 is bfloat16, int16 is float16, float32 is itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+BFLOAT16, FLOAT16, FLOAT32 = types.uint16, types.int16, types.float32
+
+_FLOAT, _I16, _I32 = ir.FloatType(), ir.IntType(16), ir.IntType(32)
+
+
+@intrinsic
+def widen(_typing: Any, value: Any) -> Any:
+    """An element as float32, exactly."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if value == FLOAT32:
+            return args[0]
+        if value == FLOAT16:
+            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _FLOAT)
+        return builder.bitcast(builder.shl(builder.zext(args[0], _I32), _I32(16)), _FLOAT)
+
+    return types.float32(value), generate
+
+
+@intrinsic
+def narrow(_typing: Any, value: Any, like: Any) -> Any:
+    """A float32 as an element of the type of `like`, rounded to the nearest, ties to even."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if like == FLOAT32:
+            return args[0]
+        if like == FLOAT16:
+            return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), _I16)
+        bits = builder.bitcast(args[0], _I32)
+        odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+        rounded = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
+        # Rounding could carry a NaN's payload into infinity or zero: give it a quiet bit instead.
+        quiet = builder.or_(bits, _I32(0x400000))
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.trunc(builder.lshr(builder.select(is_nan, quiet, rounded), _I32(16)), _I16)
+
+    return like(types.float32, like), generate
+
+
+@intrinsic
+def pointer(_typing: Any, address: Any, element: Any) -> Any:
+    """An address as a pointer to elements of the type `element`."""
+    target = types.CPointer(element.instance_type)
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(target))
+
+    return target(types.int64, element), generate
