@@ -61,6 +61,7 @@ class Shape:
     """What to do with a linear layer of one shape.
 
     Attributes:
+        source: which of `Device.sources` the values come from.
         dtypes: the dtypes of weights that this was chosen for.
         in_features: channels.
         out_features: columns.
@@ -68,6 +69,7 @@ class Shape:
         launches: by the largest number of rows that a launch serves, ascending; reaches `crossover`.
     """
 
+    source: str
     dtypes: tuple[str, ...]
     in_features: int
     out_features: int
@@ -80,11 +82,11 @@ class Device:
     """A file of `configs/`.
 
     Attributes:
-        source: where the values come from: a measurement (device, versions, sparsity), or reasoning.
+        sources: by a label, where values come from: a measurement (device, versions, sparsity), or reasoning.
         shapes: the shapes chosen for; others take the nearest.
     """
 
-    source: str
+    sources: Mapping[str, str]
     shapes: tuple[Shape, ...]
 
 
@@ -170,16 +172,19 @@ def parse(data: Any, name: str) -> Device:
     Raises:
         SponError: see `read`.
     """
-    _keys(data, {"format_version", "source", "shapes"}, name)
+    _keys(data, {"format_version", "sources", "shapes"}, name)
     if data["format_version"] != FORMAT_VERSION:
         raise SponError.of(f"{name}: format_version", data["format_version"], str(FORMAT_VERSION))
-    if not isinstance(data["source"], str) or not data["source"]:
-        raise SponError.of(f"{name}: source", data["source"], "where the values come from")
+    sources = data["sources"]
+    if not isinstance(sources, dict) or not all(isinstance(text, str) and text for text in sources.values()):
+        raise SponError.of(f"{name}: sources", sources, "an object that says, by label, where values come from")
     if not isinstance(data["shapes"], list) or not data["shapes"]:
         raise SponError.of(f"{name}: shapes", data["shapes"], "a list of at least one shape")
-    return Device(
-        data["source"], tuple(_shape(shape, f"{name}: shapes[{i}]") for i, shape in enumerate(data["shapes"]))
-    )
+    shapes = [_shape(shape, f"{name}: shapes[{i}]") for i, shape in enumerate(data["shapes"])]
+    for i, shape in enumerate(shapes):
+        if shape.source not in sources:
+            raise SponError.of(f"{name}: shapes[{i}].source", shape.source, f"one of {', '.join(sources)}")
+    return Device(sources, tuple(shapes))
 
 
 def _shape(data: Any, name: str) -> Shape:
@@ -187,6 +192,8 @@ def _shape(data: Any, name: str) -> Shape:
     dtypes = data["dtypes"]
     if not isinstance(dtypes, list) or not dtypes or not all(dtype in DTYPES for dtype in dtypes):
         raise SponError.of(f"{name}.dtypes", dtypes, f"a list of {', '.join(DTYPES)}")
+    if not isinstance(data["source"], str):
+        raise SponError.of(f"{name}.source", data["source"], "a label of the file's sources")
     for key in ("in_features", "out_features"):
         _integer(data[key], f"{name}.{key}", 1)
     crossover = _integer(data["crossover"], f"{name}.crossover", 0, MAX_ROWS)
@@ -199,7 +206,8 @@ def _shape(data: Any, name: str) -> Shape:
         launches[int(rows)] = _launch(launch, f"{name}.launches[{rows}]")
     if max(launches, default=0) < crossover:
         raise SponError.of(f"{name}.launches", sorted(launches), f"a launch for every batch up to {crossover}")
-    return Shape(tuple(dtypes), data["in_features"], data["out_features"], crossover, dict(sorted(launches.items())))
+    launches = dict(sorted(launches.items()))
+    return Shape(data["source"], tuple(dtypes), data["in_features"], data["out_features"], crossover, launches)
 
 
 def _launch(data: Any, name: str) -> Launch:

@@ -14,13 +14,18 @@ from spon_plugin.kernels.configs import DIRECTORY, DTYPES, MAX_ROWS, Launch, cho
 
 LAUNCH = {"kernel": "dense_mask", "block_in": 64, "block_out": 128, "splits": 8, "num_warps": 4, "num_stages": 1}
 SHAPE = {
+    "source": "test",
     "dtypes": ["bfloat16"],
     "in_features": 4096,
     "out_features": 4096,
     "crossover": 8,
     "launches": {"1": LAUNCH, "8": {**LAUNCH, "kernel": "compaction", "splits": 3}},
 }
-FILE = {"format_version": 1, "source": "a test", "shapes": [SHAPE, {**SHAPE, "out_features": 14336, "crossover": 0}]}
+FILE = {
+    "format_version": 1,
+    "sources": {"test": "a test"},
+    "shapes": [SHAPE, {**SHAPE, "out_features": 14336, "crossover": 0}],
+}
 
 
 @pytest.fixture
@@ -36,7 +41,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("path", sorted(DIRECTORY.glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_files_are_valid_and_say_where_they_come_from(path: Path) -> None:
     device = read(path)
-    assert "measured" in device.source  # or "not measured"
+    assert all("measured" in text for text in device.sources.values()), "measured, or not measured"
     for shape in device.shapes:
         for launch in shape.launches.values():
             assert launch == launch.fitted(shape.in_features, shape.out_features), "blocks beyond the shape"
@@ -105,7 +110,8 @@ def test_fitted_to_small_shapes() -> None:
     ("place", "value", "named"),
     [
         (["format_version"], 2, "format_version"),
-        (["source"], "", "source"),
+        (["sources"], {"test": ""}, "sources"),
+        (["shapes", 0, "source"], "elsewhere", "source"),
         (["shapes"], [], "shapes"),
         (["extra"], 1, "extra"),
         (["shapes", 0, "block"], 1, r"shapes\[0\]: block"),
@@ -136,7 +142,7 @@ def test_damaged_files_are_refused_by_name(place: list, value: object, named: st
         parse(data, "test.json")
 
 
-@pytest.mark.parametrize("key", ["shapes", "source", "format_version"])
+@pytest.mark.parametrize("key", ["shapes", "sources", "format_version"])
 def test_missing_keys_are_named(key: str) -> None:
     with pytest.raises(SponError, match=f"{key}: got 'no such key'"):
         parse({name: value for name, value in FILE.items() if name != key}, "test.json")
