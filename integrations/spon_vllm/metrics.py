@@ -111,8 +111,14 @@ class _Collector:
             yield CounterMetricFamily(name, _HELP[name], value=value)
 
 
+_collector: _Collector | None = None
+
+
 def install() -> None:
     """Answer for this process and those it will start; the first process of a server makes the directory."""
+    global _collector
+    if _collector is not None:
+        return
     from prometheus_client import REGISTRY
 
     directory = os.environ.get(DIRECTORY_VARIABLE)
@@ -121,7 +127,8 @@ def install() -> None:
         os.environ[DIRECTORY_VARIABLE] = directory
         owner = os.getpid()
         atexit.register(lambda: shutil.rmtree(directory, ignore_errors=True) if os.getpid() == owner else None)
-    REGISTRY.register(_Collector(Path(directory)))
+    _collector = _Collector(Path(directory))
+    REGISTRY.register(_collector)
 
 
 def _write(file: Path, values: dict[str, int]) -> None:

@@ -61,7 +61,8 @@ def make_adapter(path: Path, model, base: Path | str, sparsity=0.5, alpha=0.2, p
         for index, name in enumerate(site.modules):
             share = min(0.95, sparsity + 0.1 * index) if per_linear and sparsity else sparsity
             thresholds[name] = seen[name].quantile(share).reshape(1).float() if share else torch.zeros(1)
-            alphas[name] = alpha * torch.randn(site.in_features, generator=generator)
+            if fields.get("alpha_modules") != []:
+                alphas[name] = alpha * torch.randn(site.in_features, generator=generator)
     own = SponFields(**{"sparsity": sparsity, "dense_prefix": 0, **fields})
     peft = {
         "base_model_name_or_path": str(base), "task_type": "CAUSAL_LM", "inference_mode": True,

