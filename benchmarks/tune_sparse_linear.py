@@ -6,7 +6,8 @@
 For each shape, dtype and number of rows, both kernels' block sizes, splits, warps and stages are searched one at a time
 from the present configuration on, cold (see `benchmarks.timing`), until nothing helps. The crossover is the largest
 number of rows up to which the best kernel beats the masked dense GEMM. Masks are those of independent Gaussian rows,
-the least favourable to batches. Shapes that were not tuned stay in the file as they are.
+the least favourable to batches. Shapes that were not tuned stay in the file as they are, and the file is written after
+each shape, so that an interrupted run loses one shape at most.
 """
 
 from __future__ import annotations
@@ -35,11 +36,8 @@ AXES: dict[str, tuple[int, ...]] = {
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1, 2, 3, 4),
 }
-# Fused and single linears of Llama-3-8B, Mistral-7B and Qwen3-8B, and of Llama-3-70B.
-SHAPES = (
-    "4096x1024,4096x4096,4096x6144,4096x12288,4096x14336,4096x24576,4096x28672,12288x4096,14336x4096,"
-    "8192x8192,8192x10240,8192x57344,28672x8192"
-)
+# The linears of Llama-3-8B, fused and single: qkv, o, gate or up, gate_up, down.
+SHAPES = "4096x6144,4096x4096,4096x14336,4096x28672,14336x4096"
 START = Launch("dense_mask", block_in=32, block_out=128, splits=8, num_warps=4, num_stages=1)
 
 Seconds = Callable[[Launch], float]
@@ -65,11 +63,11 @@ def descend(start: Launch, seconds: Seconds) -> tuple[Launch, float]:
     return best, least
 
 
-def tune_rows(starts: Sequence[Launch], seconds: Seconds) -> tuple[Launch, float]:
+def tune_rows(start: Launch, seconds: Seconds) -> tuple[Launch, float]:
     """The fastest launch of any kernel for one shape, dtype and number of rows.
 
     Args:
-        starts: where to begin, for each kernel.
+        start: where to begin, with either kernel.
         seconds: see `descend`.
     """
     known: dict[Launch, float] = {}
@@ -79,10 +77,7 @@ def tune_rows(starts: Sequence[Launch], seconds: Seconds) -> tuple[Launch, float
             known[launch] = seconds(launch)
         return known[launch]
 
-    found = [
-        descend(replace(start, kernel=kernel), remembered) for kernel in KERNELS for start in dict.fromkeys(starts)
-    ]
-    return min(found, key=lambda pair: pair[1])
+    return min((descend(replace(start, kernel=kernel), remembered) for kernel in KERNELS), key=lambda pair: pair[1])
 
 
 def tune_shape(
@@ -110,7 +105,7 @@ def tune_shape(
     launches: dict[int, Launch] = {}
     for count in rows:
         seconds, dense = timer(count)
-        launch, taken = tune_rows([start(count), *launches.values()], seconds)
+        launch, taken = tune_rows(start(count), seconds)
         say(
             f"{dtype} {in_features}x{out_features} rows {count}: {taken * 1e6:.1f} us, dense {dense * 1e6:.1f} us "
             f"({dense / taken:.2f}x) {launch}"
@@ -214,12 +209,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_sparse_linear", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda", help="cuda, the only kind of device with anything to tune")
-    parser.add_argument("--dtype", default="bfloat16,float32", help=f"comma-separated: {', '.join(DTYPES)}")
+    parser.add_argument("--dtype", default="bfloat16", help=f"comma-separated: {', '.join(DTYPES)}")
     parser.add_argument("--shapes", default=SHAPES, help="INxOUT, comma-separated (default: %(default)s)")
     parser.add_argument("--rows", default="1,2,4,8,16", help="numbers of rows, ascending (default: %(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.5, help="share of inputs to mask (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.05, help="to measure each candidate for")
-    parser.add_argument("--output", type=Path, help="where to write (default: beside the kernels)")
+    parser.add_argument(
+        "--output", type=Path, help="where to write (default: the file that serves the GPU, or a new one)"
+    )
     options = parser.parse_args(arguments)
     if options.device != "cuda" or not torch.cuda.is_available():
         raise SponError.of("--device", options.device, "cuda, and a CUDA device to measure", "Nothing was written.")
@@ -230,7 +227,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     shapes = list(parse_shapes(options.shapes))
 
     name = torch.cuda.get_device_name()
-    path = options.output or configs.DIRECTORY / file_name(name)
+    present = configs.file_of(name)
+    own = configs.DIRECTORY / file_name(name) if present.stem == configs.DEFAULT else present
+    path = options.output or own
     old = configs.read(path) if path.exists() else Device({}, ())
     text = (
         f"measured by benchmarks.tune_sparse_linear on {name}, torch {torch.__version__}, "

@@ -38,7 +38,7 @@ def test_descent_finds_the_best_and_measures_nothing_twice() -> None:
         measured.append(launch)
         return distance(launch)
 
-    assert tune.tune_rows([START, START], seconds) == (BEST, 1.0)
+    assert tune.tune_rows(START, seconds) == (BEST, 1.0)
     assert len(measured) == len(set(measured))
 
 
