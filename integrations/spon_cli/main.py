@@ -13,6 +13,7 @@ from spon_cli.inspect import inspect_command
 from spon_cli.merge import merge_command
 from spon_cli.output import err
 from spon_cli.quickstart import quickstart_command
+from spon_cli.report import report_command
 from spon_cli.train import train_command
 from spon_plugin import SponError, __version__
 
@@ -32,6 +33,7 @@ app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("merge")(merge_command)
 app.command("inspect")(inspect_command)
+app.command("report")(report_command)
 
 
 def _version(wanted: bool) -> None:

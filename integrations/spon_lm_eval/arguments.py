@@ -107,7 +107,7 @@ def _directory(name: str) -> Path:
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))

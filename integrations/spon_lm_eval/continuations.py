@@ -105,7 +105,9 @@ def _by_context(rows: Sequence[Row]) -> list[list[Row]]:
         groups.setdefault(row.context, []).append(row)
     for group in groups.values():
         group.sort(key=lambda row: -len(row.continuation))
-    return sorted(groups.values(), key=lambda group: (-len(group[0].context) - len(group[0].continuation), group[0].context))
+    return sorted(
+        groups.values(), key=lambda group: (-len(group[0].context) - len(group[0].continuation), group[0].context)
+    )
 
 
 def _take(groups: list[list[Row]], size: int) -> list[list[Row]]:

@@ -71,13 +71,13 @@ def with_adapter(base: Any, arguments: SponArguments) -> SparseModel:
     from spon_peft.adapters import injected_layers
 
     sites = _sites(base)
-    config: Any = PeftConfig.from_pretrained(arguments.directory)
+    config: Any = PeftConfig.from_pretrained(str(arguments.directory))
     config.tokens, config.dense_prefix = arguments.tokens, arguments.dense_prefix
     model = PeftModel.from_pretrained(base, arguments.directory, config=config).eval()
     name = model.active_adapter
     layers = injected_layers(model, name)
     if not arguments.alpha:
-        model.peft_config[name].alpha_modules = []  # type: ignore[union-attr]
+        config.alpha_modules = []
         for layer in layers.values():
             if name in layer.spon_alpha:
                 del layer.spon_alpha[name]

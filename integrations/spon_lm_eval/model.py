@@ -89,8 +89,9 @@ class SponHFLM(HFLM):
     def _sparsify(self) -> None:
         if self.backend != "causal":
             raise SponError.of("pretrained", f"a {self.backend} model", "a decoder (AutoModelForCausalLM)")
-        self._sparse = with_adapter(self._model, self._arguments)
-        self._model = self._sparse.model
+        base: Any = self._model
+        self._sparse = with_adapter(base, self._arguments)
+        self._model: Any = self._sparse.model
         self.counts = InputCounts(self._sparse)
 
     def _select_cont_toks(self, logits: Tensor, contlen: int | None = None, inplen: int | None = None) -> Tensor:

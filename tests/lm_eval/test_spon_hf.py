@@ -192,7 +192,11 @@ def test_decode_scores_single_tokens_by_the_dense_model(base, spon50):
 
 def test_decode_reads_a_shared_context_once(base, spon50):
     lm, seen = sparse(base, spon50, tokens="decode", batch_size=2), []
-    lm.inner.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+
+    def look(_module, _args, kwargs):
+        seen.append(tuple(kwargs["input_ids"].shape))
+
+    lm.inner.register_forward_pre_hook(look, with_kwargs=True)
     loglikelihood(lm, [(CONTEXTS[0], choice) for choice in CHOICES])
     # five choices, of which one is a single token: the context, then two rows at a time, longest first
     assert seen == [(1, 24), (2, 5), (2, 2)]
