@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the Triton kernels for a GPU that need not be there, as the launchers would launch them.
 
-    python -m tests.kernels.compile_triton CONFIG.json
+    python -m tests.kernels.compile_triton CONFIG.json|variants
 
-compiles every launch of a file of `spon_plugin/kernels/configs` with both kernels for compute capability 9.0, and
-prints a JSON line for each compiled kernel: what its loads look like in PTX, registers, stack, shared memory.
+compiles every launch of a file of `spon_plugin/kernels/configs`, or every kind of argument, for compute capability 9.0,
+and prints a JSON line for each compiled kernel: what its loads look like in PTX, registers, stack, shared memory.
 """
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +70,13 @@ def report(kernel: triton.compiler.CompiledKernel) -> dict[str, object]:
 
 
 def compile_launch(
-    launch: Launch, dtype: torch.dtype, rows: int, in_features: int, out_features: int
+    launch: Launch,
+    dtype: torch.dtype,
+    rows: int,
+    in_features: int = 4096,
+    sizes: Sequence[int] = (496, 16),
+    per_channel: bool = False,
+    bias: torch.dtype | None = torch.float32,
 ) -> Iterator[dict[str, object]]:
     """Compile all that a launch of `sparse_linear` consists of."""
     compiled = {}
@@ -81,10 +88,10 @@ def compile_launch(
     try:
         KERNELS[launch.kernel].sparse_linear(
             torch.empty(rows, in_features, dtype=dtype),
-            torch.empty(in_features, out_features, dtype=dtype),
-            torch.empty(2),
-            torch.empty(out_features),
-            shard_sizes=[out_features - 16, 16],
+            torch.empty(in_features, sum(sizes), dtype=dtype),
+            torch.empty((len(sizes), in_features) if per_channel else len(sizes)),
+            None if bias is None else torch.empty(sum(sizes), dtype=bias),
+            shard_sizes=sizes,
             launch=launch,
         )
     finally:
@@ -93,21 +100,28 @@ def compile_launch(
         yield {"kernel": name, "rows": rows, "dtype": str(dtype), "launch": str(launch), **report(kernel)}
 
 
-def main(path: str) -> None:
-    """Compile both kernels at every launch of a file, each combination of blocks once."""
-    triton.runtime.driver.set_active(NoDevice())
+def shipped(path: Path) -> Iterator[dict[str, object]]:
+    """Both kernels at every launch of a file, each combination of blocks once."""
     done = set()
-    for shape in configs.read(Path(path)).shapes:
+    for shape in configs.read(path).shapes:
         dtype = configs.DTYPES[shape.dtypes[0]]
         for most, given in shape.launches.items():
             for kernel in KERNELS:
-                launch = replace(given, kernel=kernel, splits=min(given.splits, 2))
-                rows = min(most, 5)
-                if (launch, dtype, rows) not in done:
-                    done.add((launch, dtype, rows))
-                    for line in compile_launch(launch, dtype, rows, 4096, 512):
-                        print(json.dumps(line), flush=True)
+                case = (replace(given, kernel=kernel, splits=min(given.splits, 2)), dtype, min(most, 5))
+                if case not in done:
+                    done.add(case)
+                    yield from compile_launch(*case)
+
+
+def variants() -> Iterator[dict[str, object]]:
+    """Both kernels in every dtype, with one row and several, and with the other kinds of arguments."""
+    for kernel, dtype, rows in itertools.product(KERNELS, configs.DTYPES.values(), (1, 5)):
+        launch = Launch(kernel, block_in=32, block_out=64, splits=1, num_warps=4, num_stages=2)
+        yield from compile_launch(launch, dtype, rows, 4095, (33, 1, 64), per_channel=True, bias=None)
+        yield from compile_launch(launch, dtype, rows, sizes=(512,), bias=dtype)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    triton.runtime.driver.set_active(NoDevice())
+    for line in variants() if sys.argv[1] == "variants" else shipped(Path(sys.argv[1])):
+        print(json.dumps(line), flush=True)
