@@ -144,6 +144,18 @@ def test_damaged_adapter(llama, tmp_path):
         configure(path)
 
 
+def test_dotted_arguments(llama):
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    dotted = "--hf-overrides.quantization_config"
+    words = ["--model", str(llama[0]), "--quantization", "spon", f"{dotted}.quant_method", "spon"]
+    words += [f"{dotted}.adapter", str(llama[1]), f"{dotted}.max_sparse_tokens", "4"]
+    arguments = EngineArgs.from_cli_args(EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(words))
+    settings = arguments.create_engine_config().quant_config.settings
+    assert (settings.adapter, settings.limit) == (str(llama[1]), 4)
+
+
 def test_the_compile_cache_tells_adapters_and_modes_apart(llama, tmp_path):
     base, adapter, _ = llama
     other = make_adapter(tmp_path / "other", make_model(tmp_path / "base"), base, alpha=0.5)

