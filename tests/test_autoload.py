@@ -2,7 +2,8 @@
 """What `import torch` does with SPON installed, intact or not: tests of integrations/spon_autoload.py.
 
 Every test runs in a fresh interpreter with a site directory of its own, which holds a copy of the module under test and
-the metadata that make torch call it. Most of them put tiny stand-ins for torch, peft, transformers and lm_eval there as well.
+the metadata that make torch call it. Most of them put tiny stand-ins for torch, peft, transformers and lm_eval there as
+well.
 """
 
 import ast

@@ -161,3 +161,39 @@ def test_switched_off(work):
     assert result.returncode != 0 and "spon-hf" in result.stderr and "spon: got None" not in result.stderr
     result = run(work, sys.executable, "-m", "spon_lm_eval", *words, SPON_AUTOLOAD="0")
     assert result.returncode == 2 and "spon: got None, expected an adapter directory" in result.stderr
+
+
+def test_example_on_local_tasks(work, tiny_model_dir, tmp_path):
+    """The script of examples/, in its offline form, on a tiny model; what is there already is not made again."""
+    pytest.importorskip("typer", reason="needs the command line: pip install 'spon-plugin[cli]'")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tmp_path / "base"
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir),
+        AutoTokenizer.from_pretrained(tiny_model_dir),
+    )
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(10)
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    sites = find_sites(model)
+    thresholds = {module: torch.tensor([0.3]) for site in sites for module in site.modules}
+    alphas = {module: 0.1 * torch.ones(site.in_features) for site in sites for module in site.modules}
+    peft = {"target_modules": target_names(sites, model), "task_type": "CAUSAL_LM"}
+    write_adapter(Adapter(SponFields(0.5), thresholds, alphas, peft), tmp_path / "adapter")
+    script = Path(__file__).parents[2] / "examples" / "zero_shot.sh"
+    env = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "DTYPE": "float32",
+        "LIMIT": "2",
+        "DEVICE": "cpu",
+    }
+    words = ("bash", str(script), str(base), str(tmp_path / "adapter"), str(tmp_path / "out"), str(work / "tasks"))
+    result = subprocess.run(words, env=env, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert [line.split(" |")[0] for line in table.splitlines()[2:5]] == ["| dense", "| TEAL 50%", "| SPON 50%"]
+    assert "acc, n=2" in table and (tmp_path / "out" / "plot.png").is_file()
+    again = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and again.stderr.count("is there already") == 3
