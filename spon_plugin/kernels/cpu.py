@@ -89,7 +89,7 @@ def sparse_linear(
     in_features, out_features = weight_t.shape
     rows = x.contiguous()
     batch = rows.numel() // in_features
-    y = x.new_empty((*x.shape[:-1], out_features))
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
     threads = torch.get_num_threads()
     scratch = _scratch(threads, batch, in_features, out_features)
     kind = NO_BIAS if bias is None else BIAS_FLOAT32 if bias.dtype == torch.float32 else BIAS_ELEMENT

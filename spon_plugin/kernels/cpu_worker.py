@@ -41,8 +41,8 @@ def _mark_active(x: Any, threshold: Any, per_channel: int, active: Any) -> None:
 
 
 @njit(**_OPTIONS)
-def _share(active: Any, counts: Any, thread: int, threads: int, index: Any) -> int:
-    """Write this thread's share of the active inputs to `index`, in order, and return how many they are."""
+def _share(active: Any, counts: Any, thread: int, threads: int, index: Any) -> Any:
+    """This thread's even share of the active inputs, in order, as a part of `index`, which it writes."""
     total = 0
     for k in range(counts.size):
         block = active[k * BLOCK : (k + 1) * BLOCK]
@@ -52,19 +52,18 @@ def _share(active: Any, counts: Any, thread: int, threads: int, index: Any) -> i
         counts[k] = count
         total += count
     first, last = total * thread // threads, total * (thread + 1) // threads
-    before, found = 0, 0
+    before, found, skip = 0, 0, 0
     for k in range(counts.size):
-        if before + counts[k] > first and before < last:
+        if before < last and before + counts[k] > first:
+            if found == 0:
+                skip = first - before
+            # Whole blocks, without branches: half of the inputs are active, and no predictor knows which.
             block = active[k * BLOCK : (k + 1) * BLOCK]
-            position = before
             for i in range(block.size):
-                if block[i]:
-                    if first <= position < last:
-                        index[found] = k * BLOCK + i
-                        found += 1
-                    position += 1
+                index[found] = k * BLOCK + i
+                found += block[i]
         before += counts[k]
-    return found
+    return index[skip : skip + last - first]
 
 
 @njit(**_OPTIONS)
@@ -100,7 +99,7 @@ def _accumulate(weight: Any, index: Any, values: Any, sums: Any) -> None:
                         + v4 * widen(w4[j]) + v5 * widen(w5[j]) + v6 * widen(w6[j]) + v7 * widen(w7[j])
                     )  # fmt: skip
     for q in range(grouped, index.size):
-        row = weight[index[q]]
+        row = weight[index[q], :out_features]
         for b in range(batch):
             value, out = values[b, q], sums[b]
             for j in range(out.size):
@@ -142,9 +141,9 @@ def compile_worker(element: Any) -> Any:
         batch, in_features, out_features, row_stride = fields[6], fields[7], fields[8], fields[9]
         per_channel, kind = fields[10], fields[11]
         x = carray(pointer(fields[0], element), (batch, in_features))
-        weight = carray(pointer(fields[1], element), (in_features, row_stride))[:, :out_features]
+        weight = carray(pointer(fields[1], element), (in_features, row_stride))
         threshold = carray(pointer(fields[2], types.float32), (in_features if per_channel else 1,))
-        y = carray(pointer(fields[4], element), (batch, row_stride))[:, :out_features]
+        y = carray(pointer(fields[4], element), (batch, row_stride))
         thread, threads = _thread_number(), _thread_count()
 
         blocks = (in_features + BLOCK - 1) // BLOCK
@@ -157,7 +156,7 @@ def compile_worker(element: Any) -> Any:
         counts = carray(pointer(own + 4 * (value_size + 2 * in_features), types.int32), (blocks,))
 
         _mark_active(x, threshold, per_channel, active)
-        index = index[: _share(active, counts, thread, threads, index)]
+        index = _share(active, counts, thread, threads, index)
         _gather_values(x, threshold, per_channel, index, values)
         sums = partial[thread]
         for b in range(batch):

@@ -49,18 +49,18 @@ def implementation(x: Tensor) -> str:
     """The name of what `sparse_linear` runs for an input like `x`: "cuda", "cpu" (sparse) or "gemm" (masked dense)."""
     if x.is_cuda:
         return "cuda"
-    rows = x.shape[:-1].numel()
-    small = 0 < rows <= CPU_ROWS and x.shape[-1] > 0
-    return "cpu" if small and x.device.type == "cpu" and x.dtype in cpu.DTYPES and cpu.is_available() else "gemm"
+    # Between one row's elements and those of the most rows; without a division, which an empty row would not survive.
+    few = 0 < x.numel() <= CPU_ROWS * x.size(-1)
+    return "cpu" if few and x.is_cpu and x.dtype in cpu.DTYPES and cpu.is_available() else "gemm"
 
 
 def _is_plain(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody has to see this call: no compiler, no tensor subclass, no gradient."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or type(weight_t) not in (Tensor, nn.Parameter):
+    if type(x) is not Tensor or type(weight_t) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
         return False
-    if not torch.is_grad_enabled():
-        return True
-    return not (x.requires_grad or weight_t.requires_grad or (bias is not None and bias.requires_grad))
+    return not torch.is_grad_enabled() or not (
+        x.requires_grad or weight_t.requires_grad or (bias is not None and bias.requires_grad)
+    )
 
 
 # The dispatcher leaves out trailing arguments that equal their defaults.
