@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SPON in vLLM: ``--quantization spon``, for vLLM 0.20 and later.
 
-vLLM calls `register` by the entry point ``spon`` of the group ``vllm.general_plugins``, in the API server, in the engine
-and in every worker. Importing this package imports neither torch nor vLLM.
+vLLM calls `register` by the entry point ``spon`` of the group ``vllm.general_plugins``, in the API server, the engine
+and every worker. Importing this package imports neither torch nor vLLM.
 """
 
 from __future__ import annotations

@@ -157,11 +157,13 @@ class SponConfig(QuantizationConfig):
 
     def get_cache_scale_mapper(self) -> Any:
         """The inner method's mapping of key-value scales (later versions of vLLM)."""
-        return (self.inner or super()).get_cache_scale_mapper()
+        source: Any = self.inner if self.inner is not None else super()
+        return source.get_cache_scale_mapper()
 
     def get_checkpoint_weight_mapper(self) -> Any:
         """The inner method's mapping of tensors (vLLM 0.3x)."""
-        return (self.inner or super()).get_checkpoint_weight_mapper()
+        source: Any = self.inner if self.inner is not None else super()
+        return source.get_checkpoint_weight_mapper()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_masks": None}

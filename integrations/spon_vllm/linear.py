@@ -22,8 +22,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, PerTensorScaleParameter
 from vllm.model_executor.utils import set_weight_attrs
 
+import spon_vllm.ops  # noqa: F401 (registers torch.ops.spon_vllm)
 from spon_plugin.errors import SponError
-from spon_vllm import ops
 from spon_vllm.report import Coverage
 from spon_vllm.settings import Settings
 
@@ -66,7 +66,7 @@ class SponLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -109,15 +109,13 @@ class SponLinearMethod(LinearMethodBase):
                 "Serve the quantized base model with the adapter directory.",
             )  # fmt: skip
 
-    def _expect_merged(self, layer: nn.Module, dtype: torch.dtype, loader: Any) -> None:
+    def _expect_merged(self, layer: Any, dtype: torch.dtype, loader: Any) -> None:
         """Let vLLM's loader fill what a merged checkpoint has for every sparse linear."""
         count, width = len(self.sizes), sum(self.sizes)
         threshold = torch.zeros(count, dtype=torch.float32)
         layer.register_parameter("spon_threshold", PerTensorScaleParameter(data=threshold, weight_loader=loader))
         if self.settings.has_dense_bias:
-            bias = ChannelQuantScaleParameter(
-                data=torch.zeros(width, dtype=dtype), output_dim=0, weight_loader=loader
-            )
+            bias = ChannelQuantScaleParameter(data=torch.zeros(width, dtype=dtype), output_dim=0, weight_loader=loader)
             layer.register_parameter("spon_dense_bias", bias)
         # The folded bias is called `bias`. A layer that vLLM makes without one sets it to None after this method
         # returns, and its loader would then skip the tensor: put a parameter in the place of that None.
@@ -131,10 +129,10 @@ class SponLinearMethod(LinearMethodBase):
                     set_weight_attrs(parameter, {"output_dim": 0, "weight_loader": layer.weight_loader})
             register(name, parameter)
 
-        layer.register_parameter = register_bias  # type: ignore[method-assign, assignment]
+        layer.register_parameter = register_bias
 
     @torch.no_grad()
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Fold alpha into the bias and lay the weight out for the kernels, on the rank's own part."""
         if self.plain:
             # One copy, [in, out] in memory and [out, in] to everything that asks; the parameter keeps its loader.
@@ -162,7 +160,7 @@ class SponLinearMethod(LinearMethodBase):
             get_pp_group().world_size == 1,
         )
 
-    def _fold(self, layer: nn.Module) -> Tensor:
+    def _fold(self, layer: Any) -> Tensor:
         """float32 ``[out_features of this rank]``: ``W alpha`` of this rank's inputs; the all-reduce adds them up."""
         first = layer.tp_rank * self.in_part if self.in_part != self.in_full else 0
         rows = []
@@ -180,13 +178,13 @@ class SponLinearMethod(LinearMethodBase):
                 rows.append(self._product(layer, alpha)[start : start + size])
         return torch.cat(rows)
 
-    def _product(self, layer: nn.Module, alpha: Tensor) -> Tensor:
+    def _product(self, layer: Any, alpha: Tensor) -> Tensor:
         """What a layer of unknown weight format makes of alpha: ``linear(alpha) - linear(0)``."""
         rows = torch.stack([alpha, torch.zeros_like(alpha)]).to(layer.params_dtype)
         out = self.inner.apply(layer, rows, None).float()
         return out[0] - out[1]
 
-    def _merged_bias(self, layer: nn.Module, bias: Tensor | None, row_parallel: bool) -> Tensor:
+    def _merged_bias(self, layer: Any, bias: Tensor | None, row_parallel: bool) -> Tensor:
         """Tell the checkpoint's two biases apart: `layer.bias` becomes the dense one, the result is the folded one."""
         folded = layer.bias.data.to(torch.float32, copy=True)
         dense = layer.spon_dense_bias.data if self.settings.has_dense_bias else None
@@ -200,7 +198,7 @@ class SponLinearMethod(LinearMethodBase):
             return folded
         return folded - layer.bias.data.float() if not row_parallel or layer.tp_rank == 0 else torch.zeros_like(folded)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute the layer.
 
         Args:
@@ -227,7 +225,7 @@ class SponLinearMethod(LinearMethodBase):
         return torch.ops.spon_vllm.add_bias(y, folded, limit)
 
 
-def _device(layer: nn.Module) -> torch.device:
+def _device(layer: Any) -> torch.device:
     """Where the layer computes."""
     tensor = next(layer.parameters(), None)
     return tensor.device if tensor is not None else torch.device("cpu")

@@ -52,7 +52,8 @@ def linear(
         metrics.COUNTERS.dense_calls += 1
         return F.linear(x, weight, dense_bias)
     metrics.COUNTERS.count_sparse(x, threshold)
-    return sparse_linear(x, weight.t(), threshold, sparse_bias, shard_sizes=shard_sizes or [weight.shape[0]])
+    weight_t = weight.as_subclass(Tensor).t()  # not vLLM's parameter class, which would cost the kernel its short way
+    return sparse_linear(x, weight_t, threshold, sparse_bias, shard_sizes=shard_sizes or [weight.shape[0]])
 
 
 def mask(x: Tensor, threshold: Tensor, limit: int) -> Tensor:

