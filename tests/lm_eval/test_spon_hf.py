@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 pytest.importorskip("lm_eval.models.huggingface", reason="needs lm-eval: pip install 'spon-plugin[lm-eval]'")
@@ -21,7 +22,7 @@ import spon_lm_eval
 from spon_lm_eval.model import SponHFLM
 from spon_plugin import Adapter, SparsityCounter, SponError, SponFields, find_sites, read_adapter, sparse_inputs
 from spon_plugin import write_adapter as write
-from spon_plugin.sites import linear_inputs, module_weights
+from spon_plugin.sites import linear_inputs, module_weights, target_names
 
 CONTEXTS = ["The capital of France is", "Two and two", "A much longer question, with more words in it than the others?"]
 CHOICES = [" Paris", " four", " no", " a", "."]
@@ -283,6 +284,67 @@ def test_chat_template_and_device_map(base, spon50):
     (result,) = loglikelihood(lm, [(chat, " you")])
     want, _ = by_hand(read_adapter(spon50), chat, " you", 1)
     assert result[0] == pytest.approx(want, abs=1e-5)
+
+
+TINY = {"vocab_size": 256, "eos_token_id": 10, "bos_token_id": 10, "pad_token_id": 0}
+LLAMA_LIKE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **TINY}
+ARCHITECTURES = {
+    "learned-positions": transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, **TINY),
+    "positions-from-the-mask": transformers.OPTConfig(
+        hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, **TINY
+    ),
+    "no-position-ids": transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **TINY),
+    "sliding-window": transformers.MistralConfig(sliding_window=8, num_key_value_heads=2, head_dim=8, **LLAMA_LIKE),
+    "two-kinds-of-layers": transformers.Gemma2Config(
+        sliding_window=8, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, **LLAMA_LIKE
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_decode_on_other_architectures(base, tmp_path, name):
+    """Contexts of different lengths in a batch, longer than a sliding window; against one sequence at a time."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if name == "no-position-ids" else torch.float64  # Bloom's padding is NaN in float64
+    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[name], dtype=dtype).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    sites = find_sites(model)
+    thresholds = {path: torch.tensor([0.2]) for site in sites for path in site.modules}
+    peft = {"target_modules": target_names(sites, model), "task_type": "CAUSAL_LM"}
+    adapter = Adapter(SponFields(0.5, alpha_modules=[]), thresholds, {}, peft)
+    write(adapter, tmp_path / "adapter")
+    want = []
+    with torch.no_grad():
+        for context, continuation in REQUESTS:
+            ids = ids_of(context + continuation)
+            with sparse_inputs(model, thresholds, dense_prefix=len(context)):
+                logprobs = F.log_softmax(model(input_ids=ids[:, :-1]).logits[0], dim=-1)[-len(continuation) :]
+            want.append((float(logprobs.gather(1, ids[0, -len(continuation) :, None]).sum()), None))
+    dense_scores = loglikelihood(HFLM(pretrained=model, tokenizer=str(base), batch_size=16))
+    lm = SponHFLM(pretrained=model, tokenizer=str(base), spon=str(tmp_path / "adapter"), tokens="decode", batch_size=16)
+    got = values(loglikelihood(lm))
+    torch.testing.assert_close(got, values(want), atol=1e-5 if dtype == torch.float64 else 1e-3, rtol=0.0)
+    assert (values(dense_scores) - got).abs().max() > 1e-3, "the masks do not matter; the test says nothing"
+
+
+def test_quantized_base(base, spon50):
+    """Alphas are folded into the biases of 8-bit layers, which stay inside PEFT's."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
+    adapter, want = read_adapter(spon50), []
+    requests = REQUESTS[:5]
+    with torch.no_grad(), sparse_inputs(model, adapter.thresholds, adapter.alphas, 1):
+        for context, continuation in requests:
+            ids = ids_of(context + continuation)
+            logprobs = F.log_softmax(model(input_ids=ids[:, :-1]).logits[0].float(), dim=-1)[-len(continuation) :]
+            want.append((float(logprobs.gather(1, ids[0, -len(continuation) :, None]).sum()), None))
+    lm = SponHFLM(pretrained=model, tokenizer=str(base), spon=str(spon50), batch_size=1)
+    torch.testing.assert_close(values(loglikelihood(lm, requests)), values(want), atol=0.05, rtol=0.0)
+    assert report(lm)["kernel"] == "masked dense matmul (torch), quantized weights"
+    assert 0.2 < report(lm)["sparsity"]["measured"] < 0.9 and len(report(lm)["sparsity"]["sites"]) == 8
 
 
 # --- what is counted ---
