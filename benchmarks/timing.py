@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
 
 CACHE_MULTIPLE = 5
 
@@ -60,16 +59,6 @@ def interleaved_medians(
     device = torch.device(device)
     timed = _cuda_rounds if device.type == "cuda" else _cpu_rounds
     return {name: statistics.median(times) for name, times in timed(calls, copies, seconds).items()}
-
-
-def read_bandwidth(buffers: list[Tensor], seconds: float = 0.5) -> float:
-    """Bytes per second at which this machine reads memory: the fastest of torch's sums over cold `buffers`.
-
-    Meant for a CPU, where the figure bounds what any kernel that reads the weights once can reach.
-    """
-    words = [buffer.view(-1).view(torch.int64) for buffer in buffers]
-    nbytes = words[0].numel() * words[0].element_size()
-    return nbytes / median_seconds(lambda i: words[i].sum(), len(words), "cpu", seconds)
 
 
 def _cpu_rounds(calls: Mapping[str, Callable[[int], object]], copies: int, seconds: float) -> dict[str, list[float]]:

@@ -62,8 +62,8 @@ class SparseLinear(_SparseLayer, nn.Linear):
     """``y = W S(x) + bias``, with ``bias = b + W alpha`` folded in beforehand.
 
     What PEFT-merged and exported models run: `kernels.sparse_linear`, once `arrange_for_kernels` has been called. Same
-    parameters as `torch.nn.Linear`, and one buffer more, so state dicts interchange. Every token is masked, unless the layer follows a `DenseTokens`: then dense
-    tokens compute ``W x + spon_dense_bias``, as in the dense model.
+    parameters as `torch.nn.Linear`, and one buffer more, so state dicts interchange. Every token is masked, unless the
+    layer follows a `DenseTokens`: then dense tokens compute ``W x + spon_dense_bias``, as in the dense model.
 
     Attributes:
         weight: ``[out_features, in_features]``.

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast `sparse_linear` is, against the best dense baselines of the same run.
+
+    python -m benchmarks.sparse_linear --device cpu --dtype bf16 --shapes llama3-8b --sparsity 0,0.5,0.7 --batch 1
+
+Weights are cold: calls rotate over copies that exceed the cache several times. All variants of a shape and batch are
+measured in turns, so that they see the same machine, and medians are reported. Two dense baselines: torch's linear
+layer on its own layout, and our kernel with nothing masked. On a CPU, `read` is the bandwidth at which torch sums up
+the cold weights, measured in the same turns.
+Inputs are Gaussian and independent between rows, the worst case for a batch; `benchmarks.real_masks` has real ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.timing import copies_for, interleaved_medians
+from spon_plugin.kernels import sparse_linear
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# (in_features, out_features) of each model's linears; the last two of the large ones are vLLM's fused layers.
+SHAPES = {
+    "llama3-8b": [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (4096, 6144), (4096, 28672)],
+    "qwen3-8b": [(4096, 4096), (4096, 1024), (4096, 12288), (12288, 4096), (4096, 6144), (4096, 24576)],
+    "mistral-7b": [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (4096, 6144), (4096, 28672)],
+    "smollm2": [(576, 576), (576, 192), (576, 1536), (1536, 576), (576, 960), (576, 3072)],
+}
+
+
+def measure(
+    shape: tuple[int, int],
+    batch: int,
+    sparsities: list[float],
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """The rows of one shape and batch, one for each sparsity."""
+    in_features, out_features = shape
+    generator = torch.Generator(device).manual_seed(0)
+    nbytes = in_features * out_features * dtype.itemsize
+    copies = copies_for(nbytes, device)
+    weights = [
+        torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(copies)
+    ]
+    torch_weights = [weight.t().contiguous() for weight in weights]
+    x = torch.randn(batch, in_features, generator=generator, device=device).to(dtype)
+    bias = torch.randn(out_features, generator=generator, device=device).to(dtype)
+    quantiles = {s: torch.quantile(x.float().abs().flatten()[: 1 << 24], s).reshape(1) for s in sparsities if s > 0}
+    thresholds = {s: quantiles.get(s, torch.full((1,), -1.0, device=device)) for s in sparsities}
+
+    calls: dict[str, Callable[[int], object]] = {"torch": lambda i: F.linear(x, torch_weights[i], bias)}
+    for sparsity in sorted({0.0, *sparsities}):
+        threshold = thresholds.get(sparsity, torch.full((1,), -1.0, device=device))
+        calls[str(sparsity)] = lambda i, threshold=threshold: sparse_linear(x, weights[i], threshold, bias)  # type: ignore[misc]
+    if device.type == "cpu":
+        words = [weight.view(-1).view(torch.int64) for weight in weights]
+        calls["read"] = lambda i: words[i].sum()
+    times = interleaved_medians(calls, copies, device, seconds)
+    read = nbytes / times["read"] / 1e9 if "read" in times else None
+
+    rows = []
+    for sparsity in sparsities:
+        taken = times[str(sparsity)]
+        skipped = float((x.abs() <= thresholds[sparsity]).all(0).float().mean())
+        rows.append(
+            {
+                "in_features": in_features,
+                "out_features": out_features,
+                "batch": batch,
+                "sparsity": sparsity,
+                "skipped": skipped,
+                "microseconds": taken * 1e6,
+                "gigabytes_per_second": nbytes * (1 - skipped) / taken / 1e9,
+                "torch_microseconds": times["torch"] * 1e6,
+                "over_torch": times["torch"] / taken,
+                "over_own_dense": times["0.0"] / taken,
+                "share_of_ideal": times["0.0"] / taken * (1 - skipped),
+                "read_gigabytes_per_second": read,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    head = "| in x out | batch | sparsity | skipped | µs | GB/s | torch µs | over torch | over own dense | of ideal |"
+    lines = [head + " read GB/s |", "| --- " + "| ---: " * 10 + "|"]
+    for row in rows:
+        read = row["read_gigabytes_per_second"]
+        lines.append(
+            f"| {row['in_features']} x {row['out_features']} | {row['batch']} | {row['sparsity']:.0%} "
+            f"| {row['skipped']:.1%} | {row['microseconds']:.1f} | {row['gigabytes_per_second']:.1f} "
+            f"| {row['torch_microseconds']:.1f} | {row['over_torch']:.2f} | {row['over_own_dense']:.2f} "
+            f"| {row['share_of_ideal']:.2f} | {'' if read is None else f'{read:.1f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Ratio to torch against sparsity at the smallest batch, a line per shape, and the ideal."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    batch = min(row["batch"] for row in rows)
+    chosen = [row for row in rows if row["batch"] == batch]
+    for shape in dict.fromkeys((row["in_features"], row["out_features"]) for row in chosen):
+        line = [row for row in chosen if (row["in_features"], row["out_features"]) == shape]
+        axes.plot(
+            [r["sparsity"] for r in line], [r["over_torch"] for r in line], "o-", label=f"{shape[0]} x {shape[1]}"
+        )
+    sparsities = sorted({row["sparsity"] for row in chosen})
+    axes.plot(sparsities, [1 / (1 - s) for s in sparsities], "k--", label="1 / (1 - sparsity)")
+    axes.set(xlabel="sparsity", ylabel="times as fast as torch", title=f"sparse_linear, batch {batch}", ylim=(0, None))
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def device_name(device: torch.device) -> str:
+    """What the results are filed under."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+    )
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
+    parser.add_argument("--shapes", default="llama3-8b", help="models (" + ", ".join(SHAPES) + "), or INxOUT,INxOUT")
+    parser.add_argument("--sparsity", default="0,0.25,0.4,0.5,0.6,0.7")
+    parser.add_argument("--batch", default="1,2,4,8")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring for each shape and batch")
+    parser.add_argument("--json", type=Path, help="write the rows there, and a plot beside it (.png)")
+    arguments = parser.parse_args()
+
+    shapes: list[tuple[int, int]] = []
+    for name in arguments.shapes.split(","):
+        shapes += SHAPES.get(name) or [tuple(int(size) for size in name.split("x"))]  # type: ignore[list-item]
+    device = torch.device(arguments.device)
+    sparsities = [float(value) for value in arguments.sparsity.split(",")]
+    rows = []
+    with torch.no_grad():
+        for shape in dict.fromkeys(shapes):
+            for batch in (int(value) for value in arguments.batch.split(",")):
+                found = measure(shape, batch, sparsities, DTYPES[arguments.dtype], device, arguments.seconds)
+                print(table(found).split("\n", 2)[2] if rows else table(found), flush=True)
+                rows += found
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {"device": device_name(device), "torch": torch.__version__, "dtype": arguments.dtype, "rows": rows}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        plot(rows, arguments.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
