@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,7 +99,11 @@ class SponConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename modules as the model in vLLM names them."""
-        self._names = hf_to_vllm_mapper.apply_dict(self.names)
+        renames = hf_to_vllm_mapper
+        if getattr(renames, "orig_to_new_stacked", None):
+            # Some versions pass what puts q_proj into qkv_proj, too; thresholds are looked up by the names before that.
+            renames = dataclasses.replace(renames, orig_to_new_stacked={})
+        self._names = renames.apply_dict(self.names)
         self._masks = None
         if self.inner is not None:
             self.inner.apply_vllm_mapper(hf_to_vllm_mapper)
