@@ -31,6 +31,8 @@ class Thresholds(NamedTuple):
             SponError: the two do not fit each other or `weight_t`.
         """
         in_features, out_features = weight_t.shape
+        if threshold.device != weight_t.device:
+            raise SponError.of("threshold", threshold.device, f"the device of weight_t ({weight_t.device})")
         if shard_sizes is None and threshold.dtype is torch.float32 and threshold.shape == (1,):
             # The usual case, short of all checks: a decoding step passes here hundreds of times.
             return Thresholds((threshold,), [out_features])
@@ -69,7 +71,12 @@ def check_arguments(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> None:
     Raises:
         SponError: naming the argument, what was received and what was expected.
     """
-    shape = weight_t.shape
+    shape, device = weight_t.shape, weight_t.device
+    # A kernel reads addresses: one of another device would end the process.
+    if x.device != device:
+        raise SponError.of("x", x.device, f"the device of weight_t ({device})")
+    if bias is not None and bias.device != device:
+        raise SponError.of("bias", bias.device, f"the device of weight_t ({device})")
     fits = len(shape) == 2 and weight_t.is_contiguous() and x.dim() > 0 and x.size(-1) == shape[0]
     if fits and x.dtype == weight_t.dtype and (bias is None or (bias.dtype == x.dtype and bias.shape == shape[1:])):
         return  # the usual case: a decoding step passes here hundreds of times

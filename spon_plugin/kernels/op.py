@@ -55,8 +55,13 @@ def implementation(x: Tensor) -> str:
 
 
 def _is_plain(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> bool:
-    """Whether nobody has to see this call: no compiler, no tensor subclass, no gradient."""
+    """Whether nobody has to see this call: no compiler, tracer or transform, no tensor subclass, no gradient."""
     if type(x) is not Tensor or type(weight_t) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+        return False
+    # Dispatch modes (make_fx, fake tensors), jit.trace and torch.func would miss what the kernel writes.
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
         return False
     return not torch.is_grad_enabled() or not (
         x.requires_grad or weight_t.requires_grad or (bias is not None and bias.requires_grad)
@@ -89,7 +94,7 @@ def _fake(
 ) -> Tensor:
     check_arguments(x, weight_t, bias)
     in_features, out_features = weight_t.shape
-    check_threshold(threshold, in_features, out_features, shard_sizes or [out_features])
+    check_threshold(threshold, in_features, out_features, [out_features] if shard_sizes is None else shard_sizes)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -106,13 +111,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         columns = weight_t.split(thresholds.sizes, 1)
-        parts = [(part @ column.t()) * keep_mask(x, tau) for (tau, part), column in zip(shards, columns, strict=True)]
+        # Chosen, not multiplied: an infinite gradient must not turn masked entries into NaN.
+        parts = [
+            torch.where(keep_mask(x, tau), part @ column.t(), 0)
+            for (tau, part), column in zip(shards, columns, strict=True)
+        ]
         grad_x = torch.stack(parts).sum(0)
     if ctx.needs_input_grad[1]:
         rows = x.reshape(-1, x.shape[-1])
         kept = [sparsify(rows, tau).t() @ part.reshape(-1, part.shape[-1]) for tau, part in shards]
         grad_weight = torch.cat(kept, 1)
-    if ctx.needs_input_grad[3]:
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_x, grad_weight, None, grad_bias, None
 
