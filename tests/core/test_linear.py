@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +24,76 @@ def test_sparse_linear_is_a_linear_on_masked_input(bias):
     layer, x = sparse_linear(bias), torch.randn(2, 3, 7)
     masked = torch.where(x.abs() > 0.5, x, 0)
     assert torch.equal(layer(x), nn.functional.linear(masked, layer.weight, layer.bias))
+
+
+def arranged(plain: SparseLinear) -> SparseLinear:
+    layer = copy.deepcopy(plain)
+    layer.arrange_for_kernels()
+    assert layer.weight.t().is_contiguous() and not plain.weight.t().is_contiguous()
+    return layer
+
+
+@pytest.mark.parametrize("rows", [1, 8, 20])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_arranged_layer_computes_the_same_through_the_operator(dtype, bias, rows, monkeypatch):
+    import spon_plugin.linear
+
+    calls, operator = [], spon_plugin.linear.sparse_linear
+    monkeypatch.setattr(spon_plugin.linear, "sparse_linear", lambda *args: calls.append(1) or operator(*args))
+    plain = sparse_linear(bias, dtype)
+    layer, x = arranged(plain), torch.randn(rows, 7).to(dtype)
+    near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), plain(x), **near)
+    assert len(calls) == 1, "the arranged layer, and it alone"
+    results = []
+    for module in (plain, layer):
+        given = x.clone().requires_grad_()
+        module(given).float().square().sum().backward()
+        results.append([given.grad, *(parameter.grad for parameter in module.parameters())])
+    torch.testing.assert_close(*results, **near)
+
+
+def test_state_dict_of_an_arranged_layer_is_that_of_a_linear(tmp_path):
+    plain = sparse_linear()
+    layer = arranged(plain)
+    state = layer.state_dict()
+    assert all(value.is_contiguous() and torch.equal(value, plain.state_dict()[name]) for name, value in state.items())
+    save_file(state, tmp_path / "layer.safetensors")
+    other = arranged(sparse_linear())
+    other.weight.data.zero_()
+    other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    assert torch.equal(other.weight, plain.weight) and other.weight.t().is_contiguous()
+
+
+def test_arrangement_survives_casts_and_copies():
+    layer = arranged(sparse_linear())
+    layer.arrange_for_kernels()
+    casts = (copy.deepcopy(layer).half(), copy.deepcopy(layer).to(torch.bfloat16), copy.deepcopy(layer).double())
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), *casts):
+        assert other.weight.t().is_contiguous() and other.weight.shape == (5, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_treats_the_arranged_layer_like_the_plain_one(dtype):
+    plain, x = sparse_linear(dtype=dtype), torch.randn(2, 7)
+    layer = arranged(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == plain(x).dtype == torch.bfloat16
+        torch.testing.assert_close(layer(x), plain(x))
+
+
+def test_conv1d_needs_no_arrangement(monkeypatch):
+    import spon_plugin.linear
+
+    calls, operator = [], spon_plugin.linear.sparse_linear
+    monkeypatch.setattr(spon_plugin.linear, "sparse_linear", lambda *args: calls.append(1) or operator(*args))
+    conv = SparseConv1D(5, 7)
+    weight, x = conv.weight.data_ptr(), torch.randn(2, 7)
+    conv.arrange_for_kernels()
+    torch.testing.assert_close(conv(x), x.masked_fill(x == 0, 0) @ conv.weight + conv.bias)
+    assert conv.weight.data_ptr() == weight and calls == [1]
 
 
 def test_sparse_conv1d_agrees_with_sparse_linear():
