@@ -193,8 +193,7 @@ def test_rounds_as_torch_does(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     limits = torch.finfo(dtype)
     above = torch.tensor(limits.max, dtype=torch.float64) * torch.tensor([1 + limits.eps / 8, 1 + limits.eps / 2])
-    one = torch.ones((), dtype=dtype)
-    ties = torch.tensor([one + k * limits.eps / 2 for k in range(1, 8)])
+    ties = torch.tensor([1 + k * limits.eps / 2 for k in range(1, 8)])
     special = [float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-42, limits.smallest_normal / 3]
     noise = torch.randn(5000) * torch.logspace(-9, 9, 5000)
     values = torch.cat([above.float(), -above.float(), ties, -ties, torch.tensor(special), noise])

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import spon_transformers
 from spon_peft import SponConfig, collect_adapter
 from spon_plugin import SparseConv1D, SparseLinear, SponError
+from spon_plugin.kernels import cpu
 from spon_transformers.quantizer import SponHfQuantizer, SponQuantizationConfig
 
 LLAMA = dict(
@@ -99,6 +101,46 @@ def test_decode_round_trip(tmp_path):
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), rtol=1e-5, atol=1e-5)
     every_token = logits(merged(tokens="all", dense_prefix=0))
     assert not torch.allclose(ours.logits[0], every_token[:, -1], atol=1e-2)
+
+
+@torch.no_grad()
+def rearranged(model):
+    """The same model with its weights as a plain linear has them, so that its layers mask and multiply densely."""
+    plain = copy.deepcopy(model)
+    for layer in sparse_layers(plain).values():
+        assert layer.weight.t().is_contiguous()
+        layer.weight.data = layer.weight.data.contiguous()
+    return plain
+
+
+def test_decoding_runs_the_sparse_kernel_and_generates_the_same(tmp_path, monkeypatch):
+    merged(dense_prefix=1).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    settings = dict(
+        max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=None
+    )
+    plain = rearranged(model).generate(input_ids=ids(), **settings)
+    calls, kernel = [], cpu.sparse_linear
+    monkeypatch.setattr(cpu, "sparse_linear", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs))
+    ours = model.generate(input_ids=ids(), **settings)
+    assert torch.equal(ours.sequences, plain.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
+    # The first step is the prompt, whose first token is dense; each of the others runs every layer once.
+    assert len(calls) == (4 * len(sparse_layers(model)) if cpu.is_available() else 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_compiled_model_agrees_at_prefill_and_at_a_decode_step(prefix):
+    model = merged(dense_prefix=prefix)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    results = []
+    for run in (model, compiled):
+        prompt = run(input_ids=ids(), use_cache=True)
+        step = run(input_ids=ids()[:, :1], past_key_values=prompt.past_key_values, use_cache=True)
+        results.append((prompt.logits, step.logits))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_thresholds_come_from_the_config(saved):
