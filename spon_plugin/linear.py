@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from spon_plugin.errors import SponError
 from spon_plugin.kernels import sparse_linear
+from spon_plugin.kernels.op import implementation
 from spon_plugin.masking import sparsify
 from spon_plugin.tokens import Attachment, DenseTokens
 
@@ -35,6 +36,14 @@ class _SparseLayer(nn.Module):
         value = torch.zeros(out_features, dtype=like.dtype, device=like.device) if bias is None else bias.detach()
         self.spon_dense_bias = value.clone()
 
+    @property
+    def kernel(self) -> str:
+        """What computes masked tokens here, in words: a sparse kernel for few rows, or a masked dense product."""
+        weight_t = self.weight if isinstance(self, SparseConv1D) else self.weight.t()
+        row = weight_t.new_empty((1, weight_t.shape[0]))
+        few = implementation(row) if weight_t.is_contiguous() else "gemm"
+        return "masked dense product" if few == "gemm" else f"spon::sparse_linear ({few}), masked dense for many rows"
+
     def arrange_for_kernels(self) -> None:
         """Lay the weight out by inputs, ``[in_features, out_features]`` contiguous, as the sparse kernels read it.
 
@@ -44,7 +53,9 @@ class _SparseLayer(nn.Module):
 
     def _compute(self, x: Tensor, weight_t: Tensor) -> Tensor:
         dense = None if self.tokens is None else self.tokens.rows(x)
-        if dense is None and x.dtype == weight_t.dtype and weight_t.is_contiguous():
+        # Autocast chooses the dtypes of torch's own products; it does not know ours.
+        own = dense is None and x.dtype == weight_t.dtype and weight_t.is_contiguous()
+        if own and not torch.is_autocast_enabled(x.device.type):
             return sparse_linear(x, weight_t, self.spon_threshold, self.bias)
         weight = weight_t.t()
         kept = sparsify(x, self.spon_threshold, dense)

@@ -111,7 +111,14 @@ class DenseTokens:
             self._fixed = was
 
     def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._fixed:
+        if self._fixed:
+            return
+        if torch.compiler.is_compiling():
+            # Traced, a cache's length would be a constant of the graph, and every token a new graph.
+            from spon_plugin.untraced import call
+
+            self.mask = call(self.of_inputs, *args, **kwargs)
+        else:
             self.mask = self.of_inputs(*args, **kwargs)
 
     def _after_forward(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:

@@ -109,11 +109,9 @@ def with_adapter(base: Any, arguments: SponArguments) -> SparseModel:
 
 def kernel_of(layer: nn.Module) -> str:
     """The name of what computes a sparsified linear."""
-    own = getattr(layer, "kernel", None)
-    if isinstance(own, str):
-        return own
-    merged = isinstance(layer, SparseLinear | SparseConv1D)
-    return "masked dense matmul (torch)" if merged else "masked dense matmul (torch), quantized weights"
+    if isinstance(layer, SparseLinear | SparseConv1D):
+        return layer.kernel
+    return "masked dense matmul (torch), quantized weights"
 
 
 def _sites(base: Any) -> list[Site]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +36,8 @@ def is_available() -> bool:
         import numba  # noqa: F401
     except ImportError:
         return False
-    return hasattr(ctypes.CDLL(None), "GOMP_parallel")
+    # Windows has no table of all symbols to ask.
+    return sys.platform != "win32" and hasattr(ctypes.CDLL(None), "GOMP_parallel")
 
 
 @functools.lru_cache(maxsize=1)
@@ -70,7 +72,7 @@ def _scratch(threads: int, batch: int, in_features: int, out_features: int) -> T
     floats = threads * (batch * (out_features + in_features) + 2 * in_features + blocks)
     held: Tensor | None = getattr(_local, "scratch", None)
     if held is None or held.numel() < floats:
-        held = _local.scratch = torch.empty(floats, dtype=torch.float32)
+        held = _local.scratch = torch.empty(floats, dtype=torch.float32, device="cpu")
     return held
 
 
@@ -87,25 +89,27 @@ def sparse_linear(
     Sums are float32, in an order that depends on the number of threads alone: the same call gives the same bits.
     """
     in_features, out_features = weight_t.shape
-    rows = x.contiguous()
-    batch = rows.numel() // in_features
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    x = x.contiguous()
+    batch = x.numel() // in_features
+    y = x.new_empty((*x.shape[:-1], out_features))
     threads = torch.get_num_threads()
-    scratch = _scratch(threads, batch, in_features, out_features)
-    kind = NO_BIAS if bias is None else BIAS_FLOAT32 if bias.dtype == torch.float32 else BIAS_ELEMENT
-    bias = None if bias is None else bias.contiguous()
+    scratch = _scratch(threads, batch, in_features, out_features).data_ptr()
+    weight_address, y_address, bias_address, size = weight_t.data_ptr(), y.data_ptr(), 0, x.element_size()
+    kind, bias_size = NO_BIAS, 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_address, bias_size = bias.data_ptr(), bias.element_size()
+        kind = BIAS_FLOAT32 if bias.dtype == torch.float32 else BIAS_ELEMENT
     _, address = _worker(x.dtype)
-    thresholds = Thresholds.of(threshold, weight_t, shard_sizes)
-    start = 0
-    for tau, width in zip(thresholds.rows, thresholds.sizes, strict=True):
+    for tau, width in zip(*Thresholds.of(threshold, weight_t, shard_sizes), strict=True):
         tau = tau.contiguous()
         fields = _Fields(
-            rows.data_ptr(),
-            weight_t.data_ptr() + start * x.element_size(),
+            x.data_ptr(),
+            weight_address,
             tau.data_ptr(),
-            0 if bias is None else bias.data_ptr() + start * bias.element_size(),
-            y.data_ptr() + start * x.element_size(),
-            scratch.data_ptr(),
+            bias_address,
+            y_address,
+            scratch,
             batch,
             in_features,
             width,
@@ -114,5 +118,9 @@ def sparse_linear(
             kind,
         )
         _parallel()(address, ctypes.addressof(fields), threads, 0)
-        start += width
+        weight_address, y_address, bias_address = (
+            weight_address + width * size,
+            y_address + width * size,
+            bias_address + width * bias_size,
+        )
     return y

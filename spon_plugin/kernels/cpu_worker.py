@@ -46,7 +46,7 @@ def _share(active: Any, counts: Any, thread: int, threads: int, index: Any) -> A
     total = 0
     for k in range(counts.size):
         block = active[k * BLOCK : (k + 1) * BLOCK]
-        count = np.int32(0)
+        count: Any = np.int32(0)
         for i in range(block.size):
             count += block[i]
         counts[k] = count

@@ -57,7 +57,7 @@ def names(path: Path) -> list[str]:
     return sorted(p.name for p in path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["quickstart", "calibrate", "train", "eval", "merge", "inspect"])
+@pytest.mark.parametrize("command", ["quickstart", "calibrate", "train", "eval", "merge", "inspect", "report"])
 def test_help_has_an_example(spon, command):
     code, out, _ = spon(command, "--help")
     assert code == 0 and f"spon {command}" in out and "--json" in out
