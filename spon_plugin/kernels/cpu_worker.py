@@ -9,7 +9,7 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from spon_plugin.kernels.cpu import BIAS_ELEMENT, BIAS_FLOAT32, BLOCK, FIELDS
-from spon_plugin.kernels.numba_types import narrow, pointer, widen
+from spon_plugin.kernels.numba_types import narrow, pointer, prefetch, widen
 
 # The threads are those of the OpenMP runtime that torch has loaded: one pool, so that kernels and torch's own operators
 # follow each other without two sets of threads fighting for the cores.
@@ -18,6 +18,7 @@ _thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
 _barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
 TILE = 2048  # outputs per pass of a batch: a tile of the rows in flight stays in the first cache
+AHEAD = 64  # elements at the start of a row that are asked for early
 IN_FLIGHT = 8  # weight rows read at once; fewer leave memory waiting, more gain nothing
 
 # "contract" lets a product and a sum fuse. Nothing else of fastmath: NaN must stay NaN, and sums keep their order.
@@ -109,6 +110,11 @@ def _accumulate(weight: Any, index: Any, values: Any, sums: Any) -> None:
     tile = out_features if batch == 1 else TILE
     grouped = index.size - index.size % IN_FLIGHT
     for q in range(0, grouped, IN_FLIGHT):
+        # The starts of the rows to come: their pages are looked up while these rows are read.
+        for n in range(q + IN_FLIGHT, min(q + 2 * IN_FLIGHT, index.size)):
+            ahead = weight[index[n], :out_features]
+            for j in range(0, min(AHEAD, out_features), 32):
+                prefetch(ahead, j)
         for start in range(0, out_features, tile):
             stop = min(start + tile, out_features)
             w0, w1 = weight[index[q], start:stop], weight[index[q + 1], start:stop]

@@ -287,7 +287,7 @@ def test_wrong_input_is_named_and_nothing_is_written(spon, tiny_model_dir, text,
 
 def test_an_adapter_for_another_model_is_refused(spon, trained, text, tmp_path):
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from conftest import make_byte_tokenizer, make_tiny_llama
+    from tiny_models import make_byte_tokenizer, make_tiny_llama
 
     for name, changes, message in (
         ("wider", {"intermediate_size": 64}, "spon_alpha: got (96,), expected shape (64,)"),

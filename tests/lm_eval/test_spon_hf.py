@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 pytest.importorskip("lm_eval.models.huggingface", reason="needs lm-eval: pip install 'spon-plugin[lm-eval]'")
 
-from conftest import make_byte_tokenizer, make_tiny_llama
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tiny_models import make_byte_tokenizer, make_tiny_llama
 
 import spon_lm_eval
 from spon_lm_eval.model import SponHFLM

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_byte_tokenizer
 from peft import PeftModel
+from tiny_models import make_byte_tokenizer
 
 from spon_plugin import Adapter, SponFields, find_sites, write_adapter
 
