@@ -119,7 +119,8 @@ def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -
         The settings, and the fields of a merged checkpoint.
 
     Raises:
-        SponError: no adapter is named, or two are; it cannot be read; a setting is unknown or wrong.
+        SponError: no adapter is named, or two are; it cannot be read; a setting is unknown or wrong, or asks a merged
+            checkpoint for what it does not hold.
     """
     given, base, merged = _split(given, stored)
     settings = _token_settings(given)
@@ -140,6 +141,16 @@ def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -
         sparsity=merged.get("sparsity", 0.0),
         has_dense_bias=prefix > 0 or tokens != "all",
     )
+    if not settings.has_dense_bias and settings.token_mode == "decode":
+        # Dense steps need the dense model's biases, and this checkpoint has nothing but the folded ones.
+        if _asked_mode(given):
+            raise SponError.of(
+                "token_mode",
+                "decode",
+                "all: this merged checkpoint masks every token (dense_prefix 0) and lacks the dense model's biases",
+                "Serve the adapter instead, or merge one whose dense_prefix is at least 1.",
+            )
+        settings = replace(settings, token_mode="all")
     return settings, dict(merged)
 
 
@@ -162,8 +173,12 @@ def _split(
     return given, base, merged
 
 
+def _asked_mode(given: Mapping[str, Any]) -> Any:
+    return given.get("token_mode") or os.environ.get(TOKEN_MODE_VARIABLE)
+
+
 def _token_settings(given: Mapping[str, Any]) -> Settings:
-    mode = given.get("token_mode") or os.environ.get(TOKEN_MODE_VARIABLE) or DEFAULT_TOKEN_MODE
+    mode = _asked_mode(given) or DEFAULT_TOKEN_MODE
     if mode not in TOKEN_MODES:
         raise SponError.of("token_mode", mode, "one of " + ", ".join(TOKEN_MODES))
     limit: Any = given.get("max_sparse_tokens")

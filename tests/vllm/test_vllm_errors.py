@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engines import make_adapter, make_model, merge, override
+from engines import make_adapter, make_model, merge, override, with_prefix
 
 from spon_plugin import write_adapter
 
@@ -88,6 +88,15 @@ def test_threshold_missing_in_a_merged_checkpoint(llama, tmp_path):
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj.*gate_proj, up_proj in one layer"):
         configure(path)
+
+
+def test_decode_needs_the_dense_biases(llama, tmp_path):
+    source = with_prefix(llama[2], tmp_path / "prefix0", 0)
+    merged = merge(llama[0], source, tmp_path / "merged")
+    assert configure(merged).quant_config.settings.token_mode == "all"
+    fields = {"quant_method": "spon", "token_mode": "decode"}
+    with pytest.raises(ValueError, match="token_mode.*lacks the dense model's biases.*Serve the adapter"):
+        configure(merged, hf_overrides={"quantization_config": fields})
 
 
 def test_layer_that_is_not_linear(llama, tmp_path):

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lm-eval's own `--model vllm` on a merged checkpoint, by the literal command."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from engines import make_adapter, make_model, merge
+
+LM_EVAL = importlib.util.find_spec("lm_eval")  # without a file, it is the folder of our own tests
+if LM_EVAL is None or LM_EVAL.origin is None:
+    pytest.skip("lm-eval is not installed: pip install lm-eval", allow_module_level=True)
+
+pytestmark = pytest.mark.slow
+
+TASK = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: "%s"}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+DOCUMENTS = [
+    {"question": "What is the capital of France?", "choices": ["London", "Paris", "Rome"], "answer": 1},
+    {"question": "Which animal says meow?", "choices": ["The cat", "The dog"], "answer": 0},
+]
+
+
+def logprobs(work: Path, name: str, *arguments: str, **environment: str) -> list[float]:
+    """The log-likelihood of every choice, by one run of the command."""
+    command = [Path(sys.executable).parent / "lm_eval", *arguments, "--include_path", work, "--tasks", "tiny_choice"]
+    subprocess.run(
+        [*command, "--log_samples", "--output_path", work / name],
+        check=True,
+        cwd=work,
+        env={**os.environ, "HF_DATASETS_CACHE": str(work / "cache"), "VLLM_CPU_KVCACHE_SPACE": "1", **environment},
+    )
+    (samples,) = (work / name).rglob("samples_*.jsonl")
+    rows = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    return [float(response[0][0]) for row in rows for response in row["resps"]]
+
+
+def test_lm_eval_runs_the_checkpoint_in_vllm(tmp_path):
+    model = make_model(tmp_path / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.eos_token = "!"  # lm-eval wants one, any one
+    tokenizer.save_pretrained(tmp_path / "base")
+    for prefix in (0, 1):  # a merge with dense first positions holds the dense biases too, which `decode` needs
+        make_adapter(tmp_path / f"adapter{prefix}", model, tmp_path / "base", dense_prefix=prefix)
+        merge(tmp_path / "base", tmp_path / f"adapter{prefix}", tmp_path / f"merged{prefix}")
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
+    (tmp_path / "tiny_choice.yaml").write_text(TASK % (tmp_path / "documents.jsonl"))
+
+    vllm = ("--model", "vllm", "--model_args")
+    options = "dtype=float32,enforce_eager=True,max_model_len=256"
+    masked = f"pretrained={tmp_path / 'merged0'},quantization=spon,{options}"
+    sparse = logprobs(tmp_path, "all", *vllm, masked, SPON_TOKEN_MODE="all")
+    prompts_dense = f"pretrained={tmp_path / 'merged1'},quantization=spon,{options}"
+    dense = logprobs(tmp_path, "decode", *vllm, prompts_dense, SPON_TOKEN_MODE="decode")
+    hf = ("--model", "hf", "--device", "cpu", "--model_args")
+    merged = logprobs(tmp_path, "hf", *hf, f"pretrained={tmp_path / 'merged0'},dtype=float32")
+    base = logprobs(tmp_path, "base", *hf, f"pretrained={tmp_path / 'base'},dtype=float32")
+    assert sparse == pytest.approx(merged, abs=1e-2)
+    assert dense == pytest.approx(base, abs=1e-3)
+    assert max(abs(a - b) for a, b in zip(sparse, dense, strict=True)) > 0.1
