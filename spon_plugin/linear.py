@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,9 +38,14 @@ class _SparseLayer(nn.Module):
         self.spon_dense_bias = value.clone()
 
     @property
+    def weight_t(self) -> Tensor:
+        """The weight as ``[in_features, out_features]``, a view."""
+        return self.weight.t()
+
+    @property
     def kernel(self) -> str:
         """What computes masked tokens here, in words: a sparse kernel for few rows, or a masked dense product."""
-        weight_t = self.weight if isinstance(self, SparseConv1D) else self.weight.t()
+        weight_t = self.weight_t
         row = weight_t.new_empty((1, weight_t.shape[0]))
         few = implementation(row) if weight_t.is_contiguous() else "gemm"
         return "masked dense product" if few == "gemm" else f"spon::sparse_linear ({few}), masked dense for many rows"
@@ -51,7 +57,9 @@ class _SparseLayer(nn.Module):
         weight lies otherwise masks, and multiplies densely.
         """
 
-    def _compute(self, x: Tensor, weight_t: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``."""
+        weight_t = self.weight_t
         dense = None if self.tokens is None else self.tokens.rows(x)
         # Autocast chooses the dtypes of torch's own products; it does not know ours.
         own = dense is None and x.dtype == weight_t.dtype and weight_t.is_contiguous()
@@ -95,10 +103,6 @@ class SparseLinear(_SparseLayer, nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._register_spon_buffers(device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        return self._compute(x, self.weight.t())
-
     def arrange_for_kernels(self) -> None:
         """See `_SparseLayer.arrange_for_kernels`."""
         weight = self.weight.data
@@ -135,9 +139,10 @@ class SparseConv1D(_SparseLayer):
         if self.weight.device.type != "meta":
             nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        return self._compute(x, self.weight)
+    @property
+    def weight_t(self) -> Tensor:
+        """The weight, which lies so already."""
+        return self.weight
 
     def extra_repr(self) -> str:
         """Show the layer as transformers shows Conv1D."""
@@ -221,7 +226,20 @@ def fold_alpha(linear: nn.Module, alpha: Tensor, name: str = "layer") -> Tensor:
         matrix = weight.float()
         return F.linear(alpha.float(), matrix.t() if is_conv1d(linear) else matrix)
     compute_dtype = getattr(linear, "compute_dtype", None) or torch.get_default_dtype()
+    return probe(linear, alpha, compute_dtype)
+
+
+def probe(linear: Callable[[Tensor], Tensor], alpha: Tensor, dtype: torch.dtype) -> Tensor:
+    """``W alpha`` of a linear map whose weight cannot be read, as ``linear(alpha) - linear(0)``; differentiable.
+
+    Args:
+        linear: maps ``[rows, in_features]`` in `dtype` to ``[rows, out_features]``.
+        alpha: ``[in_features]``.
+        dtype: that the map computes in.
+
+    Returns:
+        float32 ``[out_features]``.
+    """
     # Two rows, because several 8-bit kernels refuse or re-quantize a single one.
-    rows = torch.stack([alpha, torch.zeros_like(alpha)]).to(compute_dtype)
-    out = linear(rows).float()
+    out = linear(torch.stack([alpha, torch.zeros_like(alpha)]).to(dtype)).float()
     return out[0] - out[1]

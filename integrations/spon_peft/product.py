@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spon_plugin.linear import is_conv1d
+from spon_plugin.linear import is_conv1d, probe
 
 # Elements of the weight that are float32 at a time: what a core's cache holds; on a GPU, few kernel launches.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 20, 1 << 24
@@ -40,11 +40,8 @@ def weight_product(linear: nn.Module, alpha: Tensor, dtype: torch.dtype) -> Tens
         assert isinstance(product, Tensor)
         return product
     compute_dtype = getattr(linear, "compute_dtype", None) or dtype
-    # Two rows, because several 8-bit kernels refuse or re-quantize a single one.
-    rows = torch.stack([alpha, torch.zeros_like(alpha)]).to(compute_dtype)
     with _without_autocast(alpha.device):
-        out = linear(rows).float()
-    return out[0] - out[1]
+        return probe(linear, alpha, compute_dtype)
 
 
 def _is_plain(weight: Any, alpha: Tensor) -> bool:

@@ -24,6 +24,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 import spon_vllm.ops  # noqa: F401 (registers torch.ops.spon_vllm)
 from spon_plugin.errors import SponError
+from spon_plugin.linear import probe
 from spon_vllm.report import Coverage
 from spon_vllm.settings import Settings
 
@@ -175,14 +176,9 @@ class SponLinearMethod(LinearMethodBase):
                 weight = layer.weight.data[start : start + size]
                 rows.append(torch.cat([part.float() @ alpha for part in weight.split(_FOLD_ROWS)]))
             else:
-                rows.append(self._product(layer, alpha)[start : start + size])
+                product = probe(lambda rows: self.inner.apply(layer, rows, None), alpha, layer.params_dtype)
+                rows.append(product[start : start + size])
         return torch.cat(rows)
-
-    def _product(self, layer: Any, alpha: Tensor) -> Tensor:
-        """What a layer of unknown weight format makes of alpha: ``linear(alpha) - linear(0)``."""
-        rows = torch.stack([alpha, torch.zeros_like(alpha)]).to(layer.params_dtype)
-        out = self.inner.apply(layer, rows, None).float()
-        return out[0] - out[1]
 
     def _merged_bias(self, layer: Any, bias: Tensor | None, row_parallel: bool) -> Tensor:
         """Tell the checkpoint's two biases apart: `layer.bias` becomes the dense one, the result is the folded one."""

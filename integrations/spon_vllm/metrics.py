@@ -2,7 +2,7 @@
 """What an operator looks for on ``/metrics``: how often the sparse path runs, and how much it skips.
 
 Workers count; the API server answers. vLLM has no way for a plugin to bring numbers from the one to the other, so each
-worker writes its counters into a small file every few seconds, in a directory that its ancestor made, and a collector
+worker writes its counters into a small file once in a second, in a directory that its ancestor made, and a collector
 in the API server adds the files up.
 """
 

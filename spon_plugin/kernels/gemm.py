@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spon_plugin.kernels.arguments import Thresholds, check_arguments
+from spon_plugin.kernels.arguments import Thresholds
 from spon_plugin.masking import sparsify
 
 
@@ -36,9 +36,8 @@ def sparse_linear(
         ``[..., out_features]`` in `x.dtype`.
 
     Raises:
-        SponError: arguments that do not fit each other.
+        SponError: a threshold that does not fit. The operator has checked the rest.
     """
-    check_arguments(x, weight_t, bias)
     thresholds = Thresholds.of(threshold, weight_t, shard_sizes)
     in_features, out_features = weight_t.shape
     rows = x.shape[:-1].numel()
