@@ -43,25 +43,22 @@ TURN = 8
 Step = Callable[[], object]
 
 
-def sparse_copy(model: nn.Module, thresholds: dict[str, torch.Tensor], biases: dict[str, torch.Tensor]) -> nn.Module:
+def sparse_copy(model: nn.Module, thresholds: dict[str, torch.Tensor]) -> nn.Module:
     """`model` with sparse layers at `thresholds`; embeddings, norms and the head are shared with it.
 
     Args:
         model: the dense model.
         thresholds: by module path, float32 ``[1]``.
-        biases: by module path, ``[out_features]``; a layer that is not in it keeps its own.
     """
     shared = {id(parameter): parameter for parameter in model.parameters()}
     sparse = copy.deepcopy(model, dict(shared))
     for path, threshold in thresholds.items():
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        bias = biases.get(path, linear.bias)
-        layer = SparseLinear(linear.in_features, linear.out_features, bias=bias is not None, device="meta")
-        layer.weight = nn.Parameter(linear.weight.detach().t().contiguous().t(), requires_grad=False)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.to(linear.weight), requires_grad=False)
+        layer = SparseLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+        layer.weight, layer.bias = nn.Parameter(linear.weight.detach(), requires_grad=False), linear.bias
         layer.spon_threshold = threshold.to(linear.weight.device)
+        layer.arrange_for_kernels()
         sparse.set_submodule(path, layer)
     return sparse
 
@@ -198,7 +195,7 @@ def main() -> None:
         else:
             thresholds = quantile_thresholds(dense, sparsity, ids)
             biases = {path: 1e-3 * torch.randn(dense.get_submodule(path).out_features) for path in thresholds}
-        teal = sparse_copy(dense, thresholds, {})
+        teal = sparse_copy(dense, thresholds)
         seconds = measure({"dense": dense, "teal": teal, "spon": with_biases(teal, biases)}, ids, arguments.tokens)
         target = sparsity if sparsity is not None else read_adapter(arguments.adapter).fields.sparsity
         name = arguments.shape or Path(arguments.model).name

@@ -54,7 +54,8 @@ class _SparseLayer(nn.Module):
         """Lay the weight out by inputs, ``[in_features, out_features]`` contiguous, as the sparse kernels read it.
 
         Its shape, its values and what `state_dict` gives stay as they are; there is still one copy. A layer whose
-        weight lies otherwise masks, and multiplies densely.
+        weight lies otherwise masks, and multiplies densely. One whose threshold is 0 has nothing to skip and is left
+        alone: it goes on computing what `torch.nn.Linear` does, bit for bit, which no other layout would.
         """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +107,8 @@ class SparseLinear(_SparseLayer, nn.Linear):
     def arrange_for_kernels(self) -> None:
         """See `_SparseLayer.arrange_for_kernels`."""
         weight = self.weight.data
-        if weight.device.type != "meta" and not weight.t().is_contiguous():
+        skips = weight.device.type != "meta" and bool(self.spon_threshold.any())
+        if skips and not weight.t().is_contiguous():
             self.weight.data = weight.t().contiguous().t()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

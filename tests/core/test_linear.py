@@ -75,6 +75,16 @@ def test_arrangement_survives_casts_and_copies():
         assert other.weight.t().is_contiguous() and other.weight.shape == (5, 7)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_with_nothing_to_skip_is_a_linear_to_the_last_bit(dtype, rows):
+    linear, layer = nn.Linear(64, 128, dtype=dtype), SparseLinear(64, 128, dtype=dtype)
+    layer.load_state_dict(linear.state_dict(), strict=False)
+    layer.arrange_for_kernels()
+    x = torch.randn(rows, 64, dtype=dtype)
+    assert layer.weight.is_contiguous() and torch.equal(layer(x), linear(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_treats_the_arranged_layer_like_the_plain_one(dtype):
     plain, x = sparse_linear(dtype=dtype), torch.randn(2, 7)

@@ -83,6 +83,7 @@ def test_compiles_whole_and_follows_batch_and_threshold() -> None:
     _, weight_t, threshold, bias, _ = arguments()
     torch._dynamo.reset()
     layer = SparseLinear(12, 10)
+    layer.spon_threshold.fill_(0.5)
     layer.arrange_for_kernels()
     graphs = []
 
