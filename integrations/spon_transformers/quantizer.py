@@ -8,7 +8,6 @@ of `transformers/quantizers/quantizer_bitnet.py`.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +18,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spon_plugin.adapter import FORMAT_VERSION, Adapter, SponFields
 from spon_plugin.errors import SponError
 from spon_plugin.linear import SparseConv1D, SparseLinear, follow_tokens, is_conv1d, is_linear, linear_features
+from spon_plugin.merged import FIELD, check_thresholds, holds_dense_biases
 from spon_plugin.tokens import DenseTokens
 from spon_transformers import QUANT_METHOD
 
 if TYPE_CHECKING:  # while peft is imported, transformers registers us before it can import this
     from transformers import PreTrainedModel
-
-_FIELD = "quantization_config"
 
 
 class SponQuantizationConfig(QuantizationConfigMixin):
@@ -56,18 +54,13 @@ class SponQuantizationConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         if unknown:
-            raise SponError.of(_FIELD, sorted(unknown), "no such fields", "Was it written by another version?")
+            raise SponError.of(FIELD, sorted(unknown), "no such fields", "Was it written by another version?")
         if quant_method != QUANT_METHOD:
-            raise SponError.of(f"{_FIELD}: quant_method", quant_method, repr(QUANT_METHOD))
+            raise SponError.of(f"{FIELD}: quant_method", quant_method, repr(QUANT_METHOD))
         fields = SponFields(sparsity, tokens=tokens, dense_prefix=dense_prefix)
         fields.format_version = format_version  # type: ignore[assignment]
         fields.check()
-        if not isinstance(thresholds, dict) or not thresholds:
-            raise SponError.of(f"{_FIELD}: thresholds", thresholds, "module paths with their thresholds")
-        for path, value in thresholds.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value < 0:
-                raise SponError.of(f"{_FIELD}: threshold of {path}", value, "a finite number >= 0")
+        thresholds = check_thresholds(thresholds)
         self.quant_method: Any = QUANT_METHOD
         self.format_version = format_version
         self.sparsity = sparsity
@@ -88,7 +81,7 @@ class SponHfQuantizer(HfQuantizer):
             path: module for path, module in model.named_modules() if path in self.quantization_config.thresholds
         }
         for path in self.quantization_config.thresholds:
-            field = f"{_FIELD}: threshold of {path}"
+            field = f"{FIELD}: threshold of {path}"
             if path not in linears:
                 raise SponError.of(field, "a layer that is missing", f"a layer of {type(model).__name__}")
             if not is_linear(linears[path]):
@@ -116,7 +109,7 @@ class SponHfQuantizer(HfQuantizer):
             layer = SparseConv1D(out_features, in_features, device=weight.device, dtype=weight.dtype)
         else:
             layer = SparseLinear(in_features, out_features, device=weight.device, dtype=weight.dtype)
-        if _leaves_any_dense(self.quantization_config):
+        if holds_dense_biases(self.quantization_config.dense_prefix, self.quantization_config.tokens):
             layer.keep_dense_bias()
         return layer.train(linear.training)
 
@@ -155,10 +148,6 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
         saves.quantization_method = QUANT_METHOD
 
 
-def _leaves_any_dense(config: SponQuantizationConfig) -> bool:
-    return config.dense_prefix > 0 or config.tokens != "all"
-
-
 def _follow(model: nn.Module, config: SponQuantizationConfig) -> None:
-    if _leaves_any_dense(config):
+    if holds_dense_biases(config.dense_prefix, config.tokens):
         follow_tokens(model, DenseTokens(config.dense_prefix, config.tokens))  # type: ignore[arg-type]

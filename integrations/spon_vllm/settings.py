@@ -17,6 +17,7 @@ from typing import Any
 from spon_plugin.adapter import read_adapter
 from spon_plugin.errors import SponError
 from spon_plugin.masking import TOKEN_MODES
+from spon_plugin.merged import check_thresholds, holds_dense_biases
 from spon_vllm import QUANT_METHOD
 
 ADAPTER_VARIABLE = "SPON_ADAPTER"
@@ -56,6 +57,7 @@ class Settings:
     Attributes:
         adapter: the adapter directory; None for a merged checkpoint, which holds its own masks.
         thresholds: module path -> threshold, of a merged checkpoint; empty with an adapter.
+        modules: the paths of the sparsified linears, as the base model names them.
         digest: of the adapter (`spon_plugin.Adapter.digest`); it makes vLLM's compile cache tell adapters apart.
         sparsity: the target.
         has_dense_bias: whether a merged checkpoint holds the dense model's biases beside the folded ones.
@@ -66,6 +68,7 @@ class Settings:
 
     adapter: str | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
     digest: str = ""
     sparsity: float = 0.0
     has_dense_bias: bool = False
@@ -82,11 +85,6 @@ class Settings:
     def limit(self) -> int:
         """The largest number of tokens in a step that runs sparse; `EVERY_STEP` for no limit."""
         return EVERY_STEP if self.token_mode == "all" else self.max_sparse_tokens
-
-    @property
-    def modules(self) -> list[str]:
-        """The paths of the sparsified linears, as the base model names them."""
-        return list(self.thresholds) if self.adapter is None else list(read_adapter(self.adapter).thresholds)
 
     def as_config(self, merged_fields: Mapping[str, Any]) -> dict[str, Any]:
         """``quantization_config`` that says the same; `resolve` reads it back.
@@ -133,13 +131,14 @@ def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -
         raise SponError.of(
             "adapter", adapter, "none, as the checkpoint has another one merged into it", "Serve the base model."
         )
-    prefix, tokens = merged.get("dense_prefix", 0), merged.get("tokens", "all")
+    thresholds = check_thresholds(merged["thresholds"])
     settings = replace(
         settings,
-        thresholds=_thresholds(merged),
+        thresholds=thresholds,
+        modules=tuple(thresholds),
         digest=str(merged.get("adapter_digest")),
         sparsity=merged.get("sparsity", 0.0),
-        has_dense_bias=prefix > 0 or tokens != "all",
+        has_dense_bias=holds_dense_biases(merged.get("dense_prefix", 0), merged.get("tokens", "all")),
     )
     if not settings.has_dense_bias and settings.token_mode == "decode":
         # Dense steps need the dense model's biases, and this checkpoint has nothing but the folded ones.
@@ -205,15 +204,5 @@ def _with_adapter(settings: Settings, adapter: Any) -> Settings:
         )
     path = os.path.abspath(os.path.expanduser(adapter))
     loaded = read_adapter(path)
-    return replace(settings, adapter=path, digest=loaded.digest, sparsity=loaded.fields.sparsity)
-
-
-def _thresholds(merged: Mapping[str, Any]) -> dict[str, float]:
-    thresholds = merged["thresholds"]
-    if not isinstance(thresholds, dict) or not thresholds:
-        raise SponError.of("quantization_config: thresholds", thresholds, "module paths with their thresholds")
-    for path, value in thresholds.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 <= value < float("inf"):
-            raise SponError.of(f"quantization_config: threshold of {path}", value, "a finite number >= 0")
-    return dict(thresholds)
+    modules = tuple(loaded.thresholds)
+    return replace(settings, adapter=path, modules=modules, digest=loaded.digest, sparsity=loaded.fields.sparsity)
