@@ -8,12 +8,33 @@ its linears are the folded ones; where tokens stay dense it holds the dense mode
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from spon_plugin.adapter import SponFields
 from spon_plugin.errors import SponError
 
 FIELD = "quantization_config"
 """What errors call the object."""
+
+
+def read_fields(stored: Mapping[str, Any]) -> SponFields:
+    """The adapter's fields that a merged checkpoint keeps; others have their defaults.
+
+    Args:
+        stored: the object as JSON has it. Without `dense_prefix` every token is masked.
+
+    Raises:
+        SponError: one of them is wrong, or the format is of another version or of none.
+    """
+    fields = SponFields(
+        sparsity=stored.get("sparsity", SponFields.sparsity),
+        tokens=stored.get("tokens", SponFields.tokens),
+        dense_prefix=stored.get("dense_prefix", 0),
+    )
+    fields.format_version = stored.get("format_version")  # type: ignore[assignment]
+    fields.check()
+    return fields
 
 
 def check_thresholds(thresholds: Any) -> dict[str, float]:

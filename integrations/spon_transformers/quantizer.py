@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spon_plugin.adapter import FORMAT_VERSION, Adapter, SponFields
 from spon_plugin.errors import SponError
 from spon_plugin.linear import SparseConv1D, SparseLinear, follow_tokens, is_conv1d, is_linear, linear_features
-from spon_plugin.merged import FIELD, check_thresholds, holds_dense_biases
+from spon_plugin.merged import FIELD, check_thresholds, holds_dense_biases, read_fields
 from spon_plugin.tokens import DenseTokens
 from spon_transformers import QUANT_METHOD
 
@@ -57,9 +57,8 @@ class SponQuantizationConfig(QuantizationConfigMixin):
             raise SponError.of(FIELD, sorted(unknown), "no such fields", "Was it written by another version?")
         if quant_method != QUANT_METHOD:
             raise SponError.of(f"{FIELD}: quant_method", quant_method, repr(QUANT_METHOD))
-        fields = SponFields(sparsity, tokens=tokens, dense_prefix=dense_prefix)
-        fields.format_version = format_version  # type: ignore[assignment]
-        fields.check()
+        stored = dict(sparsity=sparsity, tokens=tokens, dense_prefix=dense_prefix, format_version=format_version)
+        read_fields(stored)
         thresholds = check_thresholds(thresholds)
         self.quant_method: Any = QUANT_METHOD
         self.format_version = format_version

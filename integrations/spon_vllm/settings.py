@@ -17,7 +17,7 @@ from typing import Any
 from spon_plugin.adapter import read_adapter
 from spon_plugin.errors import SponError
 from spon_plugin.masking import TOKEN_MODES
-from spon_plugin.merged import check_thresholds, holds_dense_biases
+from spon_plugin.merged import check_thresholds, holds_dense_biases, read_fields
 from spon_vllm import QUANT_METHOD
 
 ADAPTER_VARIABLE = "SPON_ADAPTER"
@@ -131,14 +131,14 @@ def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -
         raise SponError.of(
             "adapter", adapter, "none, as the checkpoint has another one merged into it", "Serve the base model."
         )
-    thresholds = check_thresholds(merged["thresholds"])
+    fields, thresholds = read_fields(merged), check_thresholds(merged["thresholds"])
     settings = replace(
         settings,
         thresholds=thresholds,
         modules=tuple(thresholds),
         digest=str(merged.get("adapter_digest")),
-        sparsity=merged.get("sparsity", 0.0),
-        has_dense_bias=holds_dense_biases(merged.get("dense_prefix", 0), merged.get("tokens", "all")),
+        sparsity=fields.sparsity,
+        has_dense_bias=holds_dense_biases(fields.dense_prefix, fields.tokens),
     )
     if not settings.has_dense_bias and settings.token_mode == "decode":
         # Dense steps need the dense model's biases, and this checkpoint has nothing but the folded ones.

@@ -90,6 +90,30 @@ def test_threshold_missing_in_a_merged_checkpoint(llama, tmp_path):
         configure(path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        pytest.param("format_version", 99, "format_version: got 99, expected 1.*Upgrade", id="newer"),
+        pytest.param("format_version", None, "format_version: got None, expected 1", id="no version"),
+        pytest.param("sparsity", 1.5, "sparsity: got 1.5", id="sparsity"),
+        pytest.param("tokens", "some", "tokens: got 'some'.*all, decode", id="tokens"),
+        pytest.param("dense_prefix", "1", "dense_prefix: got '1'", id="dense prefix"),
+    ],
+)
+@pytest.mark.parametrize("overridden", [False, True], ids=["as it is", "with an override"])
+def test_damaged_merged_checkpoint(llama, tmp_path, field, value, message, overridden):
+    path = merge(llama[0], llama[1], tmp_path / "merged")
+    config = json.loads((path / "config.json").read_text())
+    stored = config["quantization_config"]
+    stored[field] = value
+    if value is None:
+        del stored[field]
+    (path / "config.json").write_text(json.dumps(config))
+    fields = {"quant_method": "spon", "token_mode": "all"} if overridden else {}
+    with pytest.raises(ValueError, match=message):
+        configure(path, hf_overrides={"quantization_config": fields} if fields else None)
+
+
 def test_decode_needs_the_dense_biases(llama, tmp_path):
     source = with_prefix(llama[2], tmp_path / "prefix0", 0)
     merged = merge(llama[0], source, tmp_path / "merged")
