@@ -111,7 +111,7 @@ def test_damaged_merged_checkpoint(llama, tmp_path, field, value, message, overr
     (path / "config.json").write_text(json.dumps(config))
     fields = {"quant_method": "spon", "token_mode": "all"} if overridden else {}
     with pytest.raises(ValueError, match=message):
-        configure(path, hf_overrides={"quantization_config": fields} if fields else None)
+        configure(path, hf_overrides={"quantization_config": fields} if fields else {})
 
 
 def test_decode_needs_the_dense_biases(llama, tmp_path):
