@@ -4,15 +4,18 @@
 The one definition of the format. PEFT, vLLM, lm-eval and the command line all come here, so vLLM reads an adapter
 without PEFT installed. The files are those of any PEFT adapter; the tensors are
 
-    base_model.model.<module path>.spon_threshold    float32 [1], one for every sparsified linear
+    base_model.model.<module path>.spon_threshold    float32 [1] or, per channel, [in_features]; one for every
+                                                     sparsified linear
     base_model.model.<module path>.spon_alpha        float32 [in_features], one for every linear in `alpha_modules`
+    base_model.model.<module path>.spon_center       float32 [in_features], for those linears that mask by the distance
+                                                     from a centre; none where it is 0
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,8 @@ PEFT_TYPE = "SPON"
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
-ALPHA, THRESHOLD = "spon_alpha", "spon_threshold"
+ALPHA, THRESHOLD, CENTER = "spon_alpha", "spon_threshold", "spon_center"
+KINDS = (ALPHA, THRESHOLD, CENTER)
 ALLOCATIONS = ("uniform", "greedy")
 
 
@@ -100,15 +104,17 @@ class Adapter:
 
     Attributes:
         fields: SPON's part of the config.
-        thresholds: module path -> float32 ``[1]``.
+        thresholds: module path -> float32 ``[1]`` or ``[in_features]``.
         alphas: module path -> float32 ``[in_features]``; only for linears that carry one.
         peft: PEFT's part of the config (`base_model_name_or_path`, `target_modules`, ...), kept as read.
+        centers: module path -> float32 ``[in_features]``; only for linears that have one.
     """
 
     fields: SponFields
     thresholds: dict[str, Tensor]
     alphas: dict[str, Tensor]
     peft: dict[str, Any] = field(default_factory=dict)
+    centers: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def base_model(self) -> str | None:
@@ -128,6 +134,7 @@ class Adapter:
         """The content of the safetensors file: key -> tensor."""
         out = {f"{KEY_PREFIX}{module}.{THRESHOLD}": t for module, t in self.thresholds.items()}
         out.update({f"{KEY_PREFIX}{module}.{ALPHA}": a for module, a in self.alphas.items()})
+        out.update({f"{KEY_PREFIX}{module}.{CENTER}": c for module, c in self.centers.items()})
         return out
 
     def config(self) -> dict[str, Any]:
@@ -136,25 +143,27 @@ class Adapter:
         return {**self.peft, **own, "peft_type": PEFT_TYPE}
 
     def without_alpha(self) -> Adapter:
-        """The same masks without spontaneous activations: the TEAL of this adapter."""
+        """The same masks without spontaneous activations: the TEAL of this adapter, or its WINA or SCAP."""
         teal = SponFields(**{f.name: getattr(self.fields, f.name) for f in fields(SponFields)})
         teal.alpha_modules = []
-        return Adapter(teal, dict(self.thresholds), {}, dict(self.peft))
+        return Adapter(teal, dict(self.thresholds), {}, dict(self.peft), dict(self.centers))
 
     def check(self) -> None:
         """Raise `SponError` if a field is wrong or a tensor is missing, extra, of a wrong shape or dtype, or bad."""
         self.fields.check()
         if not self.thresholds:
             raise SponError.of("adapter", "no thresholds", "at least one sparsified linear")
-        for module in self.alphas.keys() - self.thresholds.keys():
-            raise SponError.of(
-                f"{module}.{ALPHA}", "an alpha without a threshold", f"{module}.{THRESHOLD} in the same file"
-            )
+        for kind, own, name in ((ALPHA, self.alphas, "an alpha"), (CENTER, self.centers, "a centre")):
+            for module in own.keys() - self.thresholds.keys():
+                raise SponError.of(
+                    f"{module}.{kind}", f"{name} without a threshold", f"{module}.{THRESHOLD} in the same file"
+                )
         for module, threshold in self.thresholds.items():
             key = f"{module}.{THRESHOLD}"
-            _check_tensor(key, threshold, "[1]", tuple(threshold.shape) == (1,))
-            if float(threshold) < 0:
-                raise SponError.of(key, float(threshold), "a threshold >= 0")
+            vector = threshold.dim() == 1 and threshold.numel() > 0
+            _check_tensor(key, threshold, "[1] or [in_features]", vector)
+            if float(threshold.min()) < 0:
+                raise SponError.of(key, float(threshold.min()), "a threshold >= 0")
             key = f"{module}.{ALPHA}"
             expected = carries_alpha(module, self.fields.alpha_modules)
             if expected and module not in self.alphas:
@@ -163,6 +172,21 @@ class Adapter:
                 raise SponError.of(key, "an alpha", f"none, as alpha_modules is {self.fields.alpha_modules!r}")
             if expected:
                 _check_tensor(key, self.alphas[module], "[in_features]", self.alphas[module].dim() == 1)
+            if module in self.centers:
+                center = self.centers[module]
+                _check_tensor(f"{module}.{CENTER}", center, "[in_features]", center.dim() == 1)
+            self._check_lengths(module)
+
+    def _check_lengths(self, module: str) -> None:
+        lengths = {key: tensor.numel() for key, tensor in self._vectors(module)}
+        if len(set(lengths.values())) > 1:
+            raise SponError.of(module, lengths, "vectors of one length, the layer's in_features")
+
+    def _vectors(self, module: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a linear whose length is in_features, with their names."""
+        for kind, own in ((ALPHA, self.alphas), (THRESHOLD, self.thresholds), (CENTER, self.centers)):
+            if module in own and (kind != THRESHOLD or own[module].numel() > 1):
+                yield f"{module}.{kind}", own[module]
 
     def check_base(self, in_features: Mapping[str, int], base: str = "the base model") -> None:
         """Check that the adapter fits a base model.
@@ -172,14 +196,15 @@ class Adapter:
             base: the model's name, for the error.
 
         Raises:
-            SponError: an alpha has another length than its layer's input, or a layer does not exist.
+            SponError: an alpha, a centre or a vector of thresholds has another length than its layer's input, or a
+                layer does not exist.
         """
         remedy = f"The adapter was made for {self.base_model!r}; load that model."
-        for module, alpha in self.alphas.items():
-            if module in in_features and alpha.numel() != in_features[module]:
-                raise SponError.of(
-                    f"{module}.{ALPHA}", tuple(alpha.shape), f"shape ({in_features[module]},) for {base}", remedy
-                )
+        for module in (module for module in self.thresholds if module in in_features):
+            for key, vector in self._vectors(module):
+                if vector.numel() != in_features[module]:
+                    expected = f"shape ({in_features[module]},) for {base}"
+                    raise SponError.of(key, tuple(vector.shape), expected, remedy)
         missing = [module for module in self.thresholds if module not in in_features]
         if missing:
             raise SponError.of(
@@ -249,22 +274,23 @@ def read_adapter(path: str | Path) -> Adapter:
         raise SponError.of("adapter", str(path), f"a directory with {WEIGHTS_NAME} in it")
     thresholds: dict[str, Tensor] = {}
     alphas: dict[str, Tensor] = {}
+    centers: dict[str, Tensor] = {}
+    read = {ALPHA: alphas, THRESHOLD: thresholds, CENTER: centers}
     saved = tuple(peft.get("modules_to_save") or ())
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 module, _, kind = key.removeprefix(KEY_PREFIX).rpartition(".")
-                if key.startswith(KEY_PREFIX) and module and kind in (ALPHA, THRESHOLD):
-                    (alphas if kind == ALPHA else thresholds)[module] = tensors.get_tensor(key)
+                if key.startswith(KEY_PREFIX) and module and kind in KINDS:
+                    read[kind][module] = tensors.get_tensor(key)
                 elif not any(f".{name}." in f".{key}" for name in saved):
-                    raise SponError.of(
-                        f"{file}: {key}", "an unknown tensor", f"keys {KEY_PREFIX}<module>.{ALPHA}|{THRESHOLD}"
-                    )
+                    expected = f"keys {KEY_PREFIX}<module>.{'|'.join(KINDS)}"
+                    raise SponError.of(f"{file}: {key}", "an unknown tensor", expected)
     except (SafetensorError, OSError) as error:
         raise SponError.of(
             str(file), str(error), "a whole safetensors file", "It is truncated or damaged; copy or make it again."
         ) from error
-    adapter = Adapter(own, thresholds, alphas, peft)
+    adapter = Adapter(own, thresholds, alphas, peft, centers)
     adapter.check()
     return adapter
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from spon_plugin.errors import SponError
 from spon_plugin.kernels import sparse_linear
+from spon_plugin.kernels.layer_call import LayerCall
 from spon_plugin.kernels.op import implementation
 from spon_plugin.masking import sparsify
 from spon_plugin.tokens import Attachment, DenseTokens
@@ -29,6 +30,7 @@ class _SparseLayer(nn.Module):
     def _register_spon_buffers(self, device: torch.device | str | None) -> None:
         self.register_buffer("spon_threshold", torch.zeros(1, dtype=torch.float32, device=device))
         self.register_buffer("spon_dense_bias", None)
+        self._few_rows = LayerCall()
 
     def keep_dense_bias(self, bias: Tensor | None = None) -> None:
         """Hold the bias ``[out_features]`` of tokens that stay dense; None for zeros. `follow_tokens` needs it."""
@@ -60,8 +62,12 @@ class _SparseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        weight_t = self.weight_t
         dense = None if self.tokens is None else self.tokens.rows(x)
+        if dense is None and not torch.compiler.is_compiling():
+            y = self._few_rows(self, x)
+            if y is not None:
+                return y
+        weight_t = self.weight_t
         # Autocast chooses the dtypes of torch's own products; it does not know ours.
         own = dense is None and x.dtype == weight_t.dtype and weight_t.is_contiguous()
         if own and not torch.is_autocast_enabled(x.device.type):
@@ -198,6 +204,18 @@ def linear_features(module: nn.Module, name: str = "layer") -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     raise SponError.of(name, type(module).__name__, "a linear layer (torch.nn.Linear or Conv1D)")
+
+
+def add_alpha(center: Tensor | None, alpha: Tensor | None) -> Tensor | None:
+    """``center + alpha``, the part of a layer's input that is the same for every token; None where there is neither.
+
+    Args:
+        center: float32 ``[in_features]`` or None.
+        alpha: float32 ``[in_features]`` or None.
+    """
+    if center is None or alpha is None:
+        return alpha if center is None else center
+    return center.to(alpha.device) + alpha
 
 
 @torch.no_grad()

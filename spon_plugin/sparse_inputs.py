@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.linear import fold_alpha
-from spon_plugin.masking import keep_mask, sparsify
+from spon_plugin.linear import add_alpha, fold_alpha
+from spon_plugin.masking import keep_mask, sparse_deviation
 from spon_plugin.tokens import DenseTokens
 
 
 class SparsityCounter:
-    """How many input entries each linear's mask zeroed, over the tokens that were masked."""
+    """How many input entries each linear's mask dropped, over the tokens that were masked."""
 
     def __init__(self) -> None:
         self._dropped: dict[str, Tensor] = {}
@@ -53,17 +53,20 @@ def sparse_inputs(
     alphas: Mapping[str, Tensor] | None = None,
     dense_prefix: int = 0,
     counter: SparsityCounter | None = None,
+    centers: Mapping[str, Tensor] | None = None,
 ) -> Iterator[DenseTokens]:
     """While the block runs, every linear in `thresholds` computes ``W S(x) + b + W alpha``.
 
-    Tokens in the dense prefix compute ``W x + b``, as in the dense model. ``W alpha`` is folded once, at the start.
+    Tokens in the dense prefix compute ``W x + b``, as in the dense model. What does not depend on the input,
+    ``W (center + alpha)``, is folded once, at the start.
 
     Args:
         model: a dense model.
         thresholds: module path -> float32 ``[1]`` or ``[in_features]``.
         alphas: module path -> float32 ``[in_features]``, for some of these linears.
         dense_prefix: the first positions of each sequence that stay dense.
-        counter: counts what the masks zero.
+        counter: counts what the masks drop.
+        centers: module path -> float32 ``[in_features]``, for some of these linears; see `masking.sparsify`.
 
     Yields:
         The token state of the run, whose `dense_prefix` may be changed between passes.
@@ -71,14 +74,14 @@ def sparse_inputs(
     state = DenseTokens(dense_prefix)
     handles: list[Any] = [state.attach(model)]
 
-    def mask(path: str, threshold: Tensor) -> Any:
+    def mask(path: str, threshold: Tensor, center: Tensor | None) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0]
             dense = state.rows(x)
             if counter is not None:
-                keep = keep_mask(x, threshold)
+                keep = keep_mask(x, threshold, center)
                 counter.add(path, keep if dense is None else keep[~dense])
-            return (sparsify(x, threshold, dense), *args[1:])
+            return (sparse_deviation(x, threshold, dense, center), *args[1:])
 
         return hook
 
@@ -94,9 +97,12 @@ def sparse_inputs(
         for path, threshold in thresholds.items():
             module = model.get_submodule(path)
             device = next(module.parameters()).device
-            if alphas and path in alphas:
-                handles.append(module.register_forward_hook(add(fold_alpha(module, alphas[path], path))))
-            handles.append(module.register_forward_pre_hook(mask(path, threshold.to(device))))
+            center = centers.get(path) if centers else None
+            folded = add_alpha(center, alphas.get(path) if alphas else None)
+            if folded is not None:
+                handles.append(module.register_forward_hook(add(fold_alpha(module, folded, path))))
+            center = None if center is None else center.to(device)
+            handles.append(module.register_forward_pre_hook(mask(path, threshold.to(device), center)))
         yield state
     finally:
         for handle in handles:

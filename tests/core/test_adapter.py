@@ -20,6 +20,14 @@ def make_adapter(**fields) -> Adapter:
     return Adapter(SponFields(**fields), thresholds, alphas, peft)
 
 
+def make_vectors(**fields) -> Adapter:
+    """One linear with a threshold per channel, one with a centre."""
+    adapter = make_adapter(**fields)
+    adapter.thresholds[Q] = torch.tensor([0.1, 0.2, 0.0, 0.4])
+    adapter.centers[DOWN] = torch.linspace(-1, 1, 6)
+    return adapter
+
+
 def files(path) -> list[str]:
     return sorted(p.name for p in path.iterdir())
 
@@ -36,6 +44,19 @@ def test_what_is_written_is_read_back(tmp_path):
     assert files(tmp_path) == ["a"] and files(tmp_path / "a") == [CONFIG_NAME, WEIGHTS_NAME]
 
 
+def test_vectors_and_centres_are_read_back(tmp_path):
+    adapter = make_vectors()
+    back = read_adapter(write_adapter(adapter, tmp_path / "a"))
+    assert back.centers.keys() == {DOWN} and f"{KEY_PREFIX}{DOWN}.spon_center" in back.tensors()
+    assert all(torch.equal(back.tensors()[key], tensor) for key, tensor in adapter.tensors().items())
+    assert back.digest == adapter.digest
+    assert back.without_alpha().centers.keys() == {DOWN}
+
+
+def test_an_adapter_without_them_has_the_digest_that_it_always_had():
+    assert make_adapter().digest == "3c9f7ceaee2248bcdf184e2843677a4146b65a6069c273d44424ab3277b476af"
+
+
 def test_the_same_adapter_gives_the_same_bytes(tmp_path):
     write_adapter(make_adapter(), tmp_path / "a")
     swapped = make_adapter()
@@ -49,6 +70,9 @@ def test_the_digest_follows_what_changes_the_function():
     digests = {make_adapter().digest, make_adapter(dense_prefix=0).digest, make_adapter().without_alpha().digest}
     assert len(digests) == 3
     assert make_adapter(calibration={"seed": 1}).digest == make_adapter().digest
+    moved = make_vectors()
+    moved.centers[DOWN] = moved.centers[DOWN] + 1
+    assert len({make_adapter().digest, make_vectors().digest, moved.digest}) == 3
 
 
 def test_without_alpha_is_plain_teal():
@@ -108,6 +132,7 @@ def test_a_missing_field_is_named(tmp_path, field):
 
 def tamper(tensors: dict[str, torch.Tensor], change: str) -> None:
     alpha, threshold = f"{KEY_PREFIX}{Q}.spon_alpha", f"{KEY_PREFIX}{Q}.spon_threshold"
+    center = f"{KEY_PREFIX}{Q}.spon_center"
     if change == "nan alpha":
         tensors[alpha][1] = float("nan")
     elif change == "infinite threshold":
@@ -117,7 +142,23 @@ def tamper(tensors: dict[str, torch.Tensor], change: str) -> None:
     elif change == "half alpha":
         tensors[alpha] = tensors[alpha].half()
     elif change == "threshold shape":
-        tensors[threshold] = torch.zeros(2)
+        tensors[threshold] = torch.zeros(2, 2)
+    elif change == "no threshold values":
+        tensors[threshold] = torch.zeros(0)
+    elif change == "threshold length":
+        tensors[threshold] = torch.zeros(5)
+    elif change == "one negative of many":
+        tensors[threshold] = torch.tensor([0.0, 1.0, -0.5, 1.0])
+    elif change == "center length":
+        tensors[center] = torch.zeros(5)
+    elif change == "center shape":
+        tensors[center] = torch.zeros(())
+    elif change == "half center":
+        tensors[center] = torch.zeros(4).half()
+    elif change == "nan center":
+        tensors[center] = torch.full((4,), float("nan"))
+    elif change == "center elsewhere":
+        tensors[center.replace("q_proj", "k_proj")] = torch.zeros(4)
     elif change == "alpha shape":
         tensors[alpha] = torch.zeros(2, 2)
     elif change == "missing alpha":
@@ -137,7 +178,15 @@ def tamper(tensors: dict[str, torch.Tensor], change: str) -> None:
         ("infinite threshold", "q_proj.spon_threshold: got 'NaN or infinity'"),
         ("negative threshold", "q_proj.spon_threshold: got -0.1.*, expected a threshold >= 0"),
         ("half alpha", "q_proj.spon_alpha: got torch.float16, expected torch.float32"),
-        ("threshold shape", r"q_proj.spon_threshold: got \(2,\), expected shape \[1\]"),
+        ("threshold shape", r"q_proj.spon_threshold: got \(2, 2\), expected shape \[1\] or \[in_features\]"),
+        ("no threshold values", r"q_proj.spon_threshold: got \(0,\), expected shape \[1\] or \[in_features\]"),
+        ("threshold length", "q_proj: got {.*spon_alpha': 4, .*spon_threshold': 5}, expected vectors of one length"),
+        ("one negative of many", "q_proj.spon_threshold: got -0.5, expected a threshold >= 0"),
+        ("center length", "q_proj: got {.*spon_alpha': 4, .*spon_center': 5}, expected vectors of one length"),
+        ("center shape", r"q_proj.spon_center: got \(\), expected shape \[in_features\]"),
+        ("half center", "q_proj.spon_center: got torch.float16, expected torch.float32"),
+        ("nan center", "q_proj.spon_center: got 'NaN or infinity'"),
+        ("center elsewhere", "k_proj.spon_center: got 'a centre without a threshold'"),
         ("alpha shape", r"q_proj.spon_alpha: got \(2, 2\), expected shape \[in_features\]"),
         ("missing alpha", "q_proj.spon_alpha: got 'no such tensor'"),
         ("missing threshold", "q_proj.spon_alpha: got 'an alpha without a threshold'"),
@@ -235,3 +284,14 @@ def test_another_base_is_told_by_shapes_then_names():
         adapter.check_base({Q: 8, DOWN: 6})
     with pytest.raises(SponError, match=r"1 sparsified layers such as .*down_proj.*'some/base'"):
         adapter.check_base({Q: 4})
+
+
+@pytest.mark.parametrize("tensor", ["threshold", "center"])
+def test_another_base_is_told_by_a_vector(tensor):
+    adapter = make_adapter(alpha_modules=[])
+    adapter.alphas.clear()
+    (adapter.thresholds if tensor == "threshold" else adapter.centers)[DOWN] = torch.ones(6)
+    adapter.check()
+    adapter.check_base({Q: 8, DOWN: 6})
+    with pytest.raises(SponError, match=rf"down_proj.spon_{tensor}: got \(6,\), expected shape \(8,\) .*'some/base'"):
+        adapter.check_base({Q: 4, DOWN: 8})

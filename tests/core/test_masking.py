@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from spon_plugin import SponError, keep_mask, sparsify
-from spon_plugin.masking import check_sparsity
+from spon_plugin.masking import check_sparsity, deviation, sparse_deviation
 
 
 def threshold(value: float) -> torch.Tensor:
@@ -36,6 +36,9 @@ def test_nan_and_infinity_stay_visible():
     out = sparsify(x, threshold(1e30))
     assert out.isnan().tolist() == [True, False, False, False]
     assert out[1:].tolist() == [float("inf"), float("-inf"), 0]
+    out = sparsify(x, threshold(1e30), None, torch.ones(4))
+    assert out.isnan().tolist() == [True, False, False, False]
+    assert out[1:].tolist() == [float("inf"), float("-inf"), 1]
 
 
 def test_a_vector_threshold_works_per_channel():
@@ -43,10 +46,46 @@ def test_a_vector_threshold_works_per_channel():
     assert sparsify(x, torch.tensor([0.5, 2.0])).tolist() == [[1, 0], [3, 3]]
 
 
+def test_a_centre_takes_the_place_of_what_is_masked():
+    x, center = torch.tensor([1.0, 2.5, -2.0, 3.0]), torch.tensor([1.5, 1.0, -2.0, 0.0])
+    assert keep_mask(x, threshold(0.5), center).tolist() == [False, True, False, True]
+    assert sparsify(x, threshold(0.5), None, center).tolist() == [1.5, 2.5, -2.0, 3.0]
+    assert sparse_deviation(x, threshold(0.5), None, center).tolist() == [0, 1.5, 0, 3.0]
+
+
+def test_a_centre_of_zero_is_none():
+    x = torch.randn(5, 8)
+    for function in (keep_mask, lambda *a: sparsify(*a[:2], None, *a[2:])):
+        assert torch.equal(function(x, threshold(0.5), torch.zeros(8)), function(x, threshold(0.5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_with_a_centre_the_layer_masks_what_its_kernel_masks(dtype):
+    """The kernel gets ``x - center`` in x's dtype and compares that; so does the rule."""
+    torch.manual_seed(0)
+    x, center, tau = torch.randn(64, 33).to(dtype), torch.randn(33), torch.rand(33)
+    assert deviation(x, center).dtype == dtype
+    assert torch.equal(keep_mask(x, tau, center), keep_mask(deviation(x, center), tau))
+    assert sparsify(x, tau, None, center).dtype == sparse_deviation(x, tau, None, center).dtype == dtype
+    if dtype == torch.float64:
+        whole = sparse_deviation(x, tau, None, center) + center
+        torch.testing.assert_close(whole, sparsify(x, tau, None, center), rtol=0, atol=1e-15)
+
+
+def test_a_small_centre_is_taken_off_in_float32():
+    # 0.1 in bfloat16 is 0.1001; a centre rounded likewise would differ by 4e-4.
+    x, center = torch.tensor([0.1]).bfloat16(), torch.tensor([0.1])
+    assert deviation(x, center).item() == pytest.approx(x.item() - 0.1, rel=0.01)
+
+
 def test_dense_tokens_keep_their_whole_input():
     x = torch.full((2, 3, 4), 0.1)
     dense = torch.tensor([[True, False, False], [False, False, True]])
     assert sparsify(x, threshold(1), dense).ne(0).any(-1).tolist() == dense.tolist()
+    center = torch.full((4,), 0.3)
+    assert sparsify(x, threshold(1), dense, center).eq(0.1).all(-1).tolist() == dense.tolist()
+    assert sparse_deviation(x, threshold(1), dense, center)[dense].eq(0.1).all()
+    assert not sparse_deviation(x, threshold(1), dense, center)[~dense].any()
 
 
 def test_gradient_flows_through_kept_entries_only():

@@ -25,6 +25,30 @@ def test_a_layer_under_masks_computes_the_formula(tiny_llama):
     torch.testing.assert_close(seen["y"][:, 2:], sparse[:, 2:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("with_alpha", [False, True], ids=["no-alpha", "alpha"])
+@pytest.mark.parametrize("per_channel", [False, True], ids=["scalar", "vector"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_centres_and_thresholds_per_channel_compute_the_formula(tiny_llama, dtype, per_channel, with_alpha):
+    layer, seen = tiny_llama.to(dtype).get_submodule(DOWN), {}
+    alpha, center = torch.randn(96) * with_alpha, torch.randn(96) * 0.2
+    threshold = torch.rand(96) * 0.4 if per_channel else torch.tensor([0.2])
+    before = layer.register_forward_pre_hook(lambda _m, args: seen.update(x=args[0].clone()))
+    counter = SparsityCounter()
+    alphas = {DOWN: alpha} if with_alpha else None
+    with sparse_inputs(tiny_llama, {DOWN: threshold}, alphas, 2, counter, {DOWN: center}):
+        after = layer.register_forward_hook(lambda _m, _args, y: seen.update(y=y))
+        tiny_llama(input_ids=IDS)
+    before.remove()
+    after.remove()
+    x, weight = seen["x"].double(), layer.weight.double()
+    keep = (x - center).abs() > threshold
+    sparse = torch.where(keep, x, center.double()) @ weight.t() + weight @ alpha.double()
+    torch.testing.assert_close(seen["y"][:, :2].double(), (x @ weight.t())[:, :2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen["y"][:, 2:].double(), sparse[:, 2:], rtol=1e-4, atol=1e-5)
+    assert counter.per_module()[DOWN] == pytest.approx(1 - keep[:, 2:].double().mean().item())
+    assert 0.1 < counter.per_module()[DOWN] < 0.99
+
+
 def test_nothing_is_left_behind(tiny_llama):
     dense = tiny_llama(input_ids=IDS).logits
     with pytest.raises(RuntimeError), sparse_inputs(tiny_llama, {DOWN: torch.tensor([9.0])}):
