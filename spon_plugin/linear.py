@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from spon_plugin.errors import SponError
 from spon_plugin.kernels import sparse_linear
-from spon_plugin.kernels.layer_call import LayerCall
 from spon_plugin.kernels.op import implementation
 from spon_plugin.masking import sparsify
 from spon_plugin.tokens import Attachment, DenseTokens
@@ -30,7 +29,6 @@ class _SparseLayer(nn.Module):
     def _register_spon_buffers(self, device: torch.device | str | None) -> None:
         self.register_buffer("spon_threshold", torch.zeros(1, dtype=torch.float32, device=device))
         self.register_buffer("spon_dense_bias", None)
-        self._few_rows = LayerCall()
 
     def keep_dense_bias(self, bias: Tensor | None = None) -> None:
         """Hold the bias ``[out_features]`` of tokens that stay dense; None for zeros. `follow_tokens` needs it."""
@@ -62,12 +60,8 @@ class _SparseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        dense = None if self.tokens is None else self.tokens.rows(x)
-        if dense is None and not torch.compiler.is_compiling():
-            y = self._few_rows(self, x)
-            if y is not None:
-                return y
         weight_t = self.weight_t
+        dense = None if self.tokens is None else self.tokens.rows(x)
         # Autocast chooses the dtypes of torch's own products; it does not know ours.
         own = dense is None and x.dtype == weight_t.dtype and weight_t.is_contiguous()
         if own and not torch.is_autocast_enabled(x.device.type):
