@@ -16,12 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from spon_peft.config import SponConfig
-from spon_peft.product import weight_product
 from spon_peft.tokens import AdapterTokens
 from spon_plugin.adapter import carries_alpha
 from spon_plugin.errors import SponError
 from spon_plugin.linear import SparseConv1D, SparseLinear, is_conv1d, is_linear, linear_features
 from spon_plugin.masking import sparsify
+from spon_plugin.product import weight_product
 
 
 class SponLayer(BaseTunerLayer):

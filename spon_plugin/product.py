@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``W alpha`` with a gradient for alpha, for any weight format, without a float32 copy of the weight.
 
-The counterpart for training of `spon_plugin.linear.fold_alpha`, which has no gradient.
+The counterpart for training of `linear.fold_alpha`, which has no gradient.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import spon_peft.product as product
-from spon_peft.product import weight_product
+import spon_plugin.product as product
 from spon_plugin import fold_alpha
+from spon_plugin.product import weight_product
 
 
 class PackedLinear(nn.Module):
