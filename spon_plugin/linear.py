@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from spon_plugin.errors import SponError
 from spon_plugin.kernels import sparse_linear
+from spon_plugin.kernels.layer_call import LayerCall
 from spon_plugin.kernels.op import implementation
-from spon_plugin.masking import sparsify
+from spon_plugin.masking import deviation, sparse_deviation
 from spon_plugin.tokens import Attachment, DenseTokens
 
 
@@ -23,12 +24,15 @@ class _SparseLayer(nn.Module):
     weight: Tensor
     bias: Any
     spon_threshold: Tensor
+    spon_center: Tensor | None
     spon_dense_bias: Tensor | None
     tokens: DenseTokens | None = None
 
     def _register_spon_buffers(self, device: torch.device | str | None) -> None:
         self.register_buffer("spon_threshold", torch.zeros(1, dtype=torch.float32, device=device))
+        self.register_buffer("spon_center", None)
         self.register_buffer("spon_dense_bias", None)
+        self._few_rows = LayerCall()
 
     def keep_dense_bias(self, bias: Tensor | None = None) -> None:
         """Hold the bias ``[out_features]`` of tokens that stay dense; None for zeros. `follow_tokens` needs it."""
@@ -60,14 +64,22 @@ class _SparseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        weight_t = self.weight_t
         dense = None if self.tokens is None else self.tokens.rows(x)
+        center = self._buffers["spon_center"]  # past the lookup of `nn.Module`, which takes half a microsecond
+        if center is not None and dense is None:
+            # The kernels know no centre: taking it off here reads x once more, which is little beside the weights.
+            x, center = deviation(x, center), None
+        if dense is None and not torch.compiler.is_compiling():
+            y = self._few_rows(self, x)
+            if y is not None:
+                return y
+        weight_t = self.weight_t
         # Autocast chooses the dtypes of torch's own products; it does not know ours.
         own = dense is None and x.dtype == weight_t.dtype and weight_t.is_contiguous()
         if own and not torch.is_autocast_enabled(x.device.type):
             return sparse_linear(x, weight_t, self.spon_threshold, self.bias)
         weight = weight_t.t()
-        kept = sparsify(x, self.spon_threshold, dense)
+        kept = sparse_deviation(x, self.spon_threshold, dense, center)
         if dense is None or self.spon_dense_bias is None:
             return F.linear(kept, weight, self.bias)
         bias = torch.zeros_like(self.spon_dense_bias) if self.bias is None else self.bias
@@ -81,14 +93,17 @@ class _SparseLayer(nn.Module):
 class SparseLinear(_SparseLayer, nn.Linear):
     """``y = W S(x) + bias``, with ``bias = b + W alpha`` folded in beforehand.
 
+    With a centre it is ``y = W (S(x) - center) + bias``, with ``bias = b + W (center + alpha)``.
+
     What PEFT-merged and exported models run: `kernels.sparse_linear`, once `arrange_for_kernels` has been called. Same
-    parameters as `torch.nn.Linear`, and one buffer more, so state dicts interchange. Every token is masked, unless the
+    parameters as `torch.nn.Linear`, and buffers besides, so state dicts interchange. Every token is masked, unless the
     layer follows a `DenseTokens`: then dense tokens compute ``W x + spon_dense_bias``, as in the dense model.
 
     Attributes:
         weight: ``[out_features, in_features]``.
         bias: ``[out_features]``.
-        spon_threshold: float32 ``[1]``; 0 masks nothing but zeros.
+        spon_threshold: float32 ``[1]`` or, per channel, ``[in_features]``; 0 masks nothing but zeros.
+        spon_center: float32 ``[in_features]``, or None for 0; see `masking.sparsify`.
         spon_dense_bias: ``[out_features]``, the bias of dense tokens; None where every token is masked.
         tokens: says which tokens are dense; see `follow_tokens`.
     """
@@ -125,7 +140,8 @@ class SparseConv1D(_SparseLayer):
         nf: out_features, likewise.
         weight: ``[in_features, out_features]``.
         bias: ``[out_features]``.
-        spon_threshold: float32 ``[1]``.
+        spon_threshold: as in `SparseLinear`.
+        spon_center: likewise.
         spon_dense_bias: as in `SparseLinear`.
         tokens: as in `SparseLinear`.
     """
@@ -168,13 +184,13 @@ def follow_tokens(model: nn.Module, tokens: DenseTokens) -> Attachment:
 
 
 def _apply_keeping_float32(module: nn.Module, fn, apply, recurse: bool) -> None:  # type: ignore[no-untyped-def]
-    """Run ``module.to(...)`` but leave the threshold float32: ``model.half()`` must not move the mask."""
-    threshold = module.spon_threshold
+    """Run ``module.to(...)`` but leave threshold and centre float32: ``model.half()`` must not move the mask."""
+    kept = {name: module._buffers[name] for name in ("spon_threshold", "spon_center")}
     apply(fn, recurse)
-    moved = module.spon_threshold
-    if moved.dtype != torch.float32:
-        assert isinstance(threshold, Tensor) and isinstance(moved, Tensor)
-        module.spon_threshold = threshold.to(moved.device)
+    for name, value in kept.items():
+        moved = module._buffers[name]
+        if value is not None and moved is not None and moved.dtype != torch.float32:
+            setattr(module, name, value.to(moved.device))
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -198,18 +214,6 @@ def linear_features(module: nn.Module, name: str = "layer") -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     raise SponError.of(name, type(module).__name__, "a linear layer (torch.nn.Linear or Conv1D)")
-
-
-def add_alpha(center: Tensor | None, alpha: Tensor | None) -> Tensor | None:
-    """``center + alpha``, the part of a layer's input that is the same for every token; None where there is neither.
-
-    Args:
-        center: float32 ``[in_features]`` or None.
-        alpha: float32 ``[in_features]`` or None.
-    """
-    if center is None or alpha is None:
-        return alpha if center is None else center
-    return center.to(alpha.device) + alpha
 
 
 @torch.no_grad()
@@ -241,6 +245,26 @@ def fold_alpha(linear: nn.Module, alpha: Tensor, name: str = "layer") -> Tensor:
         return F.linear(alpha.float(), matrix.t() if is_conv1d(linear) else matrix)
     compute_dtype = getattr(linear, "compute_dtype", None) or torch.get_default_dtype()
     return probe(linear, alpha, compute_dtype)
+
+
+def fold_constant(linear: nn.Module, alpha: Tensor | None, center: Tensor | None, name: str = "layer") -> Tensor | None:
+    """``W (center + alpha)``: what a layer that multiplies ``S(x) - center`` has in its bias; see `fold_alpha`.
+
+    Args:
+        linear: as in `fold_alpha`.
+        alpha: ``[in_features]`` or None.
+        center: ``[in_features]`` or None.
+        name: as in `fold_alpha`.
+
+    Returns:
+        float32 ``[out_features]``; None where there is neither.
+
+    Raises:
+        SponError: as `fold_alpha`.
+    """
+    # One by one: a packed weight computes in half precision, where a centre would swallow the alpha added to it.
+    parts = [fold_alpha(linear, part, name) for part in (center, alpha) if part is not None]
+    return torch.stack(parts).sum(0) if parts else None
 
 
 def probe(linear: Callable[[Tensor], Tensor], alpha: Tensor, dtype: torch.dtype) -> Tensor:

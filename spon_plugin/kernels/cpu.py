@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import sys
 import threading
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ FIELDS = (
     "batch", "in_features", "out_features", "row_stride", "per_channel", "bias_kind",
 )  # fmt: skip
 NO_BIAS, BIAS_FLOAT32, BIAS_ELEMENT = 0, 1, 2
-_Fields = ctypes.c_int64 * len(FIELDS)
+_WORDS = struct.Struct(f"{len(FIELDS)}q")
 
 _local = threading.local()
 
@@ -76,6 +77,40 @@ def _scratch(threads: int, batch: int, in_features: int, out_features: int) -> T
     return held
 
 
+def launch(
+    x: int,
+    weight_t: int,
+    threshold: int,
+    bias: int,
+    y: int,
+    batch: int,
+    in_features: int,
+    out_features: int,
+    row_stride: int,
+    per_channel: int,
+    bias_kind: int,
+    worker: int,
+) -> None:
+    """Run the threads; the first five arguments and `worker` are addresses."""
+    threads = torch.get_num_threads()
+    scratch = _scratch(threads, batch, in_features, out_features)
+    words = _WORDS.pack(
+        x,
+        weight_t,
+        threshold,
+        bias,
+        y,
+        scratch.data_ptr(),
+        batch,
+        in_features,
+        out_features,
+        row_stride,
+        per_channel,
+        bias_kind,
+    )
+    _parallel()(worker, words, threads, 0)
+
+
 def sparse_linear(
     x: Tensor,
     weight_t: Tensor,
@@ -90,37 +125,73 @@ def sparse_linear(
     """
     in_features, out_features = weight_t.shape
     x = x.contiguous()
-    batch = x.numel() // in_features
     y = x.new_empty((*x.shape[:-1], out_features))
-    threads = torch.get_num_threads()
-    scratch = _scratch(threads, batch, in_features, out_features).data_ptr()
-    weight_address, y_address, bias_address, size = weight_t.data_ptr(), y.data_ptr(), 0, x.element_size()
-    kind, bias_size = NO_BIAS, 0
-    if bias is not None:
-        bias = bias.contiguous()
-        bias_address, bias_size = bias.data_ptr(), bias.element_size()
-        kind = BIAS_FLOAT32 if bias.dtype == torch.float32 else BIAS_ELEMENT
-    _, address = _worker(x.dtype)
+    size, first = x.element_size(), 0
+    bias = None if bias is None else bias.contiguous()
     for tau, width in zip(*Thresholds.of(threshold, weight_t, shard_sizes), strict=True):
         tau = tau.contiguous()
-        fields = _Fields(
+        launch(
             x.data_ptr(),
-            weight_address,
+            weight_t.data_ptr() + first * size,
             tau.data_ptr(),
-            bias_address,
-            y_address,
-            scratch,
-            batch,
+            0 if bias is None else bias.data_ptr() + first * bias.element_size(),
+            y.data_ptr() + first * size,
+            x.numel() // in_features,
             in_features,
             width,
             out_features,
-            tau.numel() > 1,
-            kind,
+            int(tau.numel() > 1),
+            _bias_kind(bias),
+            _worker(x.dtype)[1],
         )
-        _parallel()(address, ctypes.addressof(fields), threads, 0)
-        weight_address, y_address, bias_address = (
-            weight_address + width * size,
-            y_address + width * size,
-            bias_address + width * bias_size,
-        )
+        first += width
     return y
+
+
+def _bias_kind(bias: Tensor | None) -> int:
+    if bias is None:
+        return NO_BIAS
+    return BIAS_FLOAT32 if bias.dtype == torch.float32 else BIAS_ELEMENT
+
+
+class Prepared:
+    """`sparse_linear` with all of its arguments but x, whose addresses are kept: the caller keeps the tensors alive.
+
+    Attributes:
+        dtype: of the weight, which x must have.
+        in_features: length of an input.
+        out_features: length of an output.
+    """
+
+    __slots__ = ("_addresses", "_shape", "dtype", "in_features", "out_features")
+
+    def __init__(self, weight_t: Tensor, threshold: Tensor, bias: Tensor | None) -> None:
+        self.dtype = weight_t.dtype
+        self.in_features, self.out_features = weight_t.shape
+        self._addresses = (weight_t.data_ptr(), threshold.data_ptr(), 0 if bias is None else bias.data_ptr())
+        per_channel, worker = int(threshold.numel() > 1), _worker(self.dtype)[1]
+        self._shape = (self.in_features, self.out_features, self.out_features, per_channel, _bias_kind(bias), worker)
+
+    def __call__(self, x: Tensor, batch: int) -> Tensor:
+        """The output for a CPU tensor x ``[..., in_features]`` with `batch` rows in all."""
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self.out_features))
+        launch(x.data_ptr(), *self._addresses, y.data_ptr(), batch, *self._shape)
+        return y
+
+
+def prepare(weight_t: Tensor, threshold: Tensor, bias: Tensor | None) -> Prepared | None:
+    """Settle all arguments but x; None for those that the kernel does not take as they are."""
+    if weight_t.dim() != 2 or weight_t.dtype not in DTYPES or not weight_t.numel():
+        return None
+    if not (weight_t.is_cpu and weight_t.is_contiguous()):
+        return None
+    in_features, out_features = weight_t.shape
+    plain = threshold.is_cpu and threshold.dtype == torch.float32 and threshold.is_contiguous()
+    if not plain or tuple(threshold.shape) not in ((1,), (in_features,)):
+        return None
+    if bias is not None:
+        plain = bias.is_cpu and bias.dtype in (torch.float32, weight_t.dtype) and bias.is_contiguous()
+        if not plain or tuple(bias.shape) != (out_features,):
+            return None
+    return Prepared(weight_t, threshold, bias) if is_available() else None

@@ -39,7 +39,7 @@ def sparse_linear(
     Raises:
         SponError: arguments that do not fit each other.
     """
-    if _is_plain(x, weight_t, bias):
+    if is_plain(x, weight_t, bias):
         # The dispatcher and its Python bridge cost several microseconds, as much as a small layer's work.
         return _run(x, weight_t, threshold, bias, shard_sizes)
     return torch.ops.spon.sparse_linear(x, weight_t, threshold, bias, shard_sizes)
@@ -54,7 +54,7 @@ def implementation(x: Tensor) -> str:
     return "cpu" if few and x.is_cpu and x.dtype in cpu.DTYPES and cpu.is_available() else "gemm"
 
 
-def _is_plain(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> bool:
+def is_plain(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody has to see this call: no compiler, tracer or transform, no tensor subclass, no gradient."""
     if type(x) is not Tensor or type(weight_t) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
         return False

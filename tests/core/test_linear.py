@@ -9,7 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spon_plugin import SparseConv1D, SparseLinear, SponError, fold_alpha
-from spon_plugin.linear import is_linear, linear_features
+from spon_plugin.kernels import cpu
+from spon_plugin.kernels.op import CPU_ROWS
+from spon_plugin.linear import fold_constant, is_linear, linear_features
 
 
 def sparse_linear(bias=True, dtype=torch.float32) -> SparseLinear:
@@ -46,13 +48,90 @@ def test_arranged_layer_computes_the_same_through_the_operator(dtype, bias, rows
     near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     with torch.no_grad():
         torch.testing.assert_close(layer(x), plain(x), **near)
-    assert len(calls) == 1, "the arranged layer, and it alone"
+    short = rows <= CPU_ROWS and cpu.is_available()  # few rows go to the kernel straight; see test_layer_call.py
+    assert len(calls) == (0 if short else 1), "the arranged layer, and it alone"
     results = []
     for module in (plain, layer):
         given = x.clone().requires_grad_()
         module(given).float().square().sum().backward()
         results.append([given.grad, *(parameter.grad for parameter in module.parameters())])
     torch.testing.assert_close(*results, **near)
+
+
+def with_vectors(layer, center: bool = True):
+    """The layer with a threshold per channel and, if wanted, a centre."""
+    torch.manual_seed(1)
+    layer.spon_threshold = torch.rand(7)
+    layer.spon_center = torch.randn(7) if center else None
+    return layer
+
+
+@pytest.mark.parametrize("rows", [1, CPU_ROWS, 20])
+@pytest.mark.parametrize("center", [False, True], ids=["vector", "vector-and-centre"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("make", [sparse_linear, lambda **k: SparseConv1D(5, 7, **k)], ids=["linear", "conv1d"])
+def test_thresholds_per_channel_and_a_centre_compute_the_formula(make, dtype, center, rows):
+    layer = with_vectors(make(dtype=dtype), center)
+    layer.arrange_for_kernels()
+    x = torch.randn(rows, 7).to(dtype)
+    taken_off = layer.spon_center if center else torch.zeros(7)
+    kept = (x - taken_off).to(dtype)
+    expected = torch.where(kept.abs() > layer.spon_threshold, kept, 0) @ layer.weight_t + layer.bias
+    exact = {"rtol": 1e-5, "atol": 1e-6} if dtype != torch.bfloat16 else {"rtol": 2e-2, "atol": 2e-2}
+    assert layer.weight_t.is_contiguous()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, **exact)
+    given = x.clone().requires_grad_()
+    layer(given).float().sum().backward()
+    gradient = torch.where(kept.abs() > layer.spon_threshold, layer.weight_t.float().sum(-1), 0)
+    torch.testing.assert_close(given.grad.float(), gradient, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="needs the CPU kernel")
+@pytest.mark.parametrize("center", [False, True], ids=["vector", "vector-and-centre"])
+def test_a_layer_with_vectors_takes_the_kernel(center, monkeypatch):
+    layer, x = with_vectors(arranged(sparse_linear()), center), torch.randn(2, 7)
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr(nn.functional, "linear", None)
+        monkeypatch.setattr(torch, "mm", None)
+        monkeypatch.setattr(torch, "addmm", None)
+        assert torch.equal(layer(x), expected)
+        layer.spon_threshold = torch.zeros(7)  # another mask, from the next call on
+        assert not torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("dense_bias", [False, True], ids=["no-bias", "bias"])
+def test_dense_tokens_of_a_layer_with_a_centre_are_those_of_the_dense_layer(dense_bias):
+    class Tokens:
+        def rows(self, x):
+            return torch.tensor([True, False, True])
+
+    layer, x = with_vectors(sparse_linear()), torch.randn(3, 7)
+    dense = nn.Linear(7, 5, bias=dense_bias)
+    dense.weight = layer.weight
+    layer.keep_dense_bias(dense.bias)
+    masked = layer(x)
+    layer.tokens = Tokens()
+    torch.testing.assert_close(layer(x), torch.stack([dense(x)[0], masked[1], dense(x)[2]]), rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_layer_with_vectors_agrees():
+    layer, x = with_vectors(arranged(sparse_linear())), torch.randn(2, 7)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
+def test_vectors_survive_casts_copies_and_state_dicts():
+    layer = with_vectors(sparse_linear())
+    threshold, center = layer.spon_threshold.clone(), layer.spon_center.clone()
+    other = with_vectors(sparse_linear())
+    other.spon_center = torch.zeros(7)
+    other.load_state_dict(layer.state_dict())
+    for model in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.half(), layer.bfloat16()):
+        assert torch.equal(model.spon_threshold, threshold) and torch.equal(model.spon_center, center)
+    assert "spon_center" not in sparse_linear().state_dict()
 
 
 def test_state_dict_of_an_arranged_layer_is_that_of_a_linear(tmp_path):
@@ -133,6 +212,16 @@ def test_the_fold_is_w_alpha_in_float32(kind, dtype):
     bias = fold_alpha(layer, alpha)
     assert bias.dtype == torch.float32
     torch.testing.assert_close(bias.double(), matrix.double() @ alpha.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_constant_is_w_times_centre_and_alpha(dtype):
+    layer, alpha, center = nn.Linear(64, 48, dtype=dtype), torch.randn(64), torch.randn(64)
+    weight = layer.weight.double()
+    for a, c in ((alpha, center), (alpha, None), (None, center)):
+        total = sum(part.double() for part in (a, c) if part is not None)
+        torch.testing.assert_close(fold_constant(layer, a, c).double(), weight @ total, rtol=1e-5, atol=1e-5)
+    assert fold_constant(layer, None, None) is None
 
 
 class Packed(nn.Linear):
