@@ -9,6 +9,10 @@ without PEFT installed. The files are those of any PEFT adapter; the tensors are
     base_model.model.<module path>.spon_alpha        float32 [in_features], one for every linear in `alpha_modules`
     base_model.model.<module path>.spon_center       float32 [in_features], for those linears that mask by the distance
                                                      from a centre; none where it is 0
+
+Two fields of the config say which linears have a threshold per channel (`channel_modules`) and which a centre
+(`center_modules`), so that PEFT can make layers of the right shape from the config alone. They follow from the tensors;
+each is written where there are such linears.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 ALPHA, THRESHOLD, CENTER = "spon_alpha", "spon_threshold", "spon_center"
 KINDS = (ALPHA, THRESHOLD, CENTER)
+CHANNEL_MODULES, CENTER_MODULES = "channel_modules", "center_modules"
 ALLOCATIONS = ("uniform", "greedy")
 
 
@@ -84,18 +89,31 @@ def check_fields(values: Mapping[str, Any]) -> None:
     prefix = values["dense_prefix"]
     if type(prefix) is not int or prefix < 0:
         raise SponError.of("dense_prefix", prefix, "a whole number >= 0")
-    modules = values["alpha_modules"]
-    if not (modules == "all" or (isinstance(modules, list) and all(isinstance(m, str) and m for m in modules))):
-        raise SponError.of("alpha_modules", modules, '"all" or a list of module names')
+    check_modules("alpha_modules", values["alpha_modules"])
     if not isinstance(values["calibration"], dict):
         raise SponError.of("calibration", values["calibration"], "a JSON object")
 
 
+def check_modules(field: str, modules: Any) -> None:
+    """Check a field that says which of the sparsified linears have something.
+
+    Raises:
+        SponError: it is neither ``"all"`` nor a list of names.
+    """
+    if not (modules == "all" or (isinstance(modules, list) and all(isinstance(m, str) and m for m in modules))):
+        raise SponError.of(field, modules, '"all" or a list of module names')
+
+
+def names_module(modules: str | Iterable[str], module: str) -> bool:
+    """Whether a field such as `SponFields.alpha_modules` names the linear at path `module`."""
+    if isinstance(modules, str):
+        return modules == "all"
+    return any(module == name or module.endswith("." + name) for name in modules)
+
+
 def carries_alpha(module: str, alpha_modules: str | Iterable[str]) -> bool:
     """Whether the linear at path `module` carries an alpha, by `SponFields.alpha_modules`."""
-    if isinstance(alpha_modules, str):
-        return alpha_modules == "all"
-    return any(module == name or module.endswith("." + name) for name in alpha_modules)
+    return names_module(alpha_modules, module)
 
 
 @dataclass
@@ -140,7 +158,26 @@ class Adapter:
     def config(self) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
         own = {f.name: getattr(self.fields, f.name) for f in fields(SponFields)}
-        return {**self.peft, **own, "peft_type": PEFT_TYPE}
+        vectors = {CHANNEL_MODULES: self.channel_modules, CENTER_MODULES: self.center_modules}
+        peft = {name: value for name, value in self.peft.items() if name not in vectors}
+        return {**peft, **own, **{name: value for name, value in vectors.items() if value}, "peft_type": PEFT_TYPE}
+
+    @property
+    def channel_modules(self) -> str | list[str]:
+        """Which linears have a threshold per channel: ``"all"``, or names that fit them alone."""
+        return self._names(module for module, threshold in self.thresholds.items() if threshold.numel() > 1)
+
+    @property
+    def center_modules(self) -> str | list[str]:
+        """Which linears have a centre: ``"all"``, or names that fit them alone."""
+        return self._names(self.centers)
+
+    def _names(self, modules: Iterable[str]) -> str | list[str]:
+        wanted = set(modules)
+        if wanted and wanted == self.thresholds.keys():
+            return "all"
+        leaves = sorted({module.rpartition(".")[2] for module in wanted})
+        return leaves if wanted == {m for m in self.thresholds if names_module(leaves, m)} else sorted(wanted)
 
     def without_alpha(self) -> Adapter:
         """The same masks without spontaneous activations: the TEAL of this adapter, or its WINA or SCAP."""
@@ -187,6 +224,29 @@ class Adapter:
         for kind, own in ((ALPHA, self.alphas), (THRESHOLD, self.thresholds), (CENTER, self.centers)):
             if module in own and (kind != THRESHOLD or own[module].numel() > 1):
                 yield f"{module}.{kind}", own[module]
+
+    def check_announced(self, config: Mapping[str, Any]) -> None:
+        """Check that a config announces the thresholds per channel and the centres that there are, and no others.
+
+        Args:
+            config: holds `channel_modules` and `center_modules`, either of which may be left out.
+
+        Raises:
+            SponError: names the tensor.
+        """
+        for name in (CHANNEL_MODULES, CENTER_MODULES):
+            modules = config.get(name, [])
+            check_modules(name, modules)
+            for module, threshold in self.thresholds.items():
+                announced = names_module(modules, module)
+                found = module in self.centers if name == CENTER_MODULES else threshold.numel() > 1
+                if found == announced:
+                    continue
+                kind = CENTER if name == CENTER_MODULES else THRESHOLD
+                what = "centre" if name == CENTER_MODULES else "threshold per channel"
+                received = f"a {what}" if found else f"no {what}"
+                expected = f"{'one' if announced else 'none'}, as {name} is {modules!r}"
+                raise SponError.of(f"{module}.{kind}", received, expected)
 
     def check_base(self, in_features: Mapping[str, int], base: str = "the base model") -> None:
         """Check that the adapter fits a base model.
@@ -290,8 +350,10 @@ def read_adapter(path: str | Path) -> Adapter:
         raise SponError.of(
             str(file), str(error), "a whole safetensors file", "It is truncated or damaged; copy or make it again."
         ) from error
+    announced = {name: peft.pop(name) for name in (CHANNEL_MODULES, CENTER_MODULES) if name in peft}
     adapter = Adapter(own, thresholds, alphas, peft, centers)
     adapter.check()
+    adapter.check_announced(announced)
     return adapter
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.linear import add_alpha, fold_alpha
+from spon_plugin.linear import fold_constant
 from spon_plugin.masking import keep_mask, sparse_deviation
 from spon_plugin.tokens import DenseTokens
 
@@ -98,9 +98,9 @@ def sparse_inputs(
             module = model.get_submodule(path)
             device = next(module.parameters()).device
             center = centers.get(path) if centers else None
-            folded = add_alpha(center, alphas.get(path) if alphas else None)
+            folded = fold_constant(module, alphas.get(path) if alphas else None, center, path)
             if folded is not None:
-                handles.append(module.register_forward_hook(add(fold_alpha(module, folded, path))))
+                handles.append(module.register_forward_hook(add(folded)))
             center = None if center is None else center.to(device)
             handles.append(module.register_forward_pre_hook(mask(path, threshold.to(device), center)))
         yield state

@@ -11,6 +11,7 @@ from spon_plugin import Adapter, SponError, SponFields, read_adapter, write_adap
 from spon_plugin.adapter import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, carries_alpha, is_adapter, read_config
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+K = "model.layers.0.self_attn.k_proj"
 
 
 def make_adapter(**fields) -> Adapter:
@@ -51,9 +52,13 @@ def test_vectors_and_centres_are_read_back(tmp_path):
     assert all(torch.equal(back.tensors()[key], tensor) for key, tensor in adapter.tensors().items())
     assert back.digest == adapter.digest
     assert back.without_alpha().centers.keys() == {DOWN}
+    config = json.loads((tmp_path / "a" / CONFIG_NAME).read_text())
+    assert config["channel_modules"] == ["q_proj"] and config["center_modules"] == ["down_proj"]
+    assert back.peft == adapter.peft
 
 
 def test_an_adapter_without_them_has_the_digest_that_it_always_had():
+    assert not {"channel_modules", "center_modules"} & make_adapter().config().keys()
     assert make_adapter().digest == "3c9f7ceaee2248bcdf184e2843677a4146b65a6069c273d44424ab3277b476af"
 
 
@@ -207,6 +212,45 @@ def test_an_alpha_that_the_config_does_not_announce_is_refused():
     adapter = make_adapter(alpha_modules=["down_proj"])
     with pytest.raises(SponError, match="q_proj.spon_alpha: got 'an alpha', expected none"):
         adapter.check()
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        pytest.param([Q, DOWN, K], "all", id="all"),
+        pytest.param([Q, K], ["k_proj", "q_proj"], id="leaves"),
+        pytest.param([DOWN, DOWN.replace("0", "1")], ["down_proj"], id="leaf-of-two-blocks"),
+        pytest.param([DOWN], [DOWN], id="one-of-two-blocks"),
+        pytest.param([], [], id="none"),
+    ],
+)
+def test_the_config_names_the_layers_with_centres_in_short(modules, expected):
+    adapter = make_adapter(alpha_modules=[])
+    paths = {Q, DOWN, K} | ({DOWN.replace("0", "1")} if "all" not in expected else set())
+    adapter.thresholds = {path: torch.ones(1) for path in sorted(paths)}
+    adapter.centers = {path: torch.zeros(4) for path in modules}
+    assert adapter.center_modules == expected
+    adapter.check_announced({"center_modules": expected})
+
+
+@pytest.mark.parametrize(
+    ("announced", "message"),
+    [
+        ({}, "q_proj.spon_threshold: got 'a threshold per channel', expected none, as channel_modules is \\[\\]"),
+        ({"channel_modules": "all"}, "down_proj.spon_threshold: got 'no threshold per channel', expected one"),
+        ({"channel_modules": ["q_proj"]}, "down_proj.spon_center: got 'a centre', expected none, as center_modules is"),
+        ({"channel_modules": ["q_proj"], "center_modules": "all"}, "q_proj.spon_center: got 'no centre', expected one"),
+        ({"channel_modules": "q_proj"}, "channel_modules: got 'q_proj', expected \"all\" or a list"),
+    ],
+    ids=["nothing", "one-too-many", "centres-missing", "centres-too-many", "a-name"],
+)
+def test_tensors_and_config_that_disagree_are_named(tmp_path, announced, message):
+    path = write_adapter(make_vectors(), tmp_path / "a")
+    config = json.loads((path / CONFIG_NAME).read_text())
+    kept = {key: value for key, value in config.items() if key not in ("channel_modules", "center_modules")}
+    (path / CONFIG_NAME).write_text(json.dumps({**kept, **announced}))
+    with pytest.raises(SponError, match=message):
+        read_adapter(path)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1], ids=["empty", "header-size", "header", "last-byte"])
