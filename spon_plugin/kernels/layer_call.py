@@ -16,14 +16,14 @@ class LayerCall:
     """Calls the CPU kernel for one layer.
 
     A decoding step passes hundreds of layers, and the small ones are done in less time than their arguments take to
-    check. What does not depend on x is therefore settled at the first call, and again whenever the layer holds other
-    tensors, or its tensors lie elsewhere. Copies and pickles of the layer settle for themselves.
+    check. What does not depend on x is therefore settled at the first call, and again whenever the layer's tensors lie
+    elsewhere. Copies and pickles of the layer settle for themselves.
     """
 
     __slots__ = ("_addresses", "_call", "_tensors")
 
     def __init__(self) -> None:
-        self._tensors: tuple[Any, ...] = (None, None, None)
+        self._tensors: tuple[Any, ...] = ()
         self._addresses: tuple[int, int, int] = (0, 0, 0)
         self._call: cpu.Prepared | None = None
 
@@ -43,16 +43,12 @@ class LayerCall:
         assert weight is not None and threshold is not None
         if not is_plain(x, weight, bias) or torch.is_autocast_enabled("cpu"):
             return None
-        held_weight, held_bias, held_threshold = self._tensors
         addresses = (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), threshold.data_ptr())
-        if (
-            weight is not held_weight
-            or bias is not held_bias
-            or threshold is not held_threshold
-            or addresses != self._addresses
-        ):
-            self._tensors, self._addresses = (weight, bias, threshold), addresses
+        if addresses != self._addresses:
+            # Held, so that while the kernel knows an address nothing else can lie there.
+            self._tensors = (weight, bias, threshold)
             self._call = cpu.prepare(layer.weight_t, threshold, bias)  # type: ignore[arg-type]
+            self._addresses = addresses  # last: another Python thread may be reading
         call = self._call
         if call is None or x.dtype is not call.dtype or not x.is_cpu or x.shape[-1:] != (call.in_features,):
             return None
