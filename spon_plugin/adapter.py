@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -215,15 +215,19 @@ class Adapter:
             self._check_lengths(module)
 
     def _check_lengths(self, module: str) -> None:
-        lengths = {key: tensor.numel() for key, tensor in self._vectors(module)}
-        if len(set(lengths.values())) > 1:
-            raise SponError.of(module, lengths, "vectors of one length, the layer's in_features")
+        vectors = self._vectors(module)
+        for key, vector in vectors[1:]:
+            first, length = vectors[0][0], vectors[0][1].numel()
+            if vector.numel() != length:
+                expected = f"shape ({length},), the length of {first}"
+                remedy = "A threshold may have shape (1,), too." if key.endswith(THRESHOLD) else ""
+                raise SponError.of(key, tuple(vector.shape), expected, remedy)
 
-    def _vectors(self, module: str) -> Iterator[tuple[str, Tensor]]:
+    def _vectors(self, module: str) -> list[tuple[str, Tensor]]:
         """The tensors of a linear whose length is in_features, with their names."""
-        for kind, own in ((ALPHA, self.alphas), (THRESHOLD, self.thresholds), (CENTER, self.centers)):
-            if module in own and (kind != THRESHOLD or own[module].numel() > 1):
-                yield f"{module}.{kind}", own[module]
+        stores = ((ALPHA, self.alphas), (CENTER, self.centers), (THRESHOLD, self.thresholds))
+        found = [(kind, own[module]) for kind, own in stores if module in own]
+        return [(f"{module}.{kind}", tensor) for kind, tensor in found if kind != THRESHOLD or tensor.numel() > 1]
 
     def check_announced(self, config: Mapping[str, Any]) -> None:
         """Check that a config announces the thresholds per channel and the centres that there are, and no others.

@@ -145,7 +145,7 @@ def evaluate(
             continue
         counter = SparsityCounter()
         alphas = adapter.alphas if variant == "spon" else None
-        with sparse_inputs(model, adapter.thresholds, alphas, prefix, counter):
+        with sparse_inputs(model, adapter.thresholds, alphas, prefix, counter, adapter.centers):
             result.perplexity[variant] = perplexity(model, windows, protocol, batch_size, advance)
         weights = module_weights(sites)
         result.sparsity["achieved"] = counter.overall({path: weights.get(path, 0) for path in adapter.thresholds})

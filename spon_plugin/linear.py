@@ -247,6 +247,18 @@ def fold_alpha(linear: nn.Module, alpha: Tensor, name: str = "layer") -> Tensor:
     return probe(linear, alpha, compute_dtype)
 
 
+def add_alpha(center: Tensor | None, alpha: Tensor | None) -> Tensor | None:
+    """``center + alpha``, the part of a layer's input that is the same for every token; None where there is neither.
+
+    Args:
+        center: float32 ``[in_features]`` or None.
+        alpha: float32 ``[in_features]`` or None.
+    """
+    if center is None or alpha is None:
+        return alpha if center is None else center
+    return center.to(alpha.device) + alpha
+
+
 def fold_constant(linear: nn.Module, alpha: Tensor | None, center: Tensor | None, name: str = "layer") -> Tensor | None:
     """``W (center + alpha)``: what a layer that multiplies ``S(x) - center`` has in its bias; see `fold_alpha`.
 
@@ -262,9 +274,8 @@ def fold_constant(linear: nn.Module, alpha: Tensor | None, center: Tensor | None
     Raises:
         SponError: as `fold_alpha`.
     """
-    # One by one: a packed weight computes in half precision, where a centre would swallow the alpha added to it.
-    parts = [fold_alpha(linear, part, name) for part in (center, alpha) if part is not None]
-    return torch.stack(parts).sum(0) if parts else None
+    total = add_alpha(center, alpha)
+    return None if total is None else fold_alpha(linear, total, name)
 
 
 def probe(linear: Callable[[Tensor], Tensor], alpha: Tensor, dtype: torch.dtype) -> Tensor:

@@ -102,16 +102,18 @@ def mean_alphas(
     windows: Tensor,
     dense_prefix: int = 1,
     batch_size: int = 4,
+    centers: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """``alpha = E[x - S(x)]`` over dense activations: a bias without training, the control of every SPON table.
 
     Args:
         model: a dense decoder.
         sites: from `find_sites`.
-        thresholds: module path -> float32 ``[1]``.
+        thresholds: module path -> float32 ``[1]`` or ``[in_features]``.
         windows: token ids ``[count, length]``.
         dense_prefix: positions at the start of each window that are not counted.
         batch_size: windows per forward pass.
+        centers: module path -> float32 ``[in_features]``, for some of the linears.
 
     Returns:
         Module path -> float32 ``[in_features]``.
@@ -125,7 +127,8 @@ def mean_alphas(
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             dense = tokens.rows(args[0])
             x = (args[0] if dense is None else args[0][~dense]).flatten(0, -2)
-            dropped = (x - sparsify(x, thresholds[path].to(x.device))).float().sum(0).cpu()
+            center = centers[path].to(x.device) if centers and path in centers else None
+            dropped = (x - sparsify(x, thresholds[path].to(x.device), None, center)).float().sum(0).cpu()
             sums[path] = sums.get(path, torch.zeros_like(dropped)) + dropped
             rows[path] = rows.get(path, 0) + x.shape[0]
 

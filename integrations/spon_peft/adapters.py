@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from spon_peft.layer import SponLayer
 from spon_plugin.adapter import (
     ALPHA,
+    CENTER,
+    CENTER_MODULES,
+    CHANNEL_MODULES,
     KEY_PREFIX,
     PEFT_TYPE,
     THRESHOLD,
@@ -45,15 +48,16 @@ def check_directory(config: SponConfig, path: str | os.PathLike[str], subfolder:
         read_config(directory)
         return
     adapter = read_adapter(directory)
-    shapes = {module: alpha.to("meta") for module, alpha in adapter.alphas.items()}
-    config.__dict__["_read_from"] = Adapter(adapter.fields, adapter.thresholds, shapes, adapter.peft)
+    tensors = (adapter.thresholds, adapter.alphas, adapter.centers)
+    thresholds, alphas, centers = ({module: t.to("meta") for module, t in each.items()} for each in tensors)
+    config.__dict__["_read_from"] = Adapter(adapter.fields, thresholds, alphas, adapter.peft, centers)
 
 
 def check_injected(config: SponConfig, model: nn.Module, adapter_name: str) -> None:
     """Check that the layers injected into `model` are those of the directory that `config` was read from, if any.
 
     Raises:
-        SponError: an alpha has another length than its layer's input, or the two name different layers.
+        SponError: a vector has another length than its layer's input, or the two name different layers.
     """
     adapter = config.__dict__.get("_read_from")
     if adapter is not None:
@@ -72,13 +76,14 @@ def check_tensors(config: SponConfig, tensors: Mapping[str, Tensor], model: nn.M
     Raises:
         SponError: a tensor is missing, extra, of a wrong shape or dtype, not finite, or a negative threshold.
     """
-    found: dict[str, dict[str, Tensor]] = {ALPHA: {}, THRESHOLD: {}}
+    found: dict[str, dict[str, Tensor]] = {ALPHA: {}, THRESHOLD: {}, CENTER: {}}
     for key, tensor in tensors.items():
         module, _, kind = key.removeprefix(KEY_PREFIX).rpartition(".")
         if kind in found:
             found[kind][module] = tensor
-    adapter = Adapter(_fields(config), found[THRESHOLD], found[ALPHA], _peft_fields(config))
+    adapter = Adapter(_fields(config), found[THRESHOLD], found[ALPHA], _peft_fields(config), found[CENTER])
     adapter.check()
+    adapter.check_announced({name: getattr(config, name) for name in (CHANNEL_MODULES, CENTER_MODULES)})
     _check_layers(adapter, model, adapter_name)
 
 
@@ -99,13 +104,15 @@ def collect_adapter(model: nn.Module, adapter_name: str = "default") -> Adapter:
     layers = injected_layers(model, adapter_name)
     if config is None or config.peft_type != PEFT_TYPE or not layers:
         raise SponError.of("adapter_name", adapter_name, "the name of a SPON adapter in the model")
-    thresholds = {path: layer.spon_threshold[adapter_name].detach().cpu().clone() for path, layer in layers.items()}
-    alphas = {
-        path: layer.spon_alpha[adapter_name].detach().cpu().clone()
-        for path, layer in layers.items()
-        if adapter_name in layer.spon_alpha
-    }
-    return Adapter(_fields(config), thresholds, alphas, _peft_fields(config))
+    thresholds, alphas, centers = (
+        {
+            path: getattr(layer, kind)[adapter_name].detach().cpu().clone()
+            for path, layer in layers.items()
+            if adapter_name in getattr(layer, kind)
+        }
+        for kind in (THRESHOLD, ALPHA, CENTER)
+    )
+    return Adapter(_fields(config), thresholds, alphas, _peft_fields(config), centers)
 
 
 def injected_layers(model: nn.Module, adapter_name: str) -> dict[str, SponLayer]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from spon_plugin.adapter import PEFT_TYPE, SponFields
+from spon_plugin.adapter import CENTER_MODULES, CHANNEL_MODULES, PEFT_TYPE, SponFields, check_modules
 from spon_plugin.errors import SponError
 
 
@@ -28,7 +28,10 @@ class SponConfig(SponFields, PeftConfig):
         layers_pattern: name of the list of blocks, where `layers_to_transform` cannot find it.
         modules_to_save: modules besides the adapter that are trained and saved.
         fan_in_fan_out: accepted for likeness with PEFT's other methods; how a weight lies is read off its layer.
-        init_weights: True starts as a no-op (threshold 0, alpha 0); False draws both at random, for tests.
+        channel_modules: which of the linears have a threshold for each of their inputs, not one for all: ``"all"``
+            or a list of names, as `alpha_modules`.
+        center_modules: which of them have a centre; likewise.
+        init_weights: True starts as a no-op (threshold, centre and alpha 0); False draws them at random, for tests.
 
     Raises:
         SponError: a field is wrong; see `spon_plugin.adapter.check_fields`.
@@ -52,8 +55,14 @@ class SponConfig(SponFields, PeftConfig):
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Accepted and ignored: how a weight lies is read off its layer."}
     )
+    channel_modules: str | list[str] = field(
+        default_factory=list, metadata={"help": "Which of the linears have a threshold per channel: names or 'all'."}
+    )
+    center_modules: str | list[str] = field(
+        default_factory=list, metadata={"help": "Which of the linears have a centre: names or 'all'."}
+    )
     init_weights: bool = field(
-        default=True, metadata={"help": "Start as a no-op. False draws thresholds and alphas at random, for tests."}
+        default=True, metadata={"help": "Start as a no-op. False draws what the adapter has at random, for tests."}
     )
 
     def __post_init__(self) -> None:
@@ -63,9 +72,12 @@ class SponConfig(SponFields, PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        if isinstance(self.alpha_modules, set | tuple):
-            self.alpha_modules = sorted(self.alpha_modules)
+        for name in ("alpha_modules", CHANNEL_MODULES, CENTER_MODULES):
+            if isinstance(getattr(self, name), set | tuple):
+                setattr(self, name, sorted(getattr(self, name)))
         self.check()
+        check_modules(CHANNEL_MODULES, self.channel_modules)
+        check_modules(CENTER_MODULES, self.center_modules)
         # `is not None` throughout: 0 is the first block.
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:

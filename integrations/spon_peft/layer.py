@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer that PEFT puts around a linear: masks its input and adds ``W alpha`` to its output.
+"""The layer that PEFT puts around a linear: masks its input and adds ``W (center + alpha)`` to its output.
 
 The conventions are those of `peft/tuners/lora/layer.py`; the mask, the tokens and the merged layers are the core's.
 """
@@ -17,32 +17,34 @@ from torch import Tensor, nn
 
 from spon_peft.config import SponConfig
 from spon_peft.tokens import AdapterTokens
-from spon_plugin.adapter import carries_alpha
+from spon_plugin.adapter import carries_alpha, names_module
 from spon_plugin.errors import SponError
-from spon_plugin.linear import SparseConv1D, SparseLinear, is_conv1d, is_linear, linear_features
-from spon_plugin.masking import sparsify
+from spon_plugin.linear import SparseConv1D, SparseLinear, add_alpha, is_conv1d, is_linear, linear_features
+from spon_plugin.masking import sparse_deviation
 from spon_plugin.product import weight_product
 
 
 class SponLayer(BaseTunerLayer):
-    """Thresholds and alphas of one linear, by adapter name.
+    """Thresholds, centres and alphas of one linear, by adapter name.
 
-    Both stay float32 whatever the model is cast to: a rounded threshold is another mask.
+    They stay float32 whatever the model is cast to: a rounded threshold is another mask.
 
     Attributes:
         spon_alpha: float32 ``[in_features]`` parameters, for adapters that carry an alpha here.
-        spon_threshold: float32 ``[1]`` buffers, for every adapter of this layer.
+        spon_threshold: float32 buffers for every adapter of this layer, ``[1]`` or ``[in_features]``.
+        spon_center: float32 ``[in_features]`` buffers, for adapters that have a centre here.
         spon_tokens: which tokens each adapter leaves dense; shared by all layers of the adapter.
     """
 
     adapter_layer_names = ("spon_alpha",)
-    other_param_names = ("spon_threshold",)
+    other_param_names = ("spon_threshold", "spon_center")
 
     def __init__(self, base_layer: nn.Module, backend: Any = None) -> None:
         self.base_layer = base_layer
         self.quantization_backend = backend
         self.spon_alpha = nn.ParameterDict()
         self.spon_threshold = BufferDict(persistent=True)
+        self.spon_center = BufferDict(persistent=True)
         self.spon_tokens: dict[str, AdapterTokens] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -58,18 +60,25 @@ class SponLayer(BaseTunerLayer):
 
         Args:
             adapter_name: its name.
-            module_path: of this layer in the base model; `alpha_modules` says whether it carries an alpha.
+            module_path: of this layer in the base model; the config says by it what the layer has.
             config: its config.
         """
         if adapter_name in self.merged_adapters:
             raise SponError.of("adapter_name", adapter_name, "an adapter that is not merged", "Unmerge it first.")
-        self.spon_threshold[adapter_name] = torch.zeros(1, dtype=torch.float32)
+        per_channel = names_module(config.channel_modules, module_path)
+        self.spon_threshold[adapter_name] = torch.zeros(self.in_features if per_channel else 1, dtype=torch.float32)
+        if adapter_name in self.spon_center:
+            del self.spon_center[adapter_name]
+        if names_module(config.center_modules, module_path):
+            self.spon_center[adapter_name] = torch.zeros(self.in_features, dtype=torch.float32)
         if carries_alpha(module_path, config.alpha_modules):
             self.spon_alpha[adapter_name] = nn.Parameter(torch.zeros(self.in_features, dtype=torch.float32))
         if not config.init_weights:
             nn.init.uniform_(self.spon_threshold[adapter_name], 0.1, 0.5)
             if adapter_name in self.spon_alpha:
                 nn.init.normal_(self.spon_alpha[adapter_name], std=0.5)
+            if adapter_name in self.spon_center:
+                nn.init.normal_(self.spon_center[adapter_name], std=0.2)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -122,7 +131,7 @@ class SponLayer(BaseTunerLayer):
         device = device or next((w.device for w in weights if isinstance(w, Tensor)), None)
         if device is None or device.type == "meta":
             return
-        for store in (self.spon_alpha, self.spon_threshold):
+        for store in (self.spon_alpha, self.spon_threshold, self.spon_center):
             if adapter_name not in store or store[adapter_name].device.type == "meta":
                 continue
             value = store[adapter_name]
@@ -169,16 +178,29 @@ class SponLinear(nn.Module, SponLayer):
         if name is None:
             return self.base_layer(x, *args, **kwargs)
         dense = self.spon_tokens[name].rows(x) if name in self.spon_tokens else None
-        y = self.base_layer(sparsify(x, self.spon_threshold[name], dense), *args, **kwargs)
-        if name not in self.spon_alpha:
-            return y
+        center = _get(self.spon_center, name)
+        y = self.base_layer(sparse_deviation(x, self.spon_threshold[name], dense, center), *args, **kwargs)
         if self.merged:
-            return y if dense is None else torch.where(dense.unsqueeze(-1), _add(y, -self._folded()), y)
-        spontaneous = _add(y, weight_product(self.get_base_layer(), self.spon_alpha[name], x.dtype))
-        return spontaneous if dense is None else torch.where(dense.unsqueeze(-1), y, spontaneous)
+            if dense is None or not self._has_constant(name):
+                return y
+            return torch.where(dense.unsqueeze(-1), _add(y, -self._folded()), y)
+        constant = self._constant(name, x.dtype)
+        if constant is None:
+            return y
+        shifted = _add(y, constant)
+        return shifted if dense is None else torch.where(dense.unsqueeze(-1), y, shifted)
+
+    def _has_constant(self, name: str) -> bool:
+        """Whether the adapter adds something to the output that is the same for every token."""
+        return name in self.spon_alpha or name in self.spon_center
+
+    def _constant(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """``W (center + alpha)``, ``[out_features]``, differentiable in alpha; None where there is neither."""
+        total = add_alpha(_get(self.spon_center, name), _get(self.spon_alpha, name))
+        return None if total is None else weight_product(self.get_base_layer(), total, dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold ``W alpha`` into the base layer's bias, made if there is none; the mask stays.
+        """Fold ``W (center + alpha)`` into the base layer's bias, made if there is none; the mask stays.
 
         Args:
             safe_merge: refuse a bias that is not finite.
@@ -194,15 +216,15 @@ class SponLinear(nn.Module, SponLayer):
         self.only_one([*self.merged_adapters, *names])
         name = names[0]
         base: Any = self.get_base_layer()
-        if name in self.spon_alpha:
-            old = base.bias
-            with torch.no_grad():
-                bias = weight_product(base, self.spon_alpha[name], self._bias_dtype())
+        with torch.no_grad():
+            bias = self._constant(name, self._bias_dtype())
+            if bias is not None:
+                old = base.bias
                 bias = bias if old is None else bias + old
                 if safe_merge and not torch.isfinite(bias).all():
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
                 base.bias = nn.Parameter(bias.to(self._bias_dtype()), requires_grad=False)
-            self._bias_before_merge = old
+                self._bias_before_merge = old
         self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -211,7 +233,7 @@ class SponLinear(nn.Module, SponLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base: Any = self.get_base_layer()
-        if self.merged_adapters.pop() in self.spon_alpha:
+        if self._has_constant(self.merged_adapters.pop()):
             old, merged = self._bias_before_merge, base.bias
             base.bias = old
             if old is not None:  # the model may have been moved or cast in the meantime
@@ -253,8 +275,10 @@ class SponLinear(nn.Module, SponLayer):
             base.bias = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device), requires_grad=False)
         layer.weight, layer.bias = base.weight, base.bias
         layer.spon_threshold = self.spon_threshold[name].detach().clone()
+        if name in self.spon_center:
+            layer.spon_center = self.spon_center[name].detach().clone()
         if name in self.spon_tokens and self.spon_tokens[name].leaves_any_dense:
-            layer.keep_dense_bias(self._bias_before_merge if name in self.spon_alpha else base.bias)
+            layer.keep_dense_bias(self._bias_before_merge if self._has_constant(name) else base.bias)
         return layer.train(base.training)
 
     def _folded(self) -> Tensor:
@@ -273,16 +297,16 @@ class SponLinear(nn.Module, SponLayer):
         return getattr(base, "compute_dtype", None) or torch.float32  # a packed weight's dtype says nothing
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SponLinear:
-        names = list(self.spon_threshold.keys())
-        alphas = {name: self.spon_alpha[name].data for name in names if name in self.spon_alpha}
-        thresholds = {name: self.spon_threshold[name] for name in names}
+        alphas = {name: alpha.data for name, alpha in self.spon_alpha.items()}
+        stores = (self.spon_threshold, self.spon_center)
+        buffers = [(store, name, value) for store in stores for name, value in store.items()]
         super()._apply(fn, recurse)
         for name, alpha in alphas.items():
             if self.spon_alpha[name].dtype != torch.float32:
                 self.spon_alpha[name].data = alpha.to(self.spon_alpha[name].device)
-        for name, threshold in thresholds.items():
-            if self.spon_threshold[name].dtype != torch.float32:
-                self.spon_threshold[name] = threshold.to(self.spon_threshold[name].device)
+        for store, name, value in buffers:
+            if store[name].dtype != torch.float32:
+                store[name] = value.to(store[name].device)
         return self
 
     def __repr__(self) -> str:
@@ -292,6 +316,10 @@ class SponLinear(nn.Module, SponLayer):
 def mixed_batch() -> SponError:
     """The error for `adapter_names=` in a forward pass."""
     return SponError.of("adapter_names", "a batch with an adapter for each sample", "one adapter for the whole batch")
+
+
+def _get(store: Any, name: str) -> Tensor | None:
+    return store[name] if name in store else None  # noqa: SIM401 (a BufferDict has no `get`)
 
 
 def _add(y: Tensor, bias: Tensor) -> Tensor:

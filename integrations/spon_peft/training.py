@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -71,8 +72,6 @@ def train_adapter(
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(recipe.warmup * recipe.steps),
         weight_decay=0.0,
         max_grad_norm=recipe.max_grad_norm,
         gradient_checkpointing=gradient_checkpointing,
@@ -88,13 +87,14 @@ def train_adapter(
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
     losses: Losses = []
+    optimizer = _optimizer(wrapped, recipe)
     trainer = SponTrainer(
         model=wrapped,
         args=arguments,
         train_dataset=[{"input_ids": row, "labels": row} for row in windows],
         data_collator=_stack,
         callbacks=[_Report(progress)],
-        optimizers=(_optimizer(wrapped, recipe), None),
+        optimizers=(optimizer, LambdaLR(optimizer, recipe.factor)),
     )
     trainer.remove_callback(PrinterCallback)
     with warnings.catch_warnings():
@@ -127,8 +127,7 @@ def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
     groups = []
     for layer in injected_layers(model, model.active_adapter).values():
         for name, alpha in layer.spon_alpha.items():
-            scale = float(layer.spon_threshold[name]) if recipe.relative else 1.0
-            groups.append({"params": [alpha], "lr": recipe.learning_rate * scale})
+            groups.append({"params": [alpha], "lr": recipe.rate(float(layer.spon_threshold[name].mean()))})
     return torch.optim.Adam(groups, lr=recipe.learning_rate)
 
 
