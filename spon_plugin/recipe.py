@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -38,6 +39,21 @@ class Recipe:
     def steps(self) -> int:
         """Optimizer steps in all."""
         return self.epochs * max(1, self.windows // self.batch_size)
+
+    def factor(self, step: int) -> float:
+        """What the rate is multiplied by at a step, counted from 0: a linear rise, then half a cosine down to 0."""
+        rising = round(self.warmup * self.steps)
+        if step < rising:
+            return step / rising
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, self.steps - rising)))
+
+    def rate(self, scale: float) -> float:
+        """A layer's highest rate.
+
+        Args:
+            scale: the layer's threshold.
+        """
+        return self.learning_rate * scale if self.relative else self.learning_rate
 
     def with_changes(self, **changes: Any) -> Recipe:
         """This recipe with some values replaced; None leaves a value as it is.

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every sparsification method is: calibrated once, fitted at any sparsity, attached to run a model under it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from spon_plugin.adapter import Adapter, SponFields
+from spon_plugin.errors import SponError
+from spon_plugin.histogram import MagnitudeHistogram
+from spon_plugin.linear import is_conv1d
+from spon_plugin.masking import check_sparsity
+from spon_plugin.progress import Progress, no_progress
+from spon_plugin.sites import Site, module_weights
+from spon_plugin.sparse_inputs import SparsityCounter
+from spon_plugin.streaming import Observe, counted_rows, stream_inputs
+from spon_plugin.tokens import DenseTokens
+
+
+@dataclass
+class Statistics:
+    """What one pass over the calibration text found; serves every sparsity.
+
+    Attributes:
+        sites: the sites that were watched.
+        windows: token ids ``[count, length]`` that were read.
+        dense_prefix: first positions of each window that were left out.
+        histograms: site name -> magnitudes of the site's input.
+        own: site name -> what the method itself collected.
+    """
+
+    sites: list[Site]
+    windows: Tensor
+    dense_prefix: int
+    histograms: dict[str, MagnitudeHistogram]
+    own: dict[str, Any] = field(default_factory=dict)
+
+
+class Sparsifier(ABC):
+    """A sparsification method.
+
+    Attributes:
+        name: as `get_sparsifier` knows it.
+        title: as tables show it.
+    """
+
+    name: str
+    title: str
+
+    def calibrate(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        windows: Tensor,
+        dense_prefix: int = 1,
+        progress: Progress = no_progress,
+    ) -> Statistics:
+        """Read the calibration text once, with the dense model.
+
+        Args:
+            model: a dense decoder.
+            sites: from `find_sites`.
+            windows: token ids, int64 ``[count, length]``, without padding.
+            dense_prefix: first positions of each window that are left out (attention sinks).
+            progress: called after each forward pass.
+
+        Raises:
+            SponError: the windows are too short, or the method cannot be used on this model.
+        """
+        statistics = Statistics(list(sites), windows, dense_prefix, {s.name: MagnitudeHistogram() for s in sites})
+        observers: dict[str, Observe] = {}
+        for site in sites:
+            own = self.observer(model, site, statistics)
+            if own is not None:
+                statistics.own[site.name] = own
+            observers[site.modules[0]] = _both(statistics.histograms[site.name], own)
+        outputs = self.output_observers(model, statistics)
+        stream_inputs(model, observers, windows, dense_prefix, progress=progress, outputs=outputs)
+        return statistics
+
+    def observer(self, model: nn.Module, site: Site, statistics: Statistics) -> Any:
+        """What sees the site's input beside the histogram of magnitudes: an object with ``update(rows)``, or None."""
+        return None
+
+    def output_observers(self, model: nn.Module, statistics: Statistics) -> dict[str, Observe]:
+        """Module path -> what sees the outputs of that module."""
+        return {}
+
+    @abstractmethod
+    def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> Fitted:
+        """Fit at one sparsity, in [0, 1).
+
+        Raises:
+            SponError: the method cannot reach it on this model.
+        """
+
+    def fit(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        windows: Tensor,
+        sparsity: float,
+        dense_prefix: int = 1,
+        progress: Progress = no_progress,
+    ) -> Fitted:
+        """`calibrate` and `at` in one call.
+
+        Raises:
+            SponError: see both.
+        """
+        check_sparsity(sparsity)
+        return self.at(model, self.calibrate(model, sites, windows, dense_prefix, progress), sparsity)
+
+
+def _both(histogram: MagnitudeHistogram, own: Any) -> Observe:
+    def observe(x: Tensor, special: Tensor | None) -> None:
+        rows = counted_rows(x, special)
+        histogram.update(rows)
+        if own is not None:
+            own.update(rows)
+
+    return observe
+
+
+class Fitted(ABC):
+    """A method at one sparsity, for one model.
+
+    Attributes:
+        name: the method's.
+        sites: of the whole model; the model-wide sparsity is a share of their weights.
+        sparsity: the target.
+        dense_prefix: first positions of a sequence that stay dense; 0 where the method is `static`.
+        scales: module path -> magnitude below which a share `sparsity` of the layer's inputs lies: the unit of alpha's
+            learning rate (`Recipe.relative`), the same for every method.
+        modules: paths of the linears that the method sparsifies, which can carry an alpha.
+        centers: module path -> float32 ``[in_features]``, what the method puts where it drops an entry; zero elsewhere.
+    """
+
+    static = False
+
+    def __init__(self, name: str, statistics: Statistics, sparsity: float) -> None:
+        self.name = name
+        self.sites = statistics.sites
+        self.sparsity = check_sparsity(sparsity)
+        self.dense_prefix = 0 if self.static else statistics.dense_prefix
+        quantiles = {site.name: statistics.histograms[site.name].quantile(sparsity) for site in self.sites}
+        self.scales = {path: quantiles[site.name] for site in self.sites for path in site.modules}
+        self.modules = tuple(self.scales)
+        self.centers: dict[str, Tensor] = {}
+
+    @cached_property
+    def site_of(self) -> dict[str, Site]:
+        """Module path -> its site."""
+        return {path: site for site in self.sites for path in site.modules}
+
+    @abstractmethod
+    def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the site's linears multiply instead of `x`, and what was kept of it.
+
+        Args:
+            site: one of `sites`.
+            x: ``[..., in_features]``.
+
+        Returns:
+            ``S(x) - center`` in `x`'s shape and dtype, differentiable in `x`, and a bool mask of `x`'s shape (in
+            whatever basis the method drops entries); no mask where the method drops nothing here.
+        """
+
+    def remainder(self, path: str, dropped: Tensor) -> Tensor | None:
+        """What the method adds to the output for the dropped part ``x - S(x)``, linear in it; None for nothing."""
+        return None
+
+    def weight(self, path: str, weight: Tensor) -> Tensor | None:
+        """The weight that the method puts in place of the linear's own, in the linear's layout; None for its own."""
+        return None
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """While the block runs, `sparse_input` may be called for `model`; for methods that need more than the input."""
+        yield
+
+    @contextmanager
+    def attach(
+        self,
+        model: nn.Module,
+        alphas: Mapping[str, Tensor] | None = None,
+        counter: SparsityCounter | None = None,
+        biases: Mapping[str, Tensor] | None = None,
+    ) -> Iterator[DenseTokens]:
+        """While the block runs, every linear in `modules` computes ``method(x) + b + W alpha``.
+
+        Args:
+            model: the dense model that was calibrated.
+            alphas: module path -> float32 ``[in_features]``, for some of `modules`. Those that require a gradient get
+                one; the others are folded once, at the start.
+            counter: counts what the masks drop.
+            biases: module path -> float32 ``[out_features]``, added as they are.
+
+        Yields:
+            The token state of the run, whose `dense_prefix` may be changed between passes unless the method is static.
+
+        Raises:
+            SponError: an alpha or a bias belongs to a linear that the method does not sparsify.
+        """
+        from spon_plugin.sparsifiers.attachment import attached
+
+        with attached(self, model, alphas or {}, counter, biases or {}) as tokens:
+            yield tokens
+
+    def drops(self, counter: SparsityCounter) -> dict[str, float]:
+        """Module path -> the share of its weights that the method does not use, as counted in a run."""
+        return counter.per_module()
+
+    def masked_share(self, counter: SparsityCounter) -> float:
+        """The share of the model's weights that go unused, 0 to 1; linears without a mask count as dense.
+
+        Args:
+            counter: of a run under `attach`.
+        """
+        weights, drops = module_weights(self.sites), self.drops(counter)
+        return sum(drops.get(path, 0.0) * count for path, count in weights.items()) / sum(weights.values())
+
+    def read_share(self, counter: SparsityCounter) -> float:
+        """The share of the model's weight bytes that a token reads, with what the method reads beside the weights."""
+        return 1 - self.masked_share(counter) + self.extra_reads / sum(module_weights(self.sites).values())
+
+    @property
+    def extra_reads(self) -> int:
+        """Numbers of the weight's dtype that a token reads beside the weights."""
+        return 0
+
+    def extra_bytes(self, model: nn.Module, alphas: bool = False) -> int:
+        """Bytes that the method keeps beside the dense weights, over all blocks.
+
+        Args:
+            model: gives the dtype of the weights.
+            alphas: whether ``W alpha`` is added: a bias for every linear in `modules` that has none.
+        """
+        size = next(model.parameters()).element_size()
+        total = self.extra_reads * size + self.mask_bytes
+        for path in self.modules:
+            module: Any = model.get_submodule(path)
+            if (alphas or path in self.centers) and module.bias is None:
+                total += size * module.weight.shape[1 if is_conv1d(module) else 0]
+        return total
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of thresholds and the like."""
+        return 0
+
+    def adapter(
+        self,
+        alphas: Mapping[str, Tensor] | None = None,
+        fields: SponFields | None = None,
+        peft: Mapping[str, Any] | None = None,
+    ) -> Adapter:
+        """This method as an adapter, for the kernels and hosts.
+
+        Args:
+            alphas: module path -> float32 ``[in_features]``.
+            fields: `alpha_modules` and `calibration`; by default those of `alphas`.
+            peft: PEFT's part of the config.
+
+        Raises:
+            SponError: the format cannot hold the method.
+        """
+        remedy = "It can be evaluated (spon compare), not saved or served."
+        raise SponError.of("method", self.name, "one that masks inputs by thresholds", remedy)

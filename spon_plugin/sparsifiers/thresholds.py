@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods that mask by `masking.keep_mask`: thresholds per site, scalar or per channel, with or without a centre."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spon_plugin.adapter import Adapter, SponFields
+from spon_plugin.linear import is_conv1d
+from spon_plugin.masking import keep_mask, sparse_deviation
+from spon_plugin.sites import Site
+from spon_plugin.sparsifiers.base import Fitted, Statistics
+
+
+class ThresholdFitted(Fitted):
+    """``W S(x) + b`` with `S` of `spon_plugin.masking`; fits the adapter format.
+
+    Attributes:
+        thresholds: site name -> float32 ``[1]`` or ``[in_features]``.
+        site_centers: site name -> float32 ``[in_features]``; empty where the centre is 0.
+        allocation: how the target was spread over the sites.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        statistics: Statistics,
+        sparsity: float,
+        thresholds: Mapping[str, Tensor],
+        centers: Mapping[str, Tensor] | None = None,
+        allocation: str = "uniform",
+    ) -> None:
+        super().__init__(name, statistics, sparsity)
+        self.thresholds = dict(thresholds)
+        self.site_centers = dict(centers or {})
+        self.centers = {
+            path: self.site_centers[site.name] for path, site in self.site_of.items() if site.name in self.site_centers
+        }
+        self.allocation = allocation
+        self._tokens = {"tokens": int(statistics.windows.numel()), "window": int(statistics.windows.shape[1])}
+        self._tokens_sha256 = hashlib.sha256(statistics.windows.numpy().tobytes()).hexdigest()
+
+    def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `Fitted.sparse_input`."""
+        threshold, center = self.thresholds[site.name].to(x.device), self.site_centers.get(site.name)
+        center = None if center is None else center.to(x.device)
+        return sparse_deviation(x, threshold, center=center), keep_mask(x, threshold, center)
+
+    @property
+    def mask_bytes(self) -> int:
+        """Thresholds are kept per linear, as in the adapter, and per site where they are vectors."""
+        return 4 * sum(threshold.numel() for threshold in self.thresholds.values())
+
+    def adapter(
+        self,
+        alphas: Mapping[str, Tensor] | None = None,
+        fields: SponFields | None = None,
+        peft: Mapping[str, Any] | None = None,
+    ) -> Adapter:
+        """See `Fitted.adapter`."""
+        alphas = dict(alphas or {})
+        if fields is None:
+            modules = "all" if set(alphas) == set(self.modules) else sorted(alphas)
+            fields = SponFields(alpha_modules=modules, dense_prefix=self.dense_prefix)
+        fields = replace(
+            fields,
+            sparsity=self.sparsity,
+            allocation=self.allocation,
+            calibration={
+                **fields.calibration,
+                "method": self.name,
+                **self._tokens,
+                "tokens_sha256": self._tokens_sha256,
+            },
+        )
+        thresholds = {path: self.thresholds[site.name].clone() for path, site in self.site_of.items()}
+        centers = {path: center.clone() for path, center in self.centers.items()}
+        adapter = Adapter(fields, thresholds, {path: a.detach().float().cpu() for path, a in alphas.items()})
+        adapter.centers, adapter.peft = centers, dict(peft or {})
+        adapter.check()
+        return adapter
+
+
+def column_norms(model: nn.Module, site: Site) -> Tensor:
+    """``||W_:,i||`` over the weights of a site's linears, stacked along their outputs: float32 ``[in_features]``."""
+    total: Any = 0.0
+    for path in site.modules:
+        module: Any = model.get_submodule(path)
+        total = total + module.weight.detach().float().square().sum(1 if is_conv1d(module) else 0)
+    return torch.sqrt(total).cpu()
