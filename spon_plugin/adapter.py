@@ -111,6 +111,18 @@ def names_module(modules: str | Iterable[str], module: str) -> bool:
     return any(module == name or module.endswith("." + name) for name in modules)
 
 
+def short_names(modules: Iterable[str], among: Iterable[str]) -> str | list[str]:
+    """A field that names the linears at the paths `modules` and no others `among` the sparsified ones.
+
+    ``"all"``, the last names (``down_proj``) where they fit, or else the paths.
+    """
+    wanted, every = set(modules), set(among)
+    if wanted and wanted == every:
+        return "all"
+    leaves = sorted({module.rpartition(".")[2] for module in wanted})
+    return leaves if wanted == {module for module in every if names_module(leaves, module)} else sorted(wanted)
+
+
 def carries_alpha(module: str, alpha_modules: str | Iterable[str]) -> bool:
     """Whether the linear at path `module` carries an alpha, by `SponFields.alpha_modules`."""
     return names_module(alpha_modules, module)
@@ -165,19 +177,12 @@ class Adapter:
     @property
     def channel_modules(self) -> str | list[str]:
         """Which linears have a threshold per channel: ``"all"``, or names that fit them alone."""
-        return self._names(module for module, threshold in self.thresholds.items() if threshold.numel() > 1)
+        return short_names((m for m, threshold in self.thresholds.items() if threshold.numel() > 1), self.thresholds)
 
     @property
     def center_modules(self) -> str | list[str]:
         """Which linears have a centre: ``"all"``, or names that fit them alone."""
-        return self._names(self.centers)
-
-    def _names(self, modules: Iterable[str]) -> str | list[str]:
-        wanted = set(modules)
-        if wanted and wanted == self.thresholds.keys():
-            return "all"
-        leaves = sorted({module.rpartition(".")[2] for module in wanted})
-        return leaves if wanted == {m for m in self.thresholds if names_module(leaves, m)} else sorted(wanted)
+        return short_names(self.centers, self.thresholds)
 
     def without_alpha(self) -> Adapter:
         """The same masks without spontaneous activations: the TEAL of this adapter, or its WINA or SCAP."""

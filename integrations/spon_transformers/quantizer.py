@@ -1,24 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformers quantization method "spon": how `from_pretrained` builds a merged model.
 
-`config.json` says which linears are sparse and at which threshold; it is the truth for thresholds, because loading a
-checkpoint in bfloat16 would round the ones in it. The weights file holds the folded biases. The conventions are those
-of `transformers/quantizers/quantizer_bitnet.py`.
+`config.json` says which linears are sparse and at which threshold; the weights file holds the folded biases, and the
+thresholds per channel and centres of linears that have them (see `spon_plugin.merged`). The conventions are those of
+`transformers/quantizers/quantizer_bitnet.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spon_plugin.adapter import FORMAT_VERSION, Adapter, SponFields
+from spon_plugin.adapter import CENTER, CENTER_MODULES, FORMAT_VERSION, THRESHOLD, Adapter, SponFields, short_names
 from spon_plugin.errors import SponError
 from spon_plugin.linear import SparseConv1D, SparseLinear, follow_tokens, is_conv1d, is_linear, linear_features
-from spon_plugin.merged import FIELD, check_thresholds, holds_dense_biases, read_fields
+from spon_plugin.merged import (
+    FIELD,
+    centered_modules,
+    check_thresholds,
+    check_vector,
+    holds_dense_biases,
+    read_fields,
+)
 from spon_plugin.tokens import DenseTokens
 from spon_transformers import QUANT_METHOD
 
@@ -30,13 +39,15 @@ class SponQuantizationConfig(QuantizationConfigMixin):
     """``quantization_config`` of a merged model.
 
     Args:
-        thresholds: module path -> threshold, for every sparse linear. A float32 survives JSON exactly.
+        thresholds: module path -> threshold, for every sparse linear. A float32 survives JSON exactly. None for a
+            linear with a threshold per channel, which is in the weights file.
         sparsity: the target of the adapter that was merged.
         tokens: which tokens are masked; see `spon_plugin.SponFields`.
         dense_prefix: the first positions of a sequence that stay dense.
         adapter_digest: of the adapter that was merged; see `spon_plugin.Adapter`.
         format_version: of the adapter's format.
         quant_method: always ``spon``.
+        center_modules: which of the linears have a centre in the weights file; see `spon_plugin.Adapter`.
 
     Raises:
         SponError: a field is missing, unknown or wrong.
@@ -44,13 +55,14 @@ class SponQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        thresholds: dict[str, float] | None = None,
+        thresholds: dict[str, float | None] | None = None,
         sparsity: float = SponFields.sparsity,
         tokens: str = SponFields.tokens,
         dense_prefix: int = 0,
         adapter_digest: str | None = None,
         format_version: int | None = None,
         quant_method: str = QUANT_METHOD,
+        center_modules: str | list[str] | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -67,6 +79,15 @@ class SponQuantizationConfig(QuantizationConfigMixin):
         self.dense_prefix = dense_prefix
         self.adapter_digest = adapter_digest
         self.thresholds = thresholds
+        self.center_modules = center_modules or []
+        self.centered = centered_modules(center_modules, thresholds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` says; `center_modules` only where there are centres."""
+        stored: dict[str, Any] = super().to_dict()
+        return {
+            key: value for key, value in stored.items() if key != "centered" and (key, value) != (CENTER_MODULES, [])
+        }
 
 
 class SponHfQuantizer(HfQuantizer):
@@ -75,7 +96,9 @@ class SponHfQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: SponQuantizationConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_kwargs: Any
+    ) -> PreTrainedModel:
         linears = {
             path: module for path, module in model.named_modules() if path in self.quantization_config.thresholds
         }
@@ -86,20 +109,42 @@ class SponHfQuantizer(HfQuantizer):
             if not is_linear(linears[path]):
                 raise SponError.of(field, type(linears[path]).__name__, "a linear layer")
         for path, linear in linears.items():
-            model.set_submodule(path, self._sparse_like(linear))
+            model.set_submodule(path, self._sparse_like(path, linear))
+        self._check_files(linears, checkpoint_files or ())
         return model
+
+    def _check_files(self, linears: Iterable[str], files: Sequence[str]) -> None:
+        """See that the weights file has the tensors that the config speaks of; transformers would make them up."""
+        safetensors = [file for file in files if str(file).endswith(".safetensors")]
+        if not safetensors or len(safetensors) != len(files):
+            return
+        stored: set[str] = set()
+        for file in safetensors:
+            with safe_open(file, framework="pt") as tensors:
+                stored.update(key for key in tensors.keys() if ".spon_" in key)  # noqa: SIM118 (not a dict)
+        for path in linears:
+            names = [THRESHOLD] if self.quantization_config.thresholds[path] is None else []
+            names += [CENTER] if path in self.quantization_config.centered else []
+            for name in names:
+                if not any(key == f"{path}.{name}" or key.endswith(f".{path}.{name}") for key in stored):
+                    raise SponError.of(f"{path}.{name}", "no such tensor", f"one, as {FIELD} has it", "Merge again.")
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         for path, value in self.quantization_config.thresholds.items():
             layer = model.get_submodule(path)
             assert isinstance(layer, SparseLinear | SparseConv1D)
-            layer.spon_threshold = torch.tensor([value], dtype=torch.float32, device=layer.spon_threshold.device)
+            if value is None:
+                check_vector(path, THRESHOLD, layer.spon_threshold, linear_features(layer)[0])
+            else:
+                layer.spon_threshold = torch.tensor([value], dtype=torch.float32, device=layer.spon_threshold.device)
+            if layer.spon_center is not None:
+                check_vector(path, CENTER, layer.spon_center, linear_features(layer)[0])
             layer.arrange_for_kernels()
         _follow(model, self.quantization_config)
         model.is_quantized = False  # its weights are ordinary ones: it may be cast and trained
         return model
 
-    def _sparse_like(self, linear: nn.Module) -> nn.Module:
+    def _sparse_like(self, path: str, linear: nn.Module) -> nn.Module:
         in_features, out_features = linear_features(linear)
         weight = linear.weight
         assert isinstance(weight, torch.Tensor)
@@ -108,6 +153,11 @@ class SponHfQuantizer(HfQuantizer):
             layer = SparseConv1D(out_features, in_features, device=weight.device, dtype=weight.dtype)
         else:
             layer = SparseLinear(in_features, out_features, device=weight.device, dtype=weight.dtype)
+        vector = torch.zeros(in_features, dtype=torch.float32, device=weight.device)
+        if self.quantization_config.thresholds[path] is None:
+            layer.spon_threshold = vector
+        if path in self.quantization_config.centered:
+            layer.spon_center = vector.clone()
         if holds_dense_biases(self.quantization_config.dense_prefix, self.quantization_config.tokens):
             layer.keep_dense_bias()
         return layer.train(linear.training)
@@ -130,7 +180,11 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
     for layer in layers.values():
         layer.arrange_for_kernels()
     config = SponQuantizationConfig(
-        thresholds={path: float(layer.spon_threshold) for path, layer in layers.items()},
+        thresholds={
+            path: float(layer.spon_threshold) if layer.spon_threshold.numel() == 1 else None
+            for path, layer in layers.items()
+        },
+        center_modules=short_names((path for path, m in layers.items() if m.spon_center is not None), layers),
         sparsity=adapter.fields.sparsity,
         tokens=adapter.fields.tokens,
         dense_prefix=adapter.fields.dense_prefix,
