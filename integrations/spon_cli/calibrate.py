@@ -189,6 +189,8 @@ def summary(adapter: Adapter) -> dict[str, Any]:
         "allocation": fields.allocation,
         "sparsity": {"target": fields.sparsity, "achieved": fields.calibration.get("achieved_sparsity")},
         "linears": len(adapter.thresholds),
+        "per_channel": sum(threshold.numel() > 1 for threshold in adapter.thresholds.values()),
+        "centers": len(adapter.centers),
         "alphas": len(adapter.alphas),
         "tokens": fields.tokens,
         "dense_prefix": fields.dense_prefix,

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from spon_cli import options
 from spon_cli.calibrate import summary
 from spon_cli.output import out, percent, show_json, show_table
@@ -10,33 +12,65 @@ from spon_plugin import Adapter, read_adapter
 
 
 def inspect_command(adapter: options.AdapterDir, json: options.Json = False) -> None:
-    """Show an adapter: its sites, thresholds, alpha norms and achieved sparsity.
+    """Show an adapter: its sites, thresholds, norms of centres and alphas, and achieved sparsity.
 
     [dim]spon inspect spon50[/dim]
     """
     loaded = read_adapter(adapter)
     rows = module_rows(loaded)
     if json:
-        keys = ("module", "threshold", "alpha_norm", "achieved_sparsity")
-        modules = [dict(zip(keys, row, strict=True)) for row in rows]
-        show_json({**summary(loaded), "calibration": loaded.fields.calibration, "modules": modules})
+        show_json(
+            {**summary(loaded), "calibration": loaded.fields.calibration, "modules": [row._asdict() for row in rows]}
+        )
         return
     for key, value in summary(loaded).items():
         out.print(f"{key:>14}  {value}")
-    columns = ["module", "threshold", "alpha norm", "achieved sparsity"]
-    show_table("Sparsified linears", columns, [[*row[:3], percent(row[3])] for row in rows])
+    centers = ["center norm"] if loaded.centers else []
+    cells = [
+        [
+            row.module,
+            row.threshold if row.thresholds is None else f"{row.thresholds[0]:.4g} to {row.thresholds[1]:.4g}",
+            *([row.center_norm] if centers else []),
+            row.alpha_norm,
+            percent(row.achieved_sparsity),
+        ]
+        for row in rows
+    ]
+    show_table("Sparsified linears", ["module", "threshold", *centers, "alpha norm", "achieved sparsity"], cells)
 
 
-def module_rows(adapter: Adapter) -> list[tuple[str, float, float | None, float | None]]:
-    """Per linear: path, threshold, L2 norm of alpha (None without one), achieved sparsity (None if not recorded)."""
+class ModuleRow(NamedTuple):
+    """One linear of an adapter.
+
+    Attributes:
+        module: its path.
+        threshold: the threshold, or the mean of those per channel.
+        thresholds: the smallest and the largest threshold per channel; None where there is one for all.
+        center_norm: L2 norm of its centre; None without one.
+        alpha_norm: L2 norm of its alpha; None without one.
+        achieved_sparsity: as calibration measured it; None if it is not recorded.
+    """
+
+    module: str
+    threshold: float
+    thresholds: tuple[float, float] | None
+    center_norm: float | None
+    alpha_norm: float | None
+    achieved_sparsity: float | None
+
+
+def module_rows(adapter: Adapter) -> list[ModuleRow]:
+    """One row per linear, block by block."""
     achieved = {}
     for name, site in adapter.fields.calibration.get("sites", {}).items():
         for path in site["modules"]:
             achieved[f"{name.rpartition('.')[0]}.{path}"] = site["achieved_sparsity"]
     return [
-        (
+        ModuleRow(
             path,
-            float(threshold),
+            float(threshold.mean()),
+            None if threshold.numel() == 1 else (float(threshold.min()), float(threshold.max())),
+            float(adapter.centers[path].norm()) if path in adapter.centers else None,
             float(adapter.alphas[path].norm()) if path in adapter.alphas else None,
             achieved.get(path),
         )

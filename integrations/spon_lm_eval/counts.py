@@ -59,7 +59,7 @@ class _Pass:
 class InputCounts:
     """Counts what the masks of a `SparseModel` drop, by hooks on it.
 
-    Linears of one site with one threshold share a mask, so only the first of them is counted.
+    Linears of one site with the same threshold and centre share a mask, so only the first of them is counted.
 
     Args:
         sparse: the model.
@@ -151,7 +151,7 @@ class InputCounts:
             x, now = args[0], self._pass
             if now is None or x.shape[:-1].numel() != now.shape[0] * now.shape[1]:
                 return
-            kept = keep_mask(x, layer.threshold).sum(-1, dtype=torch.int32)
+            kept = keep_mask(x, layer.threshold, layer.center).sum(-1, dtype=torch.int32)
             now.dropped[layer.path] = (x.shape[-1] - kept).reshape(now.shape)
             if now.masked is None:
                 dense = None if layer.tokens is None else layer.tokens.rows(x)
@@ -192,10 +192,10 @@ class _Group:
 
 def _groups(layers: Sequence[SparseLayer], sites: Sequence[Site]) -> list[_Group]:
     site_of = {path: site.name for site in sites for path in site.modules}
-    members: dict[tuple[str, float], list[SparseLayer]] = {}
+    members: dict[tuple[str, bytes], list[SparseLayer]] = {}
     for layer in layers:
-        key = (site_of.get(layer.path, layer.path), float(layer.threshold))
-        members.setdefault(key, []).append(layer)
+        mask = [tensor.cpu().numpy().tobytes() for tensor in (layer.threshold, layer.center) if tensor is not None]
+        members.setdefault((site_of.get(layer.path, layer.path), b"".join(mask)), []).append(layer)
     return [
         _Group(site, group[0].path, group[0].in_features, sum(layer.weights for layer in group))
         for (site, _), group in members.items()

@@ -22,7 +22,8 @@ class SparseLayer:
     Attributes:
         path: of the linear in the base model.
         module: the layer whose input is masked.
-        threshold: float32 ``[1]``.
+        threshold: float32 ``[1]`` or ``[in_features]``.
+        center: float32 ``[in_features]``; None for 0.
         tokens: which tokens of a pass are dense; None where every token is masked.
         in_features: length of its input.
         weights: number of its weights.
@@ -31,6 +32,7 @@ class SparseLayer:
     path: str
     module: nn.Module
     threshold: Tensor
+    center: Tensor | None
     tokens: DenseTokens | None
     in_features: int
     weights: int
@@ -54,7 +56,7 @@ class SparseModel:
 
 
 def with_adapter(base: Any, arguments: SponArguments) -> SparseModel:
-    """Put the adapter on `base`, with ``W alpha`` folded into its biases.
+    """Put the adapter on `base`, with ``W (center + alpha)`` folded into its biases.
 
     A floating-point model becomes a plain one of `SparseLinear` layers, the very layers of a merged checkpoint. The
     layers of a quantized model stay inside PEFT's.
@@ -89,6 +91,7 @@ def with_adapter(base: Any, arguments: SponArguments) -> SparseModel:
                 path,
                 layer,  # type: ignore[arg-type]
                 layer.spon_threshold[name],
+                dict(layer.spon_center.items()).get(name),
                 layer.spon_tokens.get(name),
                 layer.in_features,
                 layer.in_features * layer.out_features,
@@ -101,9 +104,9 @@ def with_adapter(base: Any, arguments: SponArguments) -> SparseModel:
     for path in layers:
         module = merged.get_submodule(path)
         in_features, out_features = linear_features(module)
-        found.append(
-            SparseLayer(path, module, module.spon_threshold, module.tokens, in_features, in_features * out_features)
-        )
+        weights = in_features * out_features
+        mask = module.spon_threshold, module.spon_center
+        found.append(SparseLayer(path, module, *mask, module.tokens, in_features, weights))
     return SparseModel(merged, merged, found, sites)
 
 

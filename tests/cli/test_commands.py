@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import spon_cli
 import spon_plugin.adapter as adapter_module
 from spon_cli.main import main
-from spon_plugin import read_adapter
+from spon_plugin import read_adapter, sparse_inputs, write_adapter
 from spon_plugin.recipe import preset
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(600))
@@ -171,6 +172,52 @@ def test_inspect_shows_sites_thresholds_and_alphas(spon, trained):
         assert row["alpha_norm"] == pytest.approx(float(adapter.alphas[row["module"]].norm()))
         assert row["achieved_sparsity"] == pytest.approx(0.5, abs=0.05)
     assert "down_proj" in spon("inspect", trained)[1]
+
+
+@pytest.fixture(scope="module")
+def vectors(trained, tmp_path_factory) -> Path:
+    """The same adapter with thresholds per channel and centres."""
+    adapter = read_adapter(trained)
+    torch.manual_seed(0)
+    for path, alpha in adapter.alphas.items():
+        adapter.thresholds[path] = adapter.thresholds[path] * torch.rand_like(alpha)
+        if path.endswith("down_proj"):
+            adapter.centers[path] = 0.1 * torch.randn_like(alpha)
+    return write_adapter(adapter, tmp_path_factory.mktemp("adapter") / "vectors")
+
+
+def test_inspect_shows_thresholds_per_channel_and_centres(spon, vectors):
+    shown = json.loads(spon("inspect", vectors, "--json")[1])
+    adapter = read_adapter(vectors)
+    assert shown["per_channel"] == 14 and shown["centers"] == 2
+    for row in shown["modules"]:
+        threshold = adapter.thresholds[row["module"]]
+        assert row["threshold"] == pytest.approx(float(threshold.mean()))
+        assert row["thresholds"] == [float(threshold.min()), float(threshold.max())]
+        assert (row["center_norm"] is not None) == (row["module"] in adapter.centers)
+    table = spon("inspect", vectors)[1]
+    assert "center norm" in table and " to " in table
+
+
+def test_eval_and_merge_of_thresholds_per_channel_and_centres(spon, vectors, tiny_model_dir, text, tmp_path):
+    arguments = ["--adapter", vectors, "--text", text, "--window", "32", "--max-tokens", "128", "--dtype", "float32"]
+    code, out, err = spon("eval", tiny_model_dir, *arguments, "--json")
+    assert code == 0, err
+    measured = json.loads(out)
+    code, _, err = spon("merge", vectors, "-o", tmp_path / "merged", "--dtype", "float32")
+    assert code == 0, err
+    adapter = read_adapter(vectors)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ids = torch.arange(1, 41)[None]
+    with sparse_inputs(base, adapter.thresholds, adapter.alphas, 1, centers=adapter.centers):
+        expected = base(input_ids=ids).logits
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert 0.05 < measured["sparsity"]["achieved"] < 0.5
+    without = replace(adapter, centers={})
+    arguments[1] = write_adapter(without, tmp_path / "without")
+    other = json.loads(spon("eval", tiny_model_dir, *arguments, "--json")[1])
+    assert other["perplexity"]["spon"] != measured["perplexity"]["spon"]
 
 
 def test_merge_writes_a_checkpoint_with_the_adapter_in_it(spon, trained, tiny_model_dir, tmp_path):

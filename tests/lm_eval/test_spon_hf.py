@@ -64,6 +64,21 @@ def spon50(base, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def vectors(base, spon50, tmp_path_factory) -> Path:
+    """The same with thresholds per channel, shared by the linears of a site but for one, and centres."""
+    adapter, generator = read_adapter(spon50), torch.Generator().manual_seed(1)
+    for site in find_sites(make_tiny_llama()):
+        threshold, center = (torch.randn(site.in_features, generator=generator) for _ in range(2))
+        for path in site.modules:
+            adapter.thresholds[path] = adapter.thresholds[path] * threshold.abs()
+            if not path.endswith("o_proj"):
+                adapter.centers[path] = 0.1 * center
+    odd = "model.layers.1.mlp.up_proj"
+    adapter.thresholds[odd] = adapter.thresholds[odd] * 2
+    return write(adapter, tmp_path_factory.mktemp("lm_eval") / "vectors")
+
+
+@pytest.fixture(scope="module")
 def empty(base, tmp_path_factory) -> Path:
     """Threshold 0 and alpha 0: the dense model."""
     return make_adapter(base, tmp_path_factory.mktemp("lm_eval") / "empty", 0.0, 0.0)
@@ -128,7 +143,9 @@ def test_no_mask_and_no_alpha_is_hf_to_the_last_digit(base, empty, call, dtype, 
 def by_hand(adapter: Adapter, context: str, continuation: str, dense_tokens: int, alpha=True, dtype=torch.float64):
     """Log-likelihood under masks from `dense_tokens` on, by the core's hooks, whole sequence at once."""
     model, ids = make_tiny_llama().to(dtype), ids_of(context + continuation)
-    with sparse_inputs(model, adapter.thresholds, adapter.alphas if alpha else None, dense_tokens), torch.no_grad():
+    alphas = adapter.alphas if alpha else None
+    masks = sparse_inputs(model, adapter.thresholds, alphas, dense_tokens, centers=adapter.centers)
+    with masks, torch.no_grad():
         logprobs = F.log_softmax(model(input_ids=ids[:, :-1]).logits[0], dim=-1)
     logprobs, targets = logprobs[-len(continuation) :], ids[0, -len(continuation) :]
     greedy = bool((logprobs.argmax(-1) == targets).all())
@@ -159,6 +176,15 @@ def test_loglikelihoods_are_those_of_a_masked_forward_by_hand(base, spon50, toke
     assert [greedy for _, greedy in got] == [greedy for _, greedy in want]
     away = values(loglikelihood(dense(base))) - values(want)
     assert away[[len(t) > 1 for _, t in REQUESTS]].abs().min() > 1e-3, "the masks do not matter; the test says nothing"
+
+
+@pytest.mark.parametrize("alpha", ["on", "off"])
+@pytest.mark.parametrize("tokens", ["all", "decode"])
+def test_thresholds_per_channel_and_centres(base, vectors, spon50, tokens, alpha):
+    got = loglikelihood(sparse(base, vectors, tokens=tokens, alpha=alpha))
+    want = expected(vectors, tokens, alpha == "on")
+    torch.testing.assert_close(values(got), values(want), **CLOSE)
+    assert (values(got) - values(expected(spon50, tokens, alpha == "on"))).abs().max() > 1e-3
 
 
 def test_alpha_and_token_mode_change_the_function(base, spon50):
@@ -354,10 +380,12 @@ def test_quantized_base(base, spon50):
 
 @pytest.mark.parametrize("batch_size", [pytest.param(n, id=f"batch-{n}") for n in (1, 8)])
 @pytest.mark.parametrize("tokens", ["all", "decode"])
-def test_measured_sparsity_is_that_of_the_scored_tokens(base, spon50, tokens, batch_size):
-    lm = sparse(base, spon50, tokens=tokens, batch_size=batch_size)
+@pytest.mark.parametrize("kind", ["spon50", "vectors"])
+def test_measured_sparsity_is_that_of_the_scored_tokens(base, request, kind, tokens, batch_size):
+    directory = request.getfixturevalue(kind)
+    lm = sparse(base, directory, tokens=tokens, batch_size=batch_size)
     loglikelihood(lm)
-    adapter, model, counter = read_adapter(spon50), make_tiny_llama().double(), SparsityCounter()
+    adapter, model, counter = read_adapter(directory), make_tiny_llama().double(), SparsityCounter()
     sites = find_sites(model)
     tokens_seen = {"masked": 0, "dense": 0}
     contexts = set()
@@ -365,7 +393,7 @@ def test_measured_sparsity_is_that_of_the_scored_tokens(base, spon50, tokens, ba
         for context, continuation in REQUESTS:
             ids = ids_of(context + continuation)[:, :-1]
             skip = len(context) if tokens == "decode" else 1
-            with sparse_inputs(model, adapter.thresholds, adapter.alphas, skip, counter):
+            with sparse_inputs(model, adapter.thresholds, adapter.alphas, skip, counter, adapter.centers):
                 model(input_ids=ids)
             tokens_seen["masked"] += ids.shape[1] - skip
             tokens_seen["dense"] += skip if tokens == "all" or context not in contexts else 0
@@ -376,7 +404,8 @@ def test_measured_sparsity_is_that_of_the_scored_tokens(base, spon50, tokens, ba
     assert 0.2 < got["measured"] < 0.9
     per_module = counter.per_module()
     for site in sites:
-        assert got["sites"][site.name] == pytest.approx(per_module[site.modules[0]], abs=1e-9)
+        shares = [per_module[path] * count for path, count in zip(site.modules, site.module_weights, strict=True)]
+        assert got["sites"][site.name] == pytest.approx(sum(shares) / site.weights, abs=1e-9)
 
 
 def test_generated_tokens_are_counted_without_padding(base, spon50):
