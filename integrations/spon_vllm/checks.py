@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.logger import init_logger
 
 from spon_plugin.adapter import read_adapter
@@ -22,17 +23,53 @@ def check_fit(settings: Settings, hf_config: Any, model: str) -> None:
     """Check what can be checked at configuration time; workers check the rest when they make the layers.
 
     Raises:
-        SponError: the adapter is for another model, names what is no linear layer, or covers a fused layer in part.
+        SponError: the adapter is for another model, names what is no linear layer, or covers a fused layer in part
+            or with several centres.
     """
     linears = base_linears(hf_config)
-    if settings.adapter is not None and linears is not None:
-        read_adapter(settings.adapter).check_base(linears, model)
+    # The values of a merged checkpoint's centres are known when a worker has loaded it; which linears have one is now.
+    centers: Mapping[str, Tensor] = dict.fromkeys(settings.centered, torch.empty(0))
+    if settings.adapter is not None:
+        adapter = read_adapter(settings.adapter)
+        centers = adapter.centers
+        if linears is not None:
+            adapter.check_base(linears, model)
     elif linears is not None:
         missing = [module for module in settings.thresholds if module not in linears]
         if missing:
             raise SponError.of(f"quantization_config: threshold of {missing[0]}", "one", "linear layers of the model")
     for fused, shards in packed_modules(hf_config).items():
         check_shards(settings.modules, fused, shards, linears)
+        for parent in sorted({path.rpartition(".")[0] for path in centers}):
+            check_centers({f"{parent}.{shard}": centers.get(f"{parent}.{shard}") for shard in shards}, fused)
+
+
+def check_centers(centers: Mapping[str, Tensor | None], fused: str) -> None:
+    """Check that linears which vLLM computes as one layer have one centre: it is taken off their common input.
+
+    Args:
+        centers: path of each of the linears -> its centre, None for none.
+        fused: the name of vLLM's layer.
+
+    Raises:
+        SponError: some have one and others none, or they differ.
+    """
+    (first, center), *others = centers.items()
+    for path, other in others:
+        if (other is None) != (center is None):
+            with_one, without = (first, path) if other is None else (path, first)
+            received = f"none, but {with_one} has one"
+        elif other is not None and center is not None and not torch.equal(other, center):
+            without, received = path, f"another than {first} has"
+        else:
+            continue
+        raise SponError.of(
+            f"{without}.spon_center",
+            received,
+            f"one centre for {', '.join(p.rpartition('.')[2] for p in centers)}, which vLLM computes in one layer, "
+            f"{fused}, on one input",
+            "Calibrate centres per input site, as `spon` does by default.",
+        )
 
 
 def check_shards(

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from spon_plugin.adapter import read_adapter
 from spon_plugin.sites import is_expert
 from spon_vllm import QUANT_METHOD
-from spon_vllm.checks import check_fit, check_shards
+from spon_vllm.checks import check_centers, check_fit, check_shards
 from spon_vllm.linear import Masks, SponLinearMethod
 from spon_vllm.report import Coverage
 from spon_vllm.settings import Settings, resolve
@@ -118,15 +118,20 @@ class SponConfig(QuantizationConfig):
 
     @property
     def masks(self) -> dict[str, Masks]:
-        """The module's path in vLLM -> its mask and alpha; read once in every worker."""
+        """The module's path in vLLM -> its mask, centre and alpha; read once in every worker."""
         if self._masks is None:
             settings = self.settings
             assert settings is not None, "maybe_update_config has not been called"
             if settings.adapter is None:
-                own = {m: Masks(torch.tensor([v], dtype=torch.float32)) for m, v in settings.thresholds.items()}
+                own = {
+                    m: Masks(None if v is None else torch.tensor([v]), loads_center=m in settings.centered)
+                    for m, v in settings.thresholds.items()
+                }
             else:
                 adapter = read_adapter(settings.adapter)
-                own = {m: Masks(t, adapter.alphas.get(m)) for m, t in adapter.thresholds.items()}
+                own = {
+                    m: Masks(t, adapter.alphas.get(m), adapter.centers.get(m)) for m, t in adapter.thresholds.items()
+                }
             self._masks = {name: own[module] for name, module in self.names.items()}
         return self._masks
 
@@ -134,7 +139,7 @@ class SponConfig(QuantizationConfig):
         """The method for one layer: sparse around the inner method where the adapter says so.
 
         Raises:
-            SponError: the adapter covers a fused layer in part.
+            SponError: the adapter covers a fused layer in part, or with several centres.
         """
         inner = self._inner_method(layer, prefix)
         if not isinstance(layer, LinearBase):
@@ -147,6 +152,7 @@ class SponConfig(QuantizationConfig):
         if not covered or leaf == "kv_b_proj" or is_expert(prefix):
             return inner
         check_shards(self.masks, leaf, shards)
+        check_centers({path: self.masks[path].center for path in paths}, leaf)
         assert self.settings is not None
         return SponLinearMethod(inner, paths, [self.masks[path] for path in paths], self.settings, self.coverage)
 

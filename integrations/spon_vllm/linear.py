@@ -24,7 +24,9 @@ from vllm.model_executor.utils import set_weight_attrs
 
 import spon_vllm.ops  # noqa: F401 (registers torch.ops.spon_vllm)
 from spon_plugin.errors import SponError
-from spon_plugin.linear import probe
+from spon_plugin.linear import add_alpha, probe
+from spon_plugin.merged import check_vector
+from spon_vllm.checks import check_centers
 from spon_vllm.report import Coverage
 from spon_vllm.settings import Settings
 
@@ -36,17 +38,40 @@ class Masks(NamedTuple):
     """What an adapter says about one linear.
 
     Attributes:
-        threshold: float32 ``[1]``.
+        threshold: float32 ``[1]`` or ``[in_features]`` of the whole layer; None where vLLM's loader brings it, one per
+            channel, from a merged checkpoint.
         alpha: float32 ``[in_features]``, of the whole layer; None for none, and in a merged checkpoint.
+        center: likewise.
+        loads_center: whether vLLM's loader brings a centre from a merged checkpoint.
     """
 
-    threshold: Tensor
+    threshold: Tensor | None
     alpha: Tensor | None = None
+    center: Tensor | None = None
+    loads_center: bool = False
+
+
+class _ChannelParameter(PerTensorScaleParameter):
+    """float32 ``[in_features]``, or ``[n_shards, in_features]``, of the whole layer: loaded without sharding.
+
+    It counts among vLLM's scales per tensor because those, too, are one for each linear of a fused layer.
+    """
+
+    def load_merged_column_weight(self, loaded_weight: Tensor, shard_id: Any = 0, **_: Any) -> None:
+        """Fill the row of one linear; a threshold that is one number fills it evenly."""
+        row = self.data if self.data.dim() == 1 else self.data[self._shard_id_as_int(shard_id)]
+        row.copy_(loaded_weight)
+
+    def load_qkv_weight(self, loaded_weight: Tensor, shard_id: Any = 0, **_: Any) -> None:
+        """As `load_merged_column_weight`."""
+        self.load_merged_column_weight(loaded_weight, shard_id)
 
 
 @register_weight_loader_v2_supported_method
 class SponLinearMethod(LinearMethodBase):
     """``y = W S(x) + b + W alpha``, around the method that holds `W`.
+
+    It is computed as ``y = W (S(x) - center) + [b + W (center + alpha)]``.
 
     Args:
         inner: vLLM's method for the layer without SPON.
@@ -78,7 +103,7 @@ class SponLinearMethod(LinearMethodBase):
         """Make the inner method's parameters, and those that a merged checkpoint fills.
 
         Raises:
-            SponError: the layer fuses other linears than the adapter knows, an alpha has another length than the
+            SponError: the layer fuses other linears than the adapter knows, a vector has another length than the
                 layer's input, or a merged checkpoint's weights are quantized.
         """
         self._check(input_size, output_partition_sizes)
@@ -99,9 +124,12 @@ class SponLinearMethod(LinearMethodBase):
                 "This layer is not supported; leave these linears out of target_modules.",
             )  # fmt: skip
         for path, mask in zip(self.paths, self.masks, strict=True):
-            if mask.alpha is not None and mask.alpha.numel() != input_size:
+            for name in ("alpha", "center", "threshold"):
+                vector = getattr(mask, name)
+                if vector is None or vector.numel() == input_size or (name == "threshold" and vector.numel() == 1):
+                    continue
                 raise SponError.of(
-                    f"{path}.spon_alpha", tuple(mask.alpha.shape), f"shape ({input_size},), the layer's input",
+                    f"{path}.spon_{name}", tuple(vector.shape), f"shape ({input_size},), the layer's input",
                     "The adapter was made for another model.",
                 )  # fmt: skip
         if self.settings.merged and not self.plain:
@@ -113,8 +141,14 @@ class SponLinearMethod(LinearMethodBase):
     def _expect_merged(self, layer: Any, dtype: torch.dtype, loader: Any) -> None:
         """Let vLLM's loader fill what a merged checkpoint has for every sparse linear."""
         count, width = len(self.sizes), sum(self.sizes)
-        threshold = torch.zeros(count, dtype=torch.float32)
-        layer.register_parameter("spon_threshold", PerTensorScaleParameter(data=threshold, weight_loader=loader))
+        # NaN stays where the checkpoint has no such tensor; vLLM does not look for missing ones.
+        vector = torch.full((self.in_full,) if count == 1 else (count, self.in_full), torch.nan, dtype=torch.float32)
+        threshold: Any = PerTensorScaleParameter(data=torch.zeros(count, dtype=torch.float32), weight_loader=loader)
+        if any(mask.threshold is None for mask in self.masks):
+            threshold = _ChannelParameter(data=vector, weight_loader=loader)
+        layer.register_parameter("spon_threshold", threshold)
+        if any(mask.loads_center for mask in self.masks):
+            layer.register_parameter("spon_center", _ChannelParameter(data=vector.clone(), weight_loader=loader))
         if self.settings.has_dense_bias:
             bias = ChannelQuantScaleParameter(data=torch.zeros(width, dtype=dtype), output_dim=0, weight_loader=loader)
             layer.register_parameter("spon_dense_bias", bias)
@@ -143,35 +177,74 @@ class SponLinearMethod(LinearMethodBase):
         # vLLM adds a row-parallel layer's bias on one rank, and none where the model adds it itself.
         row_parallel = self.in_part != self.in_full or hasattr(layer, "input_is_parallel")
         bias = layer.bias if not layer.skip_bias_add and not (row_parallel and layer.tp_rank > 0) else None
+        thresholds, center = self._own_masks(layer)
         total = self._merged_bias(layer, bias, row_parallel) if self.settings.merged else self._fold(layer)
         if bias is not None and self.plain and not self.settings.merged:
             total += bias.float()
-        thresholds = torch.cat([mask.threshold for mask in self.masks])
-        if bool((thresholds == thresholds[0]).all()):
-            thresholds = thresholds[:1]
-        else:
-            self.shard_sizes = self.sizes
         layer.register_buffer("spon_threshold", thresholds.to(total.device), persistent=False)
+        layer.register_buffer("spon_center", None if center is None else center.to(total.device), persistent=False)
         layer.register_buffer("spon_bias", total.contiguous(), persistent=False)
         self.coverage.finish(
-            4 * (total.numel() + thresholds.numel()),
+            4 * (total.numel() + thresholds.numel() + (0 if center is None else center.numel())),
             self.settings,
             layer.quant_config.names,
             get_tensor_model_parallel_rank() == 0,
             get_pp_group().world_size == 1,
         )
 
-    def _fold(self, layer: Any) -> Tensor:
-        """float32 ``[out_features of this rank]``: ``W alpha`` of this rank's inputs; the all-reduce adds them up."""
+    def _own_masks(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+        """This rank's thresholds, as `ops.linear` takes them, and its part of the centre.
+
+        Raises:
+            SponError: what a merged checkpoint holds is missing, wrong, or several centres for one input.
+        """
+        if self.settings.merged:
+            self._take_loaded(layer)
+        thresholds = [mask.threshold for mask in self.masks if mask.threshold is not None]
+        if all(threshold.numel() == 1 for threshold in thresholds):
+            rows = torch.cat([threshold.reshape(1) for threshold in thresholds])
+        else:
+            rows = torch.stack([self._own_part(layer, threshold.expand(self.in_full)) for threshold in thresholds])
+        if bool((rows == rows[0]).all()):
+            rows = rows[:1]
+        else:
+            self.shard_sizes = self.sizes
+        center = self.masks[0].center
+        return rows, None if center is None else self._own_part(layer, center)
+
+    def _take_loaded(self, layer: Any) -> None:
+        """Take the vectors that vLLM's loader has brought out of the layer's parameters."""
+        masks = []
+        for index, (path, mask) in enumerate(zip(self.paths, self.masks, strict=True)):
+            found: dict[str, Tensor] = {}
+            for name, wanted in (("threshold", mask.threshold is None), ("center", mask.loads_center)):
+                if wanted:
+                    data = getattr(layer, f"spon_{name}").data
+                    found[name] = (data if data.dim() == 1 else data[index]).float().cpu().clone()
+                    check_vector(path, f"spon_{name}", found[name], self.in_full)
+            masks.append(mask._replace(threshold=found.get("threshold", mask.threshold), center=found.get("center")))
+        self.masks = masks
+        check_centers(dict(zip(self.paths, (mask.center for mask in masks), strict=True)), "one layer")
+        del layer.spon_threshold
+        if hasattr(layer, "spon_center"):
+            del layer.spon_center
+
+    def _own_part(self, layer: Any, vector: Tensor) -> Tensor:
+        """This rank's part of a vector over the inputs of the whole layer."""
         first = layer.tp_rank * self.in_part if self.in_part != self.in_full else 0
+        return vector[first : first + self.in_part].contiguous()
+
+    def _fold(self, layer: Any) -> Tensor:
+        """``W (center + alpha)`` of this rank's inputs, float32 ``[out_features]``; the all-reduce adds them up."""
         rows = []
         for index, mask in enumerate(self.masks):
             start = sum(self.sizes[:index])
             size = self.sizes[index] if len(self.masks) > 1 else sum(self.sizes)
-            if mask.alpha is None:
+            constant = add_alpha(mask.center, mask.alpha)
+            if constant is None:
                 rows.append(torch.zeros(size, dtype=torch.float32, device=_device(layer)))
                 continue
-            alpha = mask.alpha[first : first + self.in_part].to(_device(layer))
+            alpha = self._own_part(layer, constant).to(_device(layer))
             if self.plain:
                 weight = layer.weight.data[start : start + size]
                 rows.append(torch.cat([part.float() @ alpha for part in weight.split(_FOLD_ROWS)]))
@@ -184,7 +257,6 @@ class SponLinearMethod(LinearMethodBase):
         """Tell the checkpoint's two biases apart: `layer.bias` becomes the dense one, the result is the folded one."""
         folded = layer.bias.data.to(torch.float32, copy=True)
         dense = layer.spon_dense_bias.data if self.settings.has_dense_bias else None
-        del layer.spon_threshold
         if dense is not None:
             del layer.spon_dense_bias
             layer.bias.data.copy_(dense)
@@ -206,15 +278,16 @@ class SponLinearMethod(LinearMethodBase):
             ``[tokens, out_features of this rank]`` in `x.dtype`.
         """
         limit, threshold, folded = self.settings.limit, layer.spon_threshold, layer.spon_bias
+        center, sizes = layer.spon_center, self.shard_sizes
         if self.plain:
-            return torch.ops.spon_vllm.linear(x, layer.weight, threshold, folded, bias, self.shard_sizes, limit)
+            return torch.ops.spon_vllm.linear(x, layer.weight, threshold, folded, bias, sizes, limit, center)
         if self.shard_sizes is None:
-            y = self.inner.apply(layer, torch.ops.spon_vllm.mask(x, threshold, limit), bias)
+            y = self.inner.apply(layer, torch.ops.spon_vllm.mask(x, threshold, limit, center), bias)
         else:
             # A packed weight cannot be cut, so each mask runs the whole layer: right, and as slow as it sounds.
             parts = []
             for index, size in enumerate(self.sizes):
-                masked = torch.ops.spon_vllm.mask(x, threshold[index : index + 1], limit)
+                masked = torch.ops.spon_vllm.mask(x, threshold[index : index + 1], limit, center)
                 whole = self.inner.apply(layer, masked, bias)
                 parts.append(whole.narrow(-1, sum(self.sizes[:index]), size))
             y = torch.cat(parts, dim=-1)

@@ -57,10 +57,15 @@ class Counters:
         self._written = self._logged = time.monotonic()
 
     def count_sparse(self, x: Tensor, threshold: Tensor) -> None:
-        """Count one sparse call on `x` ``[..., in_features]``, and look into one of many."""
+        """Count one sparse call, and look into one of many.
+
+        Args:
+            x: ``[..., in_features]``, the centre taken off.
+            threshold: as in `ops.linear`; the first shard's mask is counted.
+        """
         self.sparse_calls += 1
         if self.sparse_calls % _SAMPLE_EVERY == 0 and not _capturing(x):
-            zeroed = x.numel() - keep_mask(x, threshold[:1]).sum()
+            zeroed = x.numel() - keep_mask(x, threshold[:1] if threshold.dim() == 1 else threshold[0]).sum()
             self._zeroed, self._inputs = zeroed + self._zeroed, self._inputs + x.numel()
             self._publish()
 

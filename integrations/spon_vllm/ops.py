@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spon_plugin.kernels import sparse_linear
-from spon_plugin.masking import sparsify
+from spon_plugin.masking import deviation, sparsify
 from spon_vllm import metrics
 
 _LIBRARY = torch.library.Library("spon_vllm", "DEF")
 _LIBRARY.define(
     "linear(Tensor x, Tensor weight, Tensor threshold, Tensor sparse_bias, Tensor? dense_bias, int[]? shard_sizes, "
-    "int limit) -> Tensor"
+    "int limit, Tensor? center=None) -> Tensor"
 )
-_LIBRARY.define("mask(Tensor x, Tensor threshold, int limit) -> Tensor")
+_LIBRARY.define("mask(Tensor x, Tensor threshold, int limit, Tensor? center=None) -> Tensor")
 _LIBRARY.define("add_bias(Tensor y, Tensor extra, int limit) -> Tensor")
 
 
@@ -33,17 +33,22 @@ def linear(
     dense_bias: Tensor | None,
     shard_sizes: list[int] | None,
     limit: int,
+    center: Tensor | None = None,
 ) -> Tensor:
     """``S(x) weight^T + sparse_bias`` in a step of at most `limit` tokens, ``x weight^T + dense_bias`` in a larger one.
+
+    With a centre it is ``(S(x) - center) weight^T + sparse_bias``.
 
     Args:
         x: ``[..., in_features]``.
         weight: ``[out_features, in_features]``, whose transpose is contiguous.
-        threshold: float32 ``[1]``, or ``[n_shards]`` with `shard_sizes`.
-        sparse_bias: float32 ``[out_features]``, ``b + W alpha``.
+        threshold: float32 ``[1]``, or per channel ``[1, in_features]``; with `shard_sizes` ``[n_shards]`` or
+            ``[n_shards, in_features]``.
+        sparse_bias: float32 ``[out_features]``, ``b + W (center + alpha)``.
         dense_bias: ``[out_features]``, the base model's; None for none.
         shard_sizes: the widths of the linears fused in `weight`, where their thresholds differ.
         limit: in tokens; negative for none.
+        center: float32 ``[in_features]``, or None for 0.
 
     Returns:
         ``[..., out_features]`` in `x.dtype`.
@@ -51,16 +56,18 @@ def linear(
     if not runs_sparse(x, limit):
         metrics.COUNTERS.dense_calls += 1
         return F.linear(x, weight, dense_bias)
+    x = deviation(x, center)
     metrics.COUNTERS.count_sparse(x, threshold)
     weight_t = weight.as_subclass(Tensor).t()  # not vLLM's parameter class, which would cost the kernel its short way
     return sparse_linear(x, weight_t, threshold, sparse_bias, shard_sizes=shard_sizes or [weight.shape[0]])
 
 
-def mask(x: Tensor, threshold: Tensor, limit: int) -> Tensor:
-    """``S(x)`` in a step of at most `limit` tokens, a copy of `x` in a larger one; for weights of another format."""
+def mask(x: Tensor, threshold: Tensor, limit: int, center: Tensor | None = None) -> Tensor:
+    """``S(x) - center`` in a step of at most `limit` tokens, a copy of `x` in a larger; for other weight formats."""
     if not runs_sparse(x, limit):
         metrics.COUNTERS.dense_calls += 1
         return x.clone()
+    x = deviation(x, center)
     metrics.COUNTERS.count_sparse(x, threshold)
     return sparsify(x, threshold)
 
@@ -83,13 +90,14 @@ def _like_linear(
     dense_bias: Tensor | None,
     shard_sizes: list[int] | None,
     limit: int,
+    center: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 for _name, _implementation, _fake in (
     ("linear", linear, _like_linear),
-    ("mask", mask, lambda x, threshold, limit: torch.empty_like(x)),
+    ("mask", mask, lambda x, threshold, limit, center=None: torch.empty_like(x)),
     ("add_bias", add_bias, lambda y, extra, limit: torch.empty_like(y)),
 ):
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")

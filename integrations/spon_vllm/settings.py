@@ -17,7 +17,7 @@ from typing import Any
 from spon_plugin.adapter import read_adapter
 from spon_plugin.errors import SponError
 from spon_plugin.masking import TOKEN_MODES
-from spon_plugin.merged import check_thresholds, holds_dense_biases, read_fields
+from spon_plugin.merged import centered_modules, check_thresholds, holds_dense_biases, read_fields
 from spon_vllm import QUANT_METHOD
 
 ADAPTER_VARIABLE = "SPON_ADAPTER"
@@ -35,7 +35,7 @@ _NAME_IT = (
     "or serve a checkpoint that `spon merge` wrote."
 )
 _KNOWN = ("quant_method", "adapter", "adapter_digest", "token_mode", "max_sparse_tokens", "base_quantization_config")
-_MERGED = ("format_version", "sparsity", "tokens", "dense_prefix", "thresholds")
+_MERGED = ("format_version", "sparsity", "tokens", "dense_prefix", "thresholds", "center_modules")
 
 _served_adapter: ContextVar[str | None] = ContextVar("spon_served_adapter", default=None)
 
@@ -56,7 +56,9 @@ class Settings:
 
     Attributes:
         adapter: the adapter directory; None for a merged checkpoint, which holds its own masks.
-        thresholds: module path -> threshold, of a merged checkpoint; empty with an adapter.
+        thresholds: module path -> threshold, of a merged checkpoint; None for one per channel, which is among its
+            tensors. Empty with an adapter.
+        centered: the paths of the linears of a merged checkpoint that have a centre among its tensors.
         modules: the paths of the sparsified linears, as the base model names them.
         digest: of the adapter (`spon_plugin.Adapter.digest`); it makes vLLM's compile cache tell adapters apart.
         sparsity: the target.
@@ -67,7 +69,8 @@ class Settings:
     """
 
     adapter: str | None = None
-    thresholds: Mapping[str, float] = field(default_factory=dict)
+    thresholds: Mapping[str, float | None] = field(default_factory=dict)
+    centered: frozenset[str] = frozenset()
     modules: tuple[str, ...] = ()
     digest: str = ""
     sparsity: float = 0.0
@@ -135,6 +138,7 @@ def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -
     settings = replace(
         settings,
         thresholds=thresholds,
+        centered=frozenset(centered_modules(merged.get("center_modules"), thresholds)),
         modules=tuple(thresholds),
         digest=str(merged.get("adapter_digest")),
         sparsity=fields.sparsity,
