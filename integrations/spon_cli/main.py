@@ -8,6 +8,7 @@ import sys
 import typer
 
 from spon_cli.calibrate import calibrate_command
+from spon_cli.compare import compare_command
 from spon_cli.evaluate import eval_command
 from spon_cli.inspect import inspect_command
 from spon_cli.merge import merge_command
@@ -34,6 +35,7 @@ app.command("eval")(eval_command)
 app.command("merge")(merge_command)
 app.command("inspect")(inspect_command)
 app.command("report")(report_command)
+app.command("compare")(compare_command)
 
 
 def _version(wanted: bool) -> None:

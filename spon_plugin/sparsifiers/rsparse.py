@@ -28,7 +28,8 @@ def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         rank: at most the smaller side.
 
     Returns:
-        ``A [out_features, rank]`` and ``B [rank, in_features]``, float32, with ``A @ B`` the approximation.
+        ``A [out_features, rank]`` and ``B [rank, in_features]``, float32, with ``A @ B`` the approximation. The last r
+        columns of A and rows of B are those of the largest singular values.
     """
     wide = weight.shape[0] < weight.shape[1]
     matrix = weight.detach().double()
@@ -76,6 +77,14 @@ class RSparseFitted(ThresholdFitted):
         return 1 - self.masked_share(counter)
 
 
+class _SiteScores(ScoreHistogram):
+    """Scores of a site, and the factors of its weights, made once for all sparsities."""
+
+    def __init__(self, norms: Tensor) -> None:
+        super().__init__(norms)
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+
+
 class RSparse(Sparsifier):
     """``W S(x) + A B (x - S(x))``, `S` keeping ``|x_i| * s_i > tau``, ``A B`` the weight's truncated SVD.
 
@@ -98,7 +107,7 @@ class RSparse(Sparsifier):
 
     def observer(self, model: nn.Module, site: Site, statistics: Statistics) -> Any:
         """See `Sparsifier.observer`."""
-        return ScoreHistogram(column_norms(model, site))
+        return _SiteScores(column_norms(model, site))
 
     def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> RSparseFitted:
         """See `Sparsifier.at`."""
@@ -108,8 +117,12 @@ class RSparse(Sparsifier):
             for path in site.modules:
                 module: Any = model.get_submodule(path)
                 inputs, outputs = linear_features(module)
+                most = int((1 - self.ratio) * inputs * outputs / (inputs + outputs))  # at sparsity 0
                 rank = int((1 - sparsity) * (1 - self.ratio) * inputs * outputs / (inputs + outputs))
-                factors[path] = low_rank(module.weight.t() if is_conv1d(module) else module.weight, rank)
+                known = statistics.own[site.name].factors
+                if path not in known:
+                    known[path] = low_rank(module.weight.t() if is_conv1d(module) else module.weight, most)
+                factors[path] = known[path][0][:, most - rank :], known[path][1][most - rank :]
                 left -= rank * (inputs + outputs)
             # What rounding took from the rank goes to the channels, so that the budget is met.
             thresholds[site.name] = statistics.own[site.name].threshold(1 - left / site.weights)

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`spon compare`: sparsification methods side by side, with and without alpha."""
+
+from __future__ import annotations
+
+import hashlib
+import json as json_module
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spon_cli import options
+from spon_cli.calibrate import check_choice, load
+from spon_cli.output import Bar, err, note, progress_bars, show_json, show_table
+from spon_cli.sources import text_sources
+from spon_plugin import SponError
+from spon_plugin.comparison import DENSE, OFF, QUICK, Bench, Key, by_key, keys
+from spon_plugin.comparison_tables import alpha_title, cells, csv_text, markdown, mean, records
+from spon_plugin.evaluation import PROTOCOLS
+from spon_plugin.files import check_new
+from spon_plugin.progress import Progress
+from spon_plugin.rows import SETTINGS, RowStore
+from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
+from spon_plugin.text import leading_windows, mixed_windows
+
+DEFAULT_METHODS = [name for name in SPARSIFIERS if name != "teal-greedy"]
+CALIBRATION_TOKENS, MAX_TOKENS = 8192, 6144
+
+
+def compare_command(
+    model: options.Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where rows and tables are kept; may be resumed.")],
+    methods: Annotated[str, typer.Option(help="Comma-separated: " + ", ".join(SPARSIFIERS) + ".")] = ",".join(
+        DEFAULT_METHODS
+    ),
+    sparsity: Annotated[str, typer.Option(help="Comma-separated shares.")] = "0.25,0.4,0.5,0.6",
+    alpha: Annotated[
+        str, typer.Option(help="Comma-separated: off, mean (a bias, untrained), on, or linears such as down_proj.")
+    ] = "off,mean,on",
+    text: options.Text = None,
+    dataset: options.Dataset = None,
+    test: Annotated[list[Path] | None, typer.Option(help="A text to evaluate on; may repeat.")] = None,
+    target_modules: options.Targets = None,
+    windows: Annotated[int | None, typer.Option(help=f"Training windows per row.  [default: {QUICK.windows}]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over them.  [default: 1]")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help=f"Highest rate, relative to thresholds.  [default: {QUICK.learning_rate}]")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = CALIBRATION_TOKENS,
+    window: options.Window = 512,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each test text.")] = MAX_TOKENS,
+    protocol: Annotated[str, typer.Option(help=" or ".join(PROTOCOLS) + "; as in spon eval.")] = PROTOCOLS[0],
+    dtype: options.Dtype = "auto",
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> None:
+    """Compare sparsification methods at several sparsities, each with and without alpha: table 1 of the paper.
+
+    One protocol and one seed for all rows. Each row is kept in OUTPUT as soon as it is measured; the same command goes
+    on where it stopped, and more methods or sparsities may be added. Without --text and --test, four fifths of Python's
+    language reference are trained on and the rest is evaluated on.
+
+    [dim]spon compare ./model -o compare --text wiki.txt --text speeches.txt --test wiki.test.txt[/dim]
+
+    [dim]spon compare ./model -o compare --methods teal,wina,wanda --sparsity 0.5,0.6 --alpha off,on[/dim]
+
+    [dim]spon compare ./model -o teal --methods teal,teal-greedy --alpha off,mean,on,down_proj --windows 300[/dim]
+    """
+    wanted = keys(
+        options.split_names(methods) or [],
+        _numbers(sparsity),
+        options.split_names(alpha) or [],
+    )
+    check_choice("protocol", protocol, PROTOCOLS)
+    if not output.is_dir():
+        check_new(output)
+    recipe = QUICK.with_changes(windows=windows, epochs=epochs, learning_rate=learning_rate)
+    sources = text_sources(text, dataset, part="train")
+    tests = text_sources(test, None, part="test")
+    if calibration_tokens < recipe.window:
+        raise SponError.of("calibration_tokens", calibration_tokens, f"at least {recipe.window}, one window")
+    loaded = load(model, dtype, options.split_names(target_modules))
+    texts = [source.text for source in sources]
+    training = mixed_windows(loaded.tokenizer, texts, recipe.window, recipe.windows, seed)
+    calibration = mixed_windows(loaded.tokenizer, texts, recipe.window, calibration_tokens // recipe.window, seed)
+    evaluated = {test.name: leading_windows(loaded.tokenizer, test.text, window, max_tokens) for test in tests}
+    settings = {
+        "model": Path(model).name,
+        "dtype": dtype,
+        "sites": len(loaded.sites),
+        "seed": seed,
+        "protocol": protocol,
+        "texts": [source.name for source in sources],
+        "tests": {name: _digest(rows) for name, rows in evaluated.items()},
+        "training_windows": _digest(training),
+        "calibration_windows": _digest(calibration),
+        "recipe": recipe.as_dict(),
+    }
+    store = RowStore(output, settings)
+    with _display(len(wanted) + 1) as (stage, done):
+        bench = Bench(loaded.model, loaded.sites, calibration, training, evaluated, recipe, protocol, seed, stage, done)
+        bench.run(wanted, store)
+    rows = store.all()  # with the rows of earlier runs
+    rows.sort(key=_order)
+    write_tables(rows, output)
+    if json:
+        show_json(as_json(rows, output))
+        return
+    show(rows)
+    note(f"Tables and plot written to {output}")
+
+
+def write_tables(rows: Sequence[dict[str, Any]], output: Path) -> None:
+    """Write table.md, table.csv, table.json and plot.png into `output`."""
+    (output / "table.md").write_text(markdown(rows), encoding="utf-8")
+    (output / "table.csv").write_text(csv_text(rows), encoding="utf-8")
+    (output / "table.json").write_text(json_module.dumps(as_json(rows, output), indent=2) + "\n", encoding="utf-8")
+    plot(rows, output / "plot.png")
+
+
+def as_json(rows: Sequence[dict[str, Any]], output: Path) -> dict[str, Any]:
+    """Settings and rows as one object."""
+    dense = next(row for row in rows if row["method"] == DENSE)
+    return {
+        "settings": json_module.loads((output / SETTINGS).read_text(encoding="utf-8")),
+        "dense": {name: result["perplexity"] for name, result in dense["texts"].items()},
+        "rows": records(rows),
+        "skipped": [row for row in rows if "skipped" in row],
+    }
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table."""
+    dense = next(row for row in rows if row["method"] == DENSE)
+    names = list(dense["texts"])
+    columns = ["sparsity", "method", "alpha"]
+    for name in names:
+        columns += [f"{name}\ndense {dense['texts'][name]['perplexity']:.2f}", "of TEAL's gap"]
+    columns += ["masked", "bytes saved", "extra kB", "calib. s", "train s"]
+    ordered = sorted(by_key(rows), key=lambda item: item[0].sparsity)
+    show_table("Perplexity", columns, [cells(key, row, rows, names) for key, row in ordered])
+    for row in (row for row in rows if "skipped" in row):
+        note(f"no row for {row['method']} at {row['sparsity']:.0%}, alpha {row['alpha']}: {row['skipped']}")
+
+
+def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Perplexity against the share of weight bytes saved: one line per method and alpha, one panel per text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    dense = next(row for row in rows if row["method"] == DENSE)
+    names = list(dense["texts"])
+    figure, panels = plt.subplots(1, len(names), figsize=(8 * len(names), 6), layout="constrained", squeeze=False)
+    methods = list(dict.fromkeys(key.method for key, _ in by_key(rows)))
+    alphas = [a for a in dict.fromkeys(key.alpha for key, _ in by_key(rows)) if a != "mean"]
+    styles = {OFF: (":", "o"), **{a: ("-", "s^Dv"[i % 4]) for i, a in enumerate(x for x in alphas if x != OFF)}}
+    for axes, name in zip(panels[0], names, strict=True):
+        for index, method in enumerate(methods):
+            for alpha in alphas:
+                points = sorted(
+                    (row["texts"][name]["saved"], row["texts"][name]["perplexity"])
+                    for key, row in by_key(rows)
+                    if (key.method, key.alpha) == (method, alpha) and row["texts"][name]["perplexity"] is not None
+                )
+                if points:
+                    line, marker = styles[alpha]
+                    label = f"{get_sparsifier(method).title}, alpha {alpha_title(alpha)}"
+                    axes.plot(*zip(*points, strict=True), line, marker=marker, color=f"C{index}", label=label, ms=4)
+        axes.axhline(dense["texts"][name]["perplexity"], color="0.6", linewidth=1, label="dense")
+        axes.set(title=name, xlabel="share of the linears' weight bytes not read", ylabel="perplexity", yscale="log")
+    panels[0][-1].legend(fontsize=7, ncols=2)
+    figure.savefig(file, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+@contextmanager
+def _display(total: int) -> Iterator[tuple[Callable[[str], Progress], Callable[[dict[str, Any], bool], None]]]:
+    """Two bars, for all rows and for the work at hand, and a line for every row that is done."""
+    with progress_bars() as make:
+        all_rows, work = make("Rows"), make("")
+        all_rows(0, total)
+        count = 0
+
+        def stage(name: str) -> Bar:
+            work.bars.reset(work.task, description=name, total=None)
+            return work
+
+        def done(row: dict[str, Any], old: bool) -> None:
+            nonlocal count
+            count += 1
+            all_rows(count, total)
+            if not old:
+                err.print(_line(row))
+
+        yield stage, done
+
+
+def _line(row: dict[str, Any]) -> str:
+    if row["method"] == DENSE:
+        return f"{DENSE}: {_perplexities(row)}"
+    label = f"{row['method']} {row['sparsity']:.0%}, alpha {row['alpha']}"
+    if "skipped" in row:
+        return f"{label}: no row. {row['skipped']}"
+    saved = mean(result["saved"] for result in row["texts"].values())
+    return f"{label}: {_perplexities(row)}, {saved:.1%} saved, {sum(row['seconds'].values()):.0f} s"
+
+
+def _perplexities(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {result['perplexity'] or float('nan'):.2f}" for name, result in row["texts"].items())
+
+
+def _order(row: dict[str, Any]) -> tuple[int, float, int, str]:
+    if row["method"] == DENSE:
+        return (-1, 0.0, 0, "")
+    key = Key(row["method"], row["sparsity"], row["alpha"])
+    return (
+        list(SPARSIFIERS).index(key.method),
+        key.sparsity,
+        ("off", "mean", "on", key.alpha).index(key.alpha),
+        key.alpha,
+    )
+
+
+def _numbers(value: str) -> list[float]:
+    try:
+        return [float(part) for part in options.split_names(value) or []]
+    except ValueError:
+        raise SponError.of("sparsity", value, "comma-separated numbers, as 0.4,0.5") from None
+
+
+def _digest(windows: Any) -> str:
+    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a table, each kept as a file as soon as it is measured, so that a long run can go on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spon_plugin.errors import SponError
+
+SETTINGS = "settings.json"
+
+
+class RowStore:
+    """A directory of rows that were all made under the same settings.
+
+    Args:
+        directory: made if it is not there.
+        settings: JSON values; whatever changes a row's figures and is not part of its name.
+
+    Raises:
+        SponError: the directory holds rows that were made under other settings.
+    """
+
+    def __init__(self, directory: str | Path, settings: Mapping[str, Any]) -> None:
+        self.directory = Path(directory)
+        self._rows = self.directory / "rows"
+        file = self.directory / SETTINGS
+        settings = json.loads(json.dumps(settings))  # as it will be read back
+        if file.is_file():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            for name in sorted({*settings, *kept}):
+                if kept.get(name) != settings.get(name):
+                    expected = f"{kept.get(name)!r}, as for the rows in {directory}"
+                    raise SponError.of(name, settings.get(name), expected, "Choose another --output.")
+        self._rows.mkdir(parents=True, exist_ok=True)
+        _write(file, settings)
+
+    def has(self, name: str) -> bool:
+        """Whether a row was measured."""
+        return self._file(name).is_file()
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A row that was measured."""
+        row: dict[str, Any] = json.loads(self._file(name).read_text(encoding="utf-8"))
+        return row
+
+    def write(self, name: str, row: Mapping[str, Any]) -> None:
+        """Keep a row; whole or not at all. Numbers that JSON does not have (NaN, infinity) become null."""
+        _write(self._file(name), row)
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every row, by file name."""
+        return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(self._rows.glob("*.json"))]
+
+    def _file(self, name: str) -> Path:
+        return self._rows / f"{name.replace('/', '_').replace(':', '_')}.json"
+
+
+def _write(file: Path, value: Any) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(_finite(value), indent=2) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
