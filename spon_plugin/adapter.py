@@ -389,7 +389,8 @@ def write_adapter(adapter: Adapter, path: str | Path, overwrite: bool = False) -
 
 def save_adapter_files(adapter: Adapter, directory: Path) -> None:
     """Write the two files into an existing `directory`, as they are. Most callers want `write_adapter`."""
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(adapter.tensors().items())}
+    # Copies: the linears of a site may hold one vector among them, and safetensors takes no tensor twice.
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in sorted(adapter.tensors().items())}
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
     text = json.dumps(adapter.config(), indent=2, sort_keys=True, default=_plain)
     (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")

@@ -57,6 +57,15 @@ def test_vectors_and_centres_are_read_back(tmp_path):
     assert back.peft == adapter.peft
 
 
+def test_linears_may_share_a_vector_in_memory(tmp_path):
+    adapter = make_adapter(alpha_modules=[])
+    adapter.alphas.clear()
+    adapter.centers = dict.fromkeys((Q, DOWN), torch.arange(4.0))
+    adapter.thresholds = dict.fromkeys((Q, DOWN), torch.arange(4.0))
+    back = read_adapter(write_adapter(adapter, tmp_path / "a"))
+    assert back.digest == adapter.digest
+
+
 def test_an_adapter_without_them_has_the_digest_that_it_always_had():
     assert not {"channel_modules", "center_modules"} & make_adapter().config().keys()
     assert make_adapter().digest == "3c9f7ceaee2248bcdf184e2843677a4146b65a6069c273d44424ab3277b476af"
