@@ -117,6 +117,13 @@ def train_alphas(
     return {path: alpha.detach().cpu() for path, alpha in alphas.items()}, losses
 
 
+def loss_ends(losses: Losses) -> dict[str, float]:
+    """The mean loss of the ``first`` and the ``last`` tenth of the steps."""
+    tenth = max(1, len(losses) // 10)
+    first, last = (sum(row["loss"] for row in part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    return {"first": first, "last": last}
+
+
 def _batches(count: int, recipe: Recipe, seed: int) -> Iterator[Tensor]:
     """The rows of each step: every epoch in a new order, the rest that fills no batch left out."""
     generator = torch.Generator().manual_seed(seed)

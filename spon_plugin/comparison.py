@@ -11,15 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spon_plugin.alpha_training import Teacher, train_alphas
+from spon_plugin.alpha_training import Teacher, loss_ends, train_alphas
 from spon_plugin.errors import SponError
-from spon_plugin.evaluation import dense_prefix_of, perplexity
+from spon_plugin.evaluation import dense_prefix_of, evaluate_fitted
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.recipe import Recipe
 from spon_plugin.rows import RowStore
 from spon_plugin.sites import Site, decoder_blocks
-from spon_plugin.sparse_inputs import SparsityCounter
 from spon_plugin.sparsifiers import Fitted, Sparsifier, Statistics, get_sparsifier
 from spon_plugin.sparsifiers.mean_bias import mean_biases
 
@@ -162,29 +161,15 @@ class Bench:
             self.seed,
             self.stage(f"{label}, alpha {alpha}: training"),
         )
-        tenth = max(1, len(losses) // 10)
-        ends = [sum(row["loss"] for row in part) / tenth for part in (losses[:tenth], losses[-tenth:])]
-        return {"alphas": alphas}, {"first": ends[0], "last": ends[1]}
+        return {"alphas": alphas}, loss_ends(losses)
 
     def _evaluate(
         self, label: str, fitted: Fitted | None, added: Mapping[str, Any] | None = None
     ) -> dict[str, dict[str, Any]]:
-        texts = {}
-        for name, windows in self.tests.items():
-            progress = self.stage(label)
-            counter = SparsityCounter()
-            row: dict[str, Any] = {"tokens": int(windows.numel()), "window": int(windows.shape[1])}
-            if fitted is None:
-                row["perplexity"] = perplexity(self.model, windows, self.protocol, progress=progress)
-            else:
-                with fitted.attach(self.model, counter=counter, **(added or {})) as tokens:
-                    if not fitted.static:
-                        tokens.dense_prefix = dense_prefix_of(self.protocol, windows.shape[1])
-                    row["perplexity"] = perplexity(self.model, windows, self.protocol, progress=progress)
-                row["masked"] = fitted.masked_share(counter)
-                row["saved"] = 1 - fitted.read_share(counter)
-            texts[name] = row
-        return texts
+        return {
+            name: evaluate_fitted(self.model, fitted, windows, self.protocol, self.stage(label), **(added or {}))
+            for name, windows in self.tests.items()
+        }
 
 
 class _Fits:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sites import Site, module_weights
 from spon_plugin.sparse_inputs import SparsityCounter, sparse_inputs
+
+if TYPE_CHECKING:
+    from spon_plugin.sparsifiers import Fitted
 
 Protocol = Literal["all-but-first", "last-half"]
 PROTOCOLS: tuple[str, ...] = get_args(Protocol)
@@ -151,3 +154,43 @@ def evaluate(
         result.sparsity["achieved"] = counter.overall({path: weights.get(path, 0) for path in adapter.thresholds})
         result.per_module = counter.per_module()
     return result
+
+
+def evaluate_fitted(
+    model: nn.Module,
+    fitted: Fitted | None,
+    windows: Tensor,
+    protocol: str = "all-but-first",
+    progress: Progress = no_progress,
+    **added: Any,
+) -> dict[str, Any]:
+    """Perplexity of `model` under any sparsification method, and how much the method leaves unused on this text.
+
+    Args:
+        model: the dense model.
+        fitted: the method; None for the dense model.
+        windows: token ids ``[count, length]``.
+        protocol: see `dense_prefix_of`.
+        progress: called after each pass.
+        added: ``alphas=`` or ``biases=`` of `Fitted.attach`.
+
+    Returns:
+        ``tokens``, ``window``, ``perplexity`` and, under a method, ``masked`` (share of the model's weights that go
+        unused) and ``saved`` (the same, less what the method reads besides).
+
+    Raises:
+        SponError: the protocol is unknown, or the windows are empty.
+    """
+    row: dict[str, Any] = {"tokens": int(windows.numel()), "window": int(windows.shape[1])}
+    if fitted is None:
+        row["perplexity"] = perplexity(model, windows, protocol, progress=progress)
+        return row
+    prefix = dense_prefix_of(protocol, windows.shape[1])
+    counter = SparsityCounter()
+    with fitted.attach(model, counter=counter, **added) as tokens:
+        if not fitted.static:
+            tokens.dense_prefix = prefix
+        row["perplexity"] = perplexity(model, windows, protocol, progress=progress)
+    row["masked"] = fitted.masked_share(counter)
+    row["saved"] = 1 - fitted.read_share(counter)
+    return row

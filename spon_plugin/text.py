@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pydoc_data.topics
 from collections.abc import Sequence
 from pathlib import Path
@@ -156,3 +157,8 @@ def mixed_windows(tokenizer: Any, texts: Sequence[str], length: int, count: int,
         left -= len(pools[-1])
     windows = torch.cat(pools)
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+
+
+def windows_digest(windows: Tensor) -> str:
+    """SHA-256 of token ids, to tell whether two runs read the same text."""
+    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json as json_module
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,17 +12,16 @@ import typer
 
 from spon_cli import options
 from spon_cli.calibrate import check_choice, load
-from spon_cli.output import Bar, err, note, progress_bars, show_json, show_table
+from spon_cli.output import note, row_bars, show_json, show_table
 from spon_cli.sources import text_sources
 from spon_plugin import SponError
 from spon_plugin.comparison import DENSE, OFF, QUICK, Bench, Key, by_key, keys
 from spon_plugin.comparison_tables import alpha_title, cells, csv_text, markdown, mean, records
 from spon_plugin.evaluation import PROTOCOLS
 from spon_plugin.files import check_new
-from spon_plugin.progress import Progress
 from spon_plugin.rows import SETTINGS, RowStore
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
-from spon_plugin.text import leading_windows, mixed_windows
+from spon_plugin.text import leading_windows, mixed_windows, windows_digest
 
 DEFAULT_METHODS = [name for name in SPARSIFIERS if name != "teal-greedy"]
 CALIBRATION_TOKENS, MAX_TOKENS = 8192, 6144
@@ -71,7 +68,7 @@ def compare_command(
     """
     wanted = keys(
         options.split_names(methods) or [],
-        _numbers(sparsity),
+        options.split_numbers("sparsity", sparsity),
         options.split_names(alpha) or [],
     )
     check_choice("protocol", protocol, PROTOCOLS)
@@ -94,13 +91,13 @@ def compare_command(
         "seed": seed,
         "protocol": protocol,
         "texts": [source.name for source in sources],
-        "tests": {name: _digest(rows) for name, rows in evaluated.items()},
-        "training_windows": _digest(training),
-        "calibration_windows": _digest(calibration),
+        "tests": {name: windows_digest(rows) for name, rows in evaluated.items()},
+        "training_windows": windows_digest(training),
+        "calibration_windows": windows_digest(calibration),
         "recipe": recipe.as_dict(),
     }
     store = RowStore(output, settings)
-    with _display(len(wanted) + 1) as (stage, done):
+    with row_bars(len(wanted) + 1, _line) as (stage, done):
         bench = Bench(loaded.model, loaded.sites, calibration, training, evaluated, recipe, protocol, seed, stage, done)
         bench.run(wanted, store)
     rows = store.all()  # with the rows of earlier runs
@@ -178,28 +175,6 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     plt.close(figure)
 
 
-@contextmanager
-def _display(total: int) -> Iterator[tuple[Callable[[str], Progress], Callable[[dict[str, Any], bool], None]]]:
-    """Two bars, for all rows and for the work at hand, and a line for every row that is done."""
-    with progress_bars() as make:
-        all_rows, work = make("Rows"), make("")
-        all_rows(0, total)
-        count = 0
-
-        def stage(name: str) -> Bar:
-            work.bars.reset(work.task, description=name, total=None)
-            return work
-
-        def done(row: dict[str, Any], old: bool) -> None:
-            nonlocal count
-            count += 1
-            all_rows(count, total)
-            if not old:
-                err.print(_line(row))
-
-        yield stage, done
-
-
 def _line(row: dict[str, Any]) -> str:
     if row["method"] == DENSE:
         return f"{DENSE}: {_perplexities(row)}"
@@ -224,14 +199,3 @@ def _order(row: dict[str, Any]) -> tuple[int, float, int, str]:
         ("off", "mean", "on", key.alpha).index(key.alpha),
         key.alpha,
     )
-
-
-def _numbers(value: str) -> list[float]:
-    try:
-        return [float(part) for part in options.split_names(value) or []]
-    except ValueError:
-        raise SponError.of("sparsity", value, "comma-separated numbers, as 0.4,0.5") from None
-
-
-def _digest(windows: Any) -> str:
-    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from spon_plugin import SponError
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub name, or a .gguf file or directory.")]
 AdapterDir = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter directory.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The directory to make; it must not exist.")]
@@ -33,3 +35,15 @@ Seed = Annotated[int, typer.Option(help="Same command, same seed, same adapter."
 def split_names(value: str | None) -> list[str] | None:
     """``"q_proj, k_proj"`` as a list; None stays None."""
     return None if value is None else [name.strip() for name in value.split(",") if name.strip()]
+
+
+def split_numbers(field: str, value: str) -> list[float]:
+    """``"0.4, 0.5"`` as a list.
+
+    Raises:
+        SponError: a part is no number.
+    """
+    try:
+        return [float(part) for part in split_names(value) or []]
+    except ValueError:
+        raise SponError.of(field, value, "comma-separated numbers, as 0.4,0.5") from None

@@ -59,6 +59,39 @@ def progress_bars() -> Iterator[Callable[[str], Bar]]:
         yield stage
 
 
+@contextmanager
+def row_bars(
+    total: int, line: Callable[[dict[str, Any]], str]
+) -> Iterator[tuple[Callable[[str], Bar], Callable[[dict[str, Any], bool], None]]]:
+    """Two bars, for all rows of a table and for the work at hand, and a line for every row that is done.
+
+    Args:
+        total: how many rows there will be.
+        line: a row in words.
+
+    Yields:
+        A function that gives the work's bar a new name and returns it, and one to call with every row that is there
+        and whether it had been before.
+    """
+    with progress_bars() as make:
+        rows, work = make("Rows"), make("")
+        rows(0, total)
+        count = 0
+
+        def stage(name: str) -> Bar:
+            work.bars.reset(work.task, description=name, total=None)
+            return work
+
+        def done(row: dict[str, Any], old: bool) -> None:
+            nonlocal count
+            count += 1
+            rows(count, total)
+            if not old:
+                err.print(line(row))
+
+        yield stage, done
+
+
 def show_json(value: dict[str, Any]) -> None:
     """Print one JSON object."""
     print(json.dumps(value, indent=2))
