@@ -101,12 +101,13 @@ def _hooks(
     def after(_module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
         added = constant()
         rest = fitted.remainder(path, dropped.pop()) if dropped else None
+        wide = torch.promote_types(y.dtype, torch.float32)
         if rest is not None:
-            added = rest.float() if added is None else rest.float() + added
+            added = rest.to(wide) if added is None else rest.to(wide) + added
         if added is None:
             return y
         dense = state.rows(args[0])
-        out = (y.float() + added).to(y.dtype)
+        out = (y.to(wide) + added).to(y.dtype)
         return out if dense is None else torch.where(dense.unsqueeze(-1), y, out)
 
     has_rest = type(fitted).remainder is not Fitted.remainder and center is None

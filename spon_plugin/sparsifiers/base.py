@@ -272,5 +272,5 @@ class Fitted(ABC):
         Raises:
             SponError: the format cannot hold the method.
         """
-        remedy = "It can be evaluated (spon compare), not saved or served."
+        remedy = "It is for evaluation only."
         raise SponError.of("method", self.name, "one that masks inputs by thresholds", remedy)

@@ -61,8 +61,9 @@ class LarosaFitted(TopKFitted):
         """See `Fitted.sparse_input`; the mask is that of the rotated entries."""
         if not reads_residual(site):
             return super().sparse_input(site, x)
-        rotation = self.rotations[site.block].to(x.device)
-        rotated = x.float() @ rotation
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rotation = self.rotations[site.block].to(wide)
+        rotated = wide @ rotation
         keep = top_k_mask(rotated, self.shares[site.name])
         return (torch.where(keep, rotated, 0) @ rotation.t()).to(x.dtype), keep
 

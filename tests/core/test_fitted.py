@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every method: special tokens, alphas, biases, adapters, and the dense model afterwards."""
+
+import pytest
+import torch
+from tiny_models import make_tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from spon_plugin import SponError, find_sites, fold_alpha, read_adapter, sparse_inputs, write_adapter
+from spon_plugin.linear import linear_features
+from spon_plugin.sparse_inputs import SparsityCounter
+from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
+from spon_plugin.sparsifiers.mean_bias import mean_biases
+from spon_plugin.statistics import mean_alphas
+
+WINDOWS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
+LAST = "model.layers.1.mlp.down_proj"
+TARGET = {"cats": 0.3}
+ADAPTERS = ("teal", "teal-greedy", "wina", "scap", "rsparse")
+
+
+def target(method):
+    return TARGET.get(method, 0.5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def fits(model):
+    sites = find_sites(model)
+    return {name: get_sparsifier(name).fit(model, sites, WINDOWS, target(name)) for name in SPARSIFIERS}
+
+
+def outputs_of(model, path, ids=WINDOWS):
+    """What the linear at `path` gives, and the logits."""
+    seen = {}
+    handle = model.get_submodule(path).register_forward_hook(lambda _m, args, y: seen.update(x=args[0], y=y))
+    try:
+        logits = model(input_ids=ids).logits
+    finally:
+        handle.remove()
+    return seen["y"], logits
+
+
+@pytest.mark.parametrize("method", SPARSIFIERS)
+def test_the_target_is_met_and_the_model_is_left_dense(model, fits, method):
+    dense, counter = model(input_ids=WINDOWS).logits, SparsityCounter()
+    with fits[method].attach(model, counter=counter):
+        sparse = model(input_ids=WINDOWS).logits
+    assert fits[method].masked_share(counter) == pytest.approx(target(method), abs=0.02)
+    assert not torch.allclose(sparse, dense, atol=1e-2)
+    assert torch.equal(model(input_ids=WINDOWS).logits, dense)
+
+
+@pytest.mark.parametrize("method", SPARSIFIERS)
+def test_special_tokens_stay_dense_where_a_method_can(model, fits, method):
+    dense = model(input_ids=WINDOWS).logits
+    alphas = {LAST: torch.randn(96)}
+    with fits[method].attach(model, alphas):
+        sparse = model(input_ids=WINDOWS).logits
+    assert torch.equal(sparse[:, 0], dense[:, 0]) is not fits[method].static
+    assert not torch.allclose(sparse[:, 1], dense[:, 1], atol=1e-3)
+
+
+@pytest.mark.parametrize("method", SPARSIFIERS)
+def test_alpha_adds_the_dense_weight_times_alpha(model, fits, method):
+    alpha = torch.randn(96)
+    with fits[method].attach(model):
+        without, _ = outputs_of(model, LAST)
+    with fits[method].attach(model, {LAST: alpha}):
+        added, _ = outputs_of(model, LAST)
+    expected = model.get_submodule(LAST).weight @ alpha
+    torch.testing.assert_close((added - without)[:, 1:], expected.expand_as(added[:, 1:]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", SPARSIFIERS)
+def test_alphas_gradient_is_that_of_a_bias_through_the_dense_weight(model, fits, method):
+    alpha = torch.zeros(96, requires_grad=True)
+    with fits[method].attach(model, {LAST: alpha}):
+        y, logits = outputs_of(model, LAST)
+        y.retain_grad()
+        logits.square().sum().backward()
+    start = 0 if fits[method].static else 1
+    expected = model.get_submodule(LAST).weight.t() @ y.grad[:, start:].sum((0, 1))
+    torch.testing.assert_close(alpha.grad, expected, rtol=1e-3, atol=1e-3)
+    assert expected.abs().max() > 1
+
+
+@pytest.mark.parametrize("method", SPARSIFIERS)
+def test_the_mean_bias_is_what_the_output_misses(model, fits, method):
+    biases = mean_biases(model, fits[method], WINDOWS)
+    path = next(iter(fits[method].modules)) if method != "cats" else "model.layers.0.mlp.down_proj"
+    start = 0 if fits[method].static else 1
+    dense, _ = outputs_of(model, path)
+    with fits[method].attach(model, biases={path: biases[path]}):
+        sparse, _ = outputs_of(model, path)
+    # Up to this linear everything but itself (and, for CATS, attention) is dense.
+    torch.testing.assert_close(sparse[:, start:].mean((0, 1)), dense[:, start:].mean((0, 1)), rtol=1e-3, atol=2e-4)
+    assert (biases[path]).abs().max() > 1e-3
+
+
+def test_the_mean_bias_of_teal_is_the_folded_mean_alpha(model, fits):
+    fitted, sites = fits["teal"], find_sites(model)
+    thresholds = {path: fitted.thresholds[site.name] for path, site in fitted.site_of.items()}
+    alphas, biases = mean_alphas(model, sites, thresholds, WINDOWS), mean_biases(model, fitted, WINDOWS)
+    for path, alpha in alphas.items():
+        torch.testing.assert_close(biases[path], fold_alpha(model.get_submodule(path), alpha), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_methods_that_fit_the_format_save_and_run_as_adapters(model, fits, method, tmp_path):
+    fitted = fits[method]
+    alphas = {path: torch.randn(site.in_features) * 0.1 for path, site in fitted.site_of.items()}
+    write_adapter(fitted.adapter(alphas), tmp_path / "adapter")
+    read = read_adapter(tmp_path / "adapter")
+    assert read.fields.calibration["method"] == method and read.fields.alpha_modules == "all"
+    assert read.fields.allocation == ("greedy" if method == "teal-greedy" else "uniform")
+    if method == "rsparse":
+        fitted.factors = {path: (a[:, :0], b[:0]) for path, (a, b) in fitted.factors.items()}
+    with fitted.attach(model, alphas):
+        own = model(input_ids=WINDOWS).logits
+    with sparse_inputs(model, read.thresholds, read.alphas, read.fields.dense_prefix, centers=read.centers):
+        torch.testing.assert_close(model(input_ids=WINDOWS).logits, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [name for name in SPARSIFIERS if name not in ADAPTERS])
+def test_the_others_are_for_evaluation_only(fits, method):
+    with pytest.raises(SponError, match=f"method: got '{method}'.*It is for evaluation only"):
+        fits[method].adapter()
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [("alpha", {"alphas": {"model.layers.0.mlp.gate_proj": torch.zeros(48)}}), ("bias", {"biases": {"lm_head": 0}})],
+    ids=["alpha", "bias"],
+)
+def test_alphas_for_linears_that_stay_dense_are_refused(model, fits, kind, given):
+    with (
+        pytest.raises(SponError, match=f"{kind}: got 'one', expected none, as cats leaves this linear dense"),
+        fits["cats"].attach(model, **given),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("method", [name for name in SPARSIFIERS if name != "cats"])
+def test_conv1d(method):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=256, n_embd=48, n_layer=2, n_head=4, initializer_range=0.2)
+    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    sites = find_sites(model)
+    fitted, counter = get_sparsifier(method).fit(model, sites, WINDOWS, 0.5), SparsityCounter()
+    path = "transformer.h.0.attn.c_attn"
+    biases = mean_biases(model, fitted, WINDOWS)
+    dense, _ = outputs_of(model, path)
+    with fitted.attach(model, counter=counter, biases={path: biases[path]}):
+        sparse, _ = outputs_of(model, path)
+    assert fitted.masked_share(counter) == pytest.approx(0.5, abs=0.03)
+    start = 0 if fitted.static else 1
+    torch.testing.assert_close(sparse[:, start:].mean((0, 1)), dense[:, start:].mean((0, 1)), rtol=1e-3, atol=2e-4)
+
+
+def test_extra_bytes_are_counted(model, fits):
+    outputs = sum(linear_features(model.get_submodule(path))[1] for path in fits["teal"].modules)
+    sites, vectors = 8, 2 * (48 * 3 + 96)
+    assert fits["teal"].extra_bytes(model) == 4 * sites
+    assert fits["teal"].extra_bytes(model, alphas=True) == 4 * sites + 4 * outputs
+    assert fits["wina"].extra_bytes(model) == 4 * vectors
+    assert fits["scap"].extra_bytes(model) == fits["scap"].extra_bytes(model, alphas=True) == 4 * sites + 4 * outputs
+    assert fits["larosa"].extra_bytes(model) == 4 * 2 * 48 * 48
+    counter = SparsityCounter()
+    with fits["larosa"].attach(model, counter=counter):
+        model(input_ids=WINDOWS)
+    total = sum(site.weights for site in fits["larosa"].sites)
+    net = fits["larosa"].masked_share(counter) - 2 * 48 * 48 / total
+    assert fits["larosa"].read_share(counter) == pytest.approx(1 - net)
