@@ -169,6 +169,8 @@ class SponLinearMethod(LinearMethodBase):
     @torch.no_grad()
     def process_weights_after_loading(self, layer: Any) -> None:
         """Fold alpha into the bias and lay the weight out for the kernels, on the rank's own part."""
+        if getattr(layer, "_use_min_latency_gemm", False):
+            layer._use_min_latency_gemm = False  # DeepSeek V3 on Hopper: a kernel of its own would go past `apply`
         if self.plain:
             # One copy, [in, out] in memory and [out, in] to everything that asks; the parameter keeps its loader.
             layer.weight.data = layer.weight.data.t().contiguous().t()
