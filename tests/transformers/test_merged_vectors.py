@@ -142,6 +142,14 @@ def test_generation_takes_the_kernel_and_gives_the_same(tmp_path, monkeypatch):
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), rtol=1e-4, atol=1e-4)
 
 
+def test_a_rounded_vector_is_refused():
+    from spon_plugin.merged import check_vector
+
+    check_vector(Q, "spon_center", torch.zeros(16), 16)
+    with pytest.raises(SponError, match=f"{Q}.spon_center: got torch.bfloat16, expected torch.float32"):
+        check_vector(Q, "spon_center", torch.zeros(16, dtype=torch.bfloat16), 16)
+
+
 def edit_config(path, change):
     config = json.loads((path / "config.json").read_text())
     change(config["quantization_config"])
