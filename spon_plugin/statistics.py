@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.errors import SponError
 from spon_plugin.histogram import MagnitudeHistogram
 from spon_plugin.masking import sparsify
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sites import Site, module_weights
 from spon_plugin.sparse_inputs import SparsityCounter, sparse_inputs
-from spon_plugin.tokens import DenseTokens
+from spon_plugin.streaming import Observe, counted_rows, stream_inputs, window_batches
 
 
 @torch.no_grad()
@@ -45,30 +43,13 @@ def collect_histograms(
     Raises:
         SponError: there are no windows, or none has a position after the prefix.
     """
-    if windows.numel() == 0 or windows.shape[1] <= dense_prefix:
-        raise SponError.of(
-            "calibration windows", tuple(windows.shape), f"at least one window of more than {dense_prefix} tokens"
-        )
     histograms = {site.name: MagnitudeHistogram() for site in sites}
-    tokens = DenseTokens(dense_prefix)
-    handles: list[Any] = [tokens.attach(model)]
 
-    def observe(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            dense = tokens.rows(args[0])
-            histograms[name].update(args[0] if dense is None else args[0][~dense])
+    def observe(histogram: MagnitudeHistogram) -> Observe:
+        return lambda x, special: histogram.update(counted_rows(x, special))
 
-        return hook
-
-    for site in sites:
-        handles.append(model.get_submodule(site.modules[0]).register_forward_pre_hook(observe(site.name)))
-    try:
-        for done, batch in _batches(windows, batch_size):
-            model(input_ids=batch.to(_device(model)))
-            progress(done, len(windows))
-    finally:
-        for handle in handles:
-            handle.remove()
+    observers = {site.modules[0]: observe(histograms[site.name]) for site in sites}
+    stream_inputs(model, observers, windows, dense_prefix, batch_size, progress)
     return histograms
 
 
@@ -89,8 +70,9 @@ def measure_sparsity(
     """
     counter = SparsityCounter()
     with sparse_inputs(model, thresholds, alphas, dense_prefix, counter):
-        for _, batch in _batches(windows, batch_size):
-            model(input_ids=batch.to(_device(model)))
+        device = next(model.parameters()).device
+        for _, batch in window_batches(windows, batch_size):
+            model(input_ids=batch.to(device))
     return counter.overall(module_weights(sites)), counter.per_module()
 
 
@@ -120,36 +102,17 @@ def mean_alphas(
     """
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
-    tokens = DenseTokens(dense_prefix)
-    handles: list[Any] = [tokens.attach(model)]
 
-    def observe(path: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            dense = tokens.rows(args[0])
-            x = (args[0] if dense is None else args[0][~dense]).flatten(0, -2)
+    def observe(path: str) -> Observe:
+        def update(x: Tensor, special: Tensor | None) -> None:
+            x = counted_rows(x, special)
             center = centers[path].to(x.device) if centers and path in centers else None
             dropped = (x - sparsify(x, thresholds[path].to(x.device), None, center)).float().sum(0).cpu()
             sums[path] = sums.get(path, torch.zeros_like(dropped)) + dropped
             rows[path] = rows.get(path, 0) + x.shape[0]
 
-        return hook
+        return update
 
-    for site in sites:
-        handles.append(model.get_submodule(site.modules[0]).register_forward_pre_hook(observe(site.modules[0])))
-    try:
-        for _, batch in _batches(windows, batch_size):
-            model(input_ids=batch.to(_device(model)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    observers = {site.modules[0]: observe(site.modules[0]) for site in sites}
+    stream_inputs(model, observers, windows, dense_prefix, batch_size)
     return {path: sums[site.modules[0]] / rows[site.modules[0]] for site in sites for path in site.modules}
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _batches(windows: Tensor, size: int) -> Iterable[tuple[int, Tensor]]:
-    for start in range(0, len(windows), size):
-        batch = windows[start : start + size]
-        yield start + len(batch), batch

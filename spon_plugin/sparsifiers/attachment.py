@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -123,9 +124,12 @@ class _Constant:
     def __init__(self, module: nn.Module, center: Tensor | None, alpha: Tensor | None, bias: Tensor | None) -> None:
         weight: Any = module.weight
         self._linear = copy.copy(module)
-        # The copy keeps the dense weight when the module's is replaced.
+        # The copy keeps the dense weight when the module's is replaced, and computes without the hooks of the run: a
+        # packed weight is asked what it computes.
         self._linear._parameters = dict(module._parameters)
-        self._dtype, device = weight.dtype, weight.device
+        self._linear._forward_hooks, self._linear._forward_pre_hooks = OrderedDict(), OrderedDict()
+        self._dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        device = weight.device
         self._vectors = [vector.to(device) for vector in (center, alpha) if vector is not None]
         self._bias = None if bias is None else bias.to(device)
         self.exists = bool(self._vectors) or bias is not None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spon_plugin.adapter import Adapter, SponFields
 from spon_plugin.errors import SponError
 from spon_plugin.histogram import MagnitudeHistogram
-from spon_plugin.linear import is_conv1d
+from spon_plugin.linear import is_conv1d, linear_features
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sites import Site, module_weights
@@ -248,7 +248,7 @@ class Fitted(ABC):
         for path in self.modules:
             module: Any = model.get_submodule(path)
             if (alphas or path in self.centers) and module.bias is None:
-                total += size * module.weight.shape[1 if is_conv1d(module) else 0]
+                total += size * linear_features(module)[1]
         return total
 
     @property
@@ -274,3 +274,17 @@ class Fitted(ABC):
         """
         remedy = "It is for evaluation only."
         raise SponError.of("method", self.name, "one that masks inputs by thresholds", remedy)
+
+
+def readable_weight(model: nn.Module, path: str) -> Tensor:
+    """The weight of a linear as ``[out_features, in_features]``, a view.
+
+    Raises:
+        SponError: the weight is packed (8-bit, 4-bit), so that its values cannot be read.
+    """
+    module: Any = model.get_submodule(path)
+    weight: Tensor = module.weight.detach()
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.element_size() == 1:
+        remedy = "This method needs the weights; use one that masks by the input alone (teal, scap)."
+        raise SponError.of(f"{path}: weight", weight.dtype, "a floating-point matrix", remedy)
+    return weight.t() if is_conv1d(module) else weight

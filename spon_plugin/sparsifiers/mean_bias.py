@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spon_plugin.linear import is_conv1d
+from spon_plugin.product import weight_product
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sites import Site
 from spon_plugin.sparsifiers.base import Fitted
@@ -60,13 +61,11 @@ def mean_biases(
         center = fitted.centers.get(path)
         through = kept if center is None else kept + center.to(kept.device)
         replaced = fitted.weight(path, module.weight)
-        missing = _product(module, module.weight, whole) - _product(
-            module, module.weight if replaced is None else replaced, through
-        )
+        if replaced is None:
+            missing = weight_product(module, whole - through, torch.get_default_dtype())
+        else:
+            pruned = replaced.float().t() if is_conv1d(module) else replaced.float()
+            missing = weight_product(module, whole, module.weight.dtype) - F.linear(through, pruned)
         rest = fitted.remainder(path, whole - kept) if center is None else None
         biases[path] = missing if rest is None else missing - rest
     return biases
-
-
-def _product(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    return F.linear(x, weight.float().t() if is_conv1d(module) else weight.float())

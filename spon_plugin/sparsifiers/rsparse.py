@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.linear import is_conv1d, linear_features
+from spon_plugin.linear import linear_features
 from spon_plugin.sites import Site, module_weights
 from spon_plugin.sparse_inputs import SparsityCounter
-from spon_plugin.sparsifiers.base import Sparsifier, Statistics
+from spon_plugin.sparsifiers.base import Sparsifier, Statistics, readable_weight
 from spon_plugin.sparsifiers.thresholds import ThresholdFitted, column_norms
 from spon_plugin.sparsifiers.wina import ScoreHistogram
 
@@ -115,13 +115,12 @@ class RSparse(Sparsifier):
         for site in statistics.sites:
             left = (1 - sparsity) * site.weights
             for path in site.modules:
-                module: Any = model.get_submodule(path)
-                inputs, outputs = linear_features(module)
+                inputs, outputs = linear_features(model.get_submodule(path))
                 most = int((1 - self.ratio) * inputs * outputs / (inputs + outputs))  # at sparsity 0
                 rank = int((1 - sparsity) * (1 - self.ratio) * inputs * outputs / (inputs + outputs))
                 known = statistics.own[site.name].factors
                 if path not in known:
-                    known[path] = low_rank(module.weight.t() if is_conv1d(module) else module.weight, most)
+                    known[path] = low_rank(readable_weight(model, path), most)
                 factors[path] = known[path][0][:, most - rank :], known[path][1][most - rank :]
                 left -= rank * (inputs + outputs)
             # What rounding took from the rank goes to the channels, so that the budget is met.

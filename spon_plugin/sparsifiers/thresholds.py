@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from spon_plugin.adapter import Adapter, SponFields
-from spon_plugin.linear import is_conv1d
 from spon_plugin.masking import keep_mask, sparse_deviation
 from spon_plugin.sites import Site
-from spon_plugin.sparsifiers.base import Fitted, Statistics
+from spon_plugin.sparsifiers.base import Fitted, Statistics, readable_weight
 
 
 class ThresholdFitted(Fitted):
@@ -91,6 +90,5 @@ def column_norms(model: nn.Module, site: Site) -> Tensor:
     """``||W_:,i||`` over the weights of a site's linears, stacked along their outputs: float32 ``[in_features]``."""
     total: Any = 0.0
     for path in site.modules:
-        module: Any = model.get_submodule(path)
-        total = total + module.weight.detach().float().square().sum(1 if is_conv1d(module) else 0)
+        total = total + readable_weight(model, path).float().square().sum(0)
     return torch.sqrt(total).cpu()

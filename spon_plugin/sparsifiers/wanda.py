@@ -12,7 +12,7 @@ from spon_plugin.errors import SponError
 from spon_plugin.linear import is_conv1d
 from spon_plugin.sites import Site
 from spon_plugin.sparse_inputs import SparsityCounter
-from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics
+from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics, readable_weight
 
 
 class SquareSum:
@@ -92,10 +92,9 @@ class Wanda(Sparsifier):
         for site in statistics.sites:
             norms = statistics.own[site.name].total.sqrt()
             for path in site.modules:
-                module: Any = model.get_submodule(path)
-                weight = module.weight.detach().t() if is_conv1d(module) else module.weight.detach()
+                weight = readable_weight(model, path)
                 mask = self.prune(weight.float().abs() * norms.to(weight.device), sparsity)
-                pruned[path] = mask.t().contiguous() if is_conv1d(module) else mask
+                pruned[path] = mask.t().contiguous() if is_conv1d(model.get_submodule(path)) else mask
         return WandaFitted(self.name, statistics, sparsity, pruned)
 
     def prune(self, score: Tensor, sparsity: float) -> Tensor:

@@ -162,6 +162,37 @@ def test_conv1d(method):
     torch.testing.assert_close(sparse[:, start:].mean((0, 1)), dense[:, start:].mean((0, 1)), rtol=1e-3, atol=2e-4)
 
 
+class Packed(torch.nn.Linear):
+    """A linear whose weight cannot be read, as in bitsandbytes."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        values = (linear.weight * 100).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(values, requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) / 100)
+
+
+def test_packed_weights_take_alphas_and_biases_and_refuse_methods_that_read_them():
+    model = make_tiny_llama()
+    packed = model.model.layers[1].mlp.down_proj = Packed(model.get_submodule(LAST))
+    sites = find_sites(model)
+    fitted, alpha = get_sparsifier("teal").fit(model, sites, WINDOWS, 0.5), torch.randn(96, requires_grad=True)
+    with fitted.attach(model):
+        without, _ = outputs_of(model, LAST)
+    with fitted.attach(model, {LAST: alpha}):
+        added, _ = outputs_of(model, LAST)
+        added.sum().backward()
+    weight = packed.weight.float() / 100
+    torch.testing.assert_close((added - without)[:, 1:], (weight @ alpha).expand_as(added[:, 1:]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(alpha.grad, weight.sum(0) * added[:, 1:].shape[:2].numel(), rtol=1e-3, atol=1e-3)
+    assert mean_biases(model, fitted, WINDOWS)[LAST].abs().max() > 1e-3
+    for method in ("wina", "rsparse", "wanda"):
+        with pytest.raises(SponError, match="down_proj: weight: got torch.int8, expected a floating-point matrix"):
+            get_sparsifier(method).fit(model, sites, WINDOWS, 0.5)
+
+
 def test_extra_bytes_are_counted(model, fits):
     outputs = sum(linear_features(model.get_submodule(path))[1] for path in fits["teal"].modules)
     sites, vectors = 8, 2 * (48 * 3 + 96)
