@@ -7,6 +7,7 @@ serves comparisons: any `sparsifiers.Fitted`, the dense model's hidden states ma
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,12 @@ class Teacher:
             return backbone_hidden(model, {"input_ids": ids})
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
         return logits
+
+    def first(self, count: int) -> Teacher:
+        """The same for the first `count` windows, sharing the states."""
+        part = copy.copy(self)
+        part.windows, part.states = self.windows[:count], self.states[:count]
+        return part
 
 
 def train_alphas(

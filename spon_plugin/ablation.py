@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trials that differ in one thing: where alpha is, how long it trained and on what, how sparse the model is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from spon_plugin.alpha_training import Teacher, loss_ends, train_alphas
+from spon_plugin.errors import SponError
+from spon_plugin.evaluation import evaluate_fitted
+from spon_plugin.progress import Progress, no_progress
+from spon_plugin.recipe import Recipe
+from spon_plugin.rows import RowStore
+from spon_plugin.sites import Site
+from spon_plugin.sparsifiers import Fitted, Sparsifier, Statistics, get_sparsifier
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row: everything that a trial may differ in.
+
+    Attributes:
+        sparsity: the target.
+        texts: names of the texts that thresholds and alphas come from, an even mix.
+        calibration_tokens: how many of their tokens the thresholds come from.
+        carriers: paths of the linears with a trained alpha; none for the masks alone.
+        recipe: the schedule of the alphas; None without them.
+    """
+
+    sparsity: float
+    texts: tuple[str, ...]
+    calibration_tokens: int
+    carriers: tuple[str, ...] = ()
+    recipe: Recipe | None = None
+
+    @property
+    def masks(self) -> Trial:
+        """The same without alpha: what a share of the gap is measured against."""
+        return replace(self, carriers=(), recipe=None)
+
+    @property
+    def name(self) -> str:
+        """Of the row's file: the same trial in two studies is measured once."""
+        digest = hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
+        return f"{100 * self.sparsity:g}-{f'alpha{len(self.carriers)}' if self.carriers else 'masks'}-{digest}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the row's file."""
+        return {
+            "sparsity": self.sparsity,
+            "texts": list(self.texts),
+            "calibration_tokens": self.calibration_tokens,
+            "carriers": list(self.carriers),
+            "recipe": None if self.recipe is None else self.recipe.as_dict(),
+        }
+
+
+@dataclass
+class Ablation:
+    """What all trials have in common.
+
+    Attributes:
+        model: the dense model.
+        sites: from `find_sites`.
+        pools: mix of texts -> token ids ``[count, length]``; trials take from its start, so that fewer tokens are part
+            of more.
+        tests: name -> token ids ``[count, length]`` to evaluate on.
+        method: name of a sparsifier.
+        protocol: see `evaluation.dense_prefix_of`.
+        seed: of the order of the training windows.
+        stage: gives the progress callback of each piece of work by its name.
+        done: called with every row when it is there, and whether it had been before.
+    """
+
+    model: nn.Module
+    sites: list[Site]
+    pools: Mapping[tuple[str, ...], Tensor]
+    tests: Mapping[str, Tensor]
+    method: str = "teal"
+    protocol: str = "all-but-first"
+    seed: int = 0
+    stage: Callable[[str], Progress] = lambda _name: no_progress
+    done: Callable[[dict[str, Any], bool], None] = lambda _row, _old: None
+    _statistics: dict[tuple[tuple[str, ...], int], Statistics] = field(default_factory=dict, init=False)
+    _teacher: tuple[tuple[str, ...], Teacher] | None = field(default=None, init=False)
+
+    def check(self, trials: Sequence[Trial]) -> None:
+        """Raise `SponError` for a method that does not exist, or texts that are shorter than a trial needs."""
+        get_sparsifier(self.method)
+        for trial in trials:
+            pool = self.pools[trial.texts]
+            windows = max(self._calibration_windows(trial), 0 if trial.recipe is None else trial.recipe.windows)
+            if len(pool) < windows:
+                expected = f"at least {windows} windows of {pool.shape[1]} tokens for this study"
+                raise SponError.of(
+                    f"text {' + '.join(trial.texts)}", f"{len(pool)} windows", expected, "Use more text."
+                )
+
+    def run(self, trials: Sequence[Trial], store: RowStore) -> dict[str, dict[str, Any]]:
+        """Measure every trial that `store` does not have, with the dense model and the masks alone of each.
+
+        Returns:
+            Name -> row, the dense model's under ``dense``.
+
+        Raises:
+            SponError: see `check`, before any work.
+        """
+        wanted = plan(trials)
+        self.check(wanted)
+        rows = {DENSE: self._kept(DENSE, store, lambda: {"name": DENSE, "tests": self._evaluate("dense", None)})}
+        missing = [trial for trial in wanted if not store.has(trial.name)]
+        for trial in wanted:
+            rows[trial.name] = self._kept(trial.name, store, lambda trial=trial: self._measure(trial, missing))  # type: ignore[misc]
+        return rows
+
+    def _kept(self, name: str, store: RowStore, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        old = store.has(name)
+        if not old:
+            store.write(name, measure())
+        row = store.read(name)
+        self.done(row, old)
+        return row
+
+    def _measure(self, trial: Trial, missing: Sequence[Trial]) -> dict[str, Any]:
+        label = describe(trial)
+        fitted, seconds = self.fit(trial)
+        row: dict[str, Any] = {"name": trial.name, **trial.as_dict()}
+        added: dict[str, Any] = {}
+        if trial.recipe is not None:
+            start = time.perf_counter()
+            teacher = self._dense_states(trial.texts, missing).first(trial.recipe.windows)
+            row["training_tokens"] = int(teacher.windows.numel())
+            seconds["dense states"] = time.perf_counter() - start
+            start = time.perf_counter()
+            progress = self.stage(f"{label}: training")
+            alphas, losses = train_alphas(
+                self.model, fitted, teacher, trial.recipe, list(trial.carriers), self.seed, progress
+            )
+            seconds["training"] = time.perf_counter() - start
+            row["loss"] = loss_ends(losses)
+            added = {"alphas": alphas}
+        start = time.perf_counter()
+        row["tests"] = self._evaluate(f"{label}: evaluating", fitted, added)
+        seconds["evaluation"] = time.perf_counter() - start
+        row["seconds"] = seconds
+        return row
+
+    def fit(self, trial: Trial) -> tuple[Fitted, dict[str, float]]:
+        """The method as the trial has it, and the seconds that each part took."""
+        sparsifier: Sparsifier = get_sparsifier(self.method)
+        key = (trial.texts, trial.calibration_tokens)
+        start = time.perf_counter()
+        if key not in self._statistics:
+            windows = self.pools[trial.texts][: self._calibration_windows(trial)]
+            progress = self.stage(f"{sparsifier.name}: calibrating")
+            self._statistics[key] = sparsifier.calibrate(self.model, self.sites, windows, progress=progress)
+        fitted = sparsifier.at(self.model, self._statistics[key], trial.sparsity)
+        return fitted, {"calibration": time.perf_counter() - start}
+
+    def _dense_states(self, texts: tuple[str, ...], missing: Sequence[Trial]) -> Teacher:
+        """The dense model's states on the windows of every missing trial on these texts, made once."""
+        if self._teacher is None or self._teacher[0] != texts:
+            most = max(trial.recipe.windows for trial in missing if trial.recipe is not None and trial.texts == texts)
+            progress = self.stage("Dense model on the training text")
+            self._teacher = (texts, Teacher(self.model, self.pools[texts][:most], progress=progress))
+        return self._teacher[1]
+
+    def _calibration_windows(self, trial: Trial) -> int:
+        return max(1, trial.calibration_tokens // self.pools[trial.texts].shape[1])
+
+    def _evaluate(
+        self, label: str, fitted: Fitted | None, added: Mapping[str, Any] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        return {
+            name: evaluate_fitted(self.model, fitted, windows, self.protocol, self.stage(label), **(added or {}))
+            for name, windows in self.tests.items()
+        }
+
+
+def plan(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials and the masks alone of each, every one once; those of one mix of texts together."""
+    every = dict.fromkeys(part for trial in trials for part in (trial.masks, trial))
+    mixes = list(dict.fromkeys(trial.texts for trial in every))
+    return sorted(every, key=lambda trial: mixes.index(trial.texts))
+
+
+def describe(trial: Trial) -> str:
+    """A trial in a few words, for progress bars."""
+    what = f"{trial.sparsity:.0%}, {' + '.join(trial.texts)}"
+    if trial.recipe is None:
+        return f"{what}: masks alone"
+    return (
+        f"{what}: alpha on {len(trial.carriers)}, {trial.recipe.windows} windows, rate {trial.recipe.learning_rate:g}"
+    )
