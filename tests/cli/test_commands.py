@@ -220,6 +220,16 @@ def test_eval_and_merge_of_thresholds_per_channel_and_centres(spon, vectors, tin
     assert other["perplexity"]["spon"] != measured["perplexity"]["spon"]
 
 
+def test_train_keeps_thresholds_per_channel_and_centres(spon, vectors, text, tmp_path):
+    code, _, err = spon("train", vectors, "--text", text, *SMALL, "-o", tmp_path / "more")
+    assert code == 0, err
+    before, after = read_adapter(vectors), read_adapter(tmp_path / "more")
+    assert after.thresholds.keys() == before.thresholds.keys() and after.centers.keys() == before.centers.keys()
+    assert all(torch.equal(after.thresholds[path], before.thresholds[path]) for path in before.thresholds)
+    assert all(torch.equal(after.centers[path], before.centers[path]) for path in before.centers)
+    assert any(not torch.equal(after.alphas[path], before.alphas[path]) for path in before.alphas)
+
+
 def test_merge_writes_a_checkpoint_with_the_adapter_in_it(spon, trained, tiny_model_dir, tmp_path):
     from peft import PeftModel
 

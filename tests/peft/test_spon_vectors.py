@@ -151,6 +151,15 @@ def test_auto_class(adapter):
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(adapter)), logits(sparse(**SOME)))
 
 
+def test_config_and_tensors_are_enough(adapter):
+    """As for an adapter on a hub, which is no directory to look into."""
+    model = tiny()
+    config = SponConfig(init_weights=False, task_type="CAUSAL_LM", **SOME)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    model.load_adapter(peft_config=config, adapter_state_dict=tensors)
+    assert torch.equal(logits(model), logits(sparse(**SOME)))
+
+
 def test_state_dict_round_trip():
     model, other = sparse(**SOME), sparse(seed=3, **SOME)
     set_peft_model_state_dict(other, get_peft_model_state_dict(model))
