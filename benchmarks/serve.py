@@ -5,7 +5,7 @@
     python -m benchmarks.serve --shape llama3-8b --sparsity 0.5,0.7              # random weights of that shape
     python -m benchmarks.serve MODEL --adapter spon50 -- --enforce-eager         # the rest goes to `vllm serve`
 
-Each variant is a `vllm serve` process of its own that answers one request at a time; the variants take turns. The rate
+Each variant is a `vllm serve` of its own that answers one request at a time; with ``--rounds`` they take turns. A rate
 is the inverse of vLLM's TPOT, the time per token after the first. With ``--shape``, thresholds are quantiles of each
 layer's own inputs; with ``--layers``, a part of the model, whose output head has the same part of its vocabulary. What
 the mask really zeroed comes from the server's ``/metrics``; where CUDA graphs replay, nothing is counted there.
@@ -27,7 +27,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -116,35 +116,60 @@ def serving(command: Sequence[str], environment: Mapping[str, str], log: Path) -
             process.kill()
 
 
-def measure(model: str, adapter: Path | None, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Serve `model`, with an adapter or dense, and measure it: the fields `KEPT` of vLLM's result, and the sparsity."""
+@contextmanager
+def variant_server(model: str, adapter: Path | None, arguments: argparse.Namespace, log: Path) -> Iterator[str]:
+    """`serving` for `model` with an adapter, or dense (None)."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SPON_")}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     if adapter is not None:
         environment["SPON_ADAPTER"] = str(adapter.resolve())
-    length = arguments.input_len + arguments.output_len
-    command = [model, "--max-model-len", str(length + 64), "--max-num-seqs", "4"]
+    command = [model, "--max-model-len", str(arguments.input_len + arguments.output_len + 64), "--max-num-seqs", "4"]
     command += ["--dtype", str(DTYPES[arguments.dtype]).removeprefix("torch."), *arguments.serve]
-    with serving(command, environment, folder / "server.log") as address:
-        bench = [vllm(), "bench", "serve", "--model", model, "--base-url", address, "--dataset-name", "random"]
-        bench += ["--random-input-len", str(arguments.input_len), "--random-output-len", str(arguments.output_len)]
-        bench += ["--num-prompts", str(arguments.requests), "--num-warmups", "1", "--max-concurrency", "1"]
-        bench += ["--ignore-eos", "--seed", "0", "--percentile-metrics", "ttft,tpot,itl", "--disable-tqdm"]
-        bench += ["--save-result", "--result-dir", str(folder), "--result-filename", "result.json"]
-        before = counters(address)
-        done = subprocess.run(bench, env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"vllm bench serve failed:\n{(done.stdout + done.stderr)[-4000:]}")
-        time.sleep(1.1)  # workers hand their counters over once in a second, while they work
-        ask(address, model)
-        after = counters(address)
+    with serving(command, environment, log) as address:
+        yield address
+
+
+def measure(address: str, model: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measure the server at `address`: the fields `KEPT` of vLLM's result, and the sparsity."""
+    bench = [vllm(), "bench", "serve", "--model", model, "--base-url", address, "--dataset-name", "random"]
+    bench += ["--random-input-len", str(arguments.input_len), "--random-output-len", str(arguments.output_len)]
+    bench += ["--num-prompts", str(arguments.requests), "--num-warmups", "1", "--max-concurrency", "1"]
+    bench += ["--ignore-eos", "--seed", "0", "--percentile-metrics", "ttft,tpot,itl", "--disable-tqdm"]
+    bench += ["--save-result", "--result-dir", str(folder), "--result-filename", "result.json"]
+    before = counters(address)
+    done = subprocess.run(bench, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"vllm bench serve failed:\n{(done.stdout + done.stderr)[-4000:]}")
+    time.sleep(1.1)  # workers hand their counters over once in a second, while they work
+    ask(address, model)
+    after = counters(address)
     result = json.loads((folder / "result.json").read_text())
     if result["completed"] != arguments.requests:
         raise RuntimeError(f"vllm bench serve completed {result['completed']} of {arguments.requests} requests")
-    row = {key: result[key] for key in KEPT}
-    inputs = after.get("sampled_inputs", 0) - before.get("sampled_inputs", 0)
-    zeroed = after.get("sampled_zeroed", 0) - before.get("sampled_zeroed", 0)
-    return {**row, "measured_sparsity": zeroed / inputs if inputs else None}
+    inputs, zeroed = (after.get(name, 0) - before.get(name, 0) for name in ("sampled_inputs", "sampled_zeroed"))
+    return {**{key: result[key] for key in KEPT}, "measured_sparsity": zeroed / inputs if inputs else None}
+
+
+def measure_all(
+    model: str, adapters: Sequence[Path], arguments: argparse.Namespace, folder: Path
+) -> dict[Path | None, list[dict[str, Any]]]:
+    """What `measure` says in each round, by adapter; None is the dense model."""
+    runs: dict[Path | None, list[dict[str, Any]]] = {adapter: [] for adapter in [None, *adapters]}
+    with ExitStack() as stack:
+        servers = {}
+        if arguments.together:
+            for index, adapter in enumerate(runs):
+                server = variant_server(model, adapter, arguments, folder / f"server{index}.log")
+                servers[adapter] = stack.enter_context(server)
+        for _ in range(arguments.rounds):
+            for adapter, done in runs.items():
+                if arguments.together:
+                    done.append(measure(servers[adapter], model, arguments, folder))
+                else:
+                    with variant_server(model, adapter, arguments, folder / "server.log") as address:
+                        done.append(measure(address, model, arguments, folder))
+                print(adapter or "dense", json.dumps(done[-1]), file=sys.stderr, flush=True)
+    return runs
 
 
 def ask(address: str, model: str) -> None:
@@ -201,6 +226,7 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--requests", type=int, default=4, help="measured in each round, after one to warm up")
     parser.add_argument("--rounds", type=int, default=1, help="how often each variant has its turn")
+    parser.add_argument("--together", action="store_true", help="keep all servers up, where memory allows it")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("serve", nargs="*", help="after --: more arguments of vllm serve")
     own, extra = _split(sys.argv[1:])
@@ -218,11 +244,7 @@ def main() -> None:
                 write_random_model(made, arguments.shape, arguments.layers, sparsities, arguments.dtype)
             model, adapters = str(made / "base"), sorted(made.glob("spon*"))
         targets = [read_adapter(adapter).fields.sparsity for adapter in adapters]
-        runs: dict[Path | None, list[dict[str, Any]]] = {adapter: [] for adapter in [None, *adapters]}
-        for _ in range(arguments.rounds):
-            for adapter, done in runs.items():
-                done.append(measure(model, adapter, arguments, folder))
-                print(adapter or "dense", json.dumps(done[-1]), file=sys.stderr, flush=True)
+        runs = measure_all(model, adapters, arguments, folder)
     rows = []
     for (adapter, done), target in zip(runs.items(), [None, *targets], strict=True):
         middle = {key: statistics.median(run[key] for run in done) for key in KEPT}
