@@ -159,9 +159,8 @@ def tokens(setup: Setup) -> Study:
         recipe = _trained_on(setup.recipe, factor, round(setup.recipe.epochs / factor))
         label = f"{recipe.windows * recipe.window}"
         points.append(Point(label, replace(setup.trial, recipe=recipe), "SPON, same steps", float(label)))
-    return Study(
-        "tokens", "How many tokens thresholds and alphas need", "tokens", tuple(points), "perplexity", log=True
-    )
+    title = "How many tokens thresholds and alphas need"
+    return Study("tokens", title, "tokens", tuple(dict.fromkeys(points)), "perplexity", log=True)
 
 
 def rate(setup: Setup) -> Study:

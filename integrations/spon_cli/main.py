@@ -7,6 +7,8 @@ import sys
 
 import typer
 
+from spon_cli.ablate import ablate_command
+from spon_cli.analyze import analyze_command
 from spon_cli.calibrate import calibrate_command
 from spon_cli.compare import compare_command
 from spon_cli.evaluate import eval_command
@@ -36,6 +38,8 @@ app.command("merge")(merge_command)
 app.command("inspect")(inspect_command)
 app.command("report")(report_command)
 app.command("compare")(compare_command)
+app.command("ablate")(ablate_command)
+app.command("analyze")(analyze_command)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of studies and analyses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from spon_plugin.ablation import DENSE
+from spon_plugin.studies import Point, Study
+from spon_plugin.study_tables import Rows, recovered
+
+COLORS = {"dense": "0.5", "TEAL": "tab:orange", "SPON": "tab:blue"}
+
+
+@contextmanager
+def figure(file: Path, panels: int = 1, width: float = 6.5, height: float = 4.5) -> Iterator[list[Any]]:
+    """Yield axes side by side, and save the figure when the block ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn, axes = plt.subplots(1, panels, figsize=(width * panels, height), layout="constrained", squeeze=False)
+    try:
+        yield list(axes[0])
+        # No date and no version in the file, so that the same command gives the same bytes.
+        drawn.savefig(file, dpi=120, metadata={"Software": None})
+    finally:
+        plt.close(drawn)
+
+
+def plot_study(study: Study, rows: Rows, file: Path) -> None:
+    """A study: bars over categories, or lines over numbers."""
+    tests = list(rows[DENSE]["tests"])
+    if any(point.x is None for point in study.points):
+        _bars(study, rows, tests, file)
+    else:
+        _lines(study, rows, tests, file)
+
+
+def _value(study: Study, point: Point, rows: Rows, test: str) -> float | None:
+    if study.figure == "recovered":
+        return recovered(point, rows, test)
+    value: float | None = rows[point.trial.name]["tests"][test]["perplexity"]
+    return value
+
+
+def _bars(study: Study, rows: Rows, tests: Sequence[str], file: Path) -> None:
+    with figure(file, width=max(6.5, 1.6 * len(study.points))) as (axes,):
+        step = 0.8 / len(tests)
+        for index, test in enumerate(tests):
+            places = [place + (index - (len(tests) - 1) / 2) * step for place in range(len(study.points))]
+            values = [_value(study, point, rows, test) or 0.0 for point in study.points]
+            axes.bar(places, values, step, label=test)
+        axes.axhline(0, color="0.4", linewidth=0.8)
+        axes.set_xticks(range(len(study.points)), [point.label for point in study.points], fontsize=8)
+        axes.set(title=study.title, xlabel=study.axis, ylabel="share of the masks' perplexity gap recovered")
+        axes.legend(fontsize=8)
+
+
+def _lines(study: Study, rows: Rows, tests: Sequence[str], file: Path) -> None:
+    shares = study.figure == "recovered"
+    with figure(file, 1 if shares else len(tests)) as panels:
+        for index, test in enumerate(tests):
+            axes = panels[0 if shares else index]
+            for order, series in enumerate(dict.fromkeys(point.series for point in study.points)):
+                points = [(p.x, _value(study, p, rows, test)) for p in study.points if p.series == series]
+                known = sorted((x, y) for x, y in points if x is not None and y is not None)
+                if known:
+                    color = None if shares else COLORS.get(series, f"C{order}")
+                    axes.plot(*zip(*known, strict=True), "o-", ms=4, color=color, label=test if shares else series)
+            if not shares:
+                dense = rows[DENSE]["tests"][test]["perplexity"]
+                axes.axhline(dense, color=COLORS["dense"], linewidth=1, label="dense")
+                axes.set(title=test, yscale="log")
+            if study.log:
+                axes.set_xscale("log")
+            axes.set(xlabel=study.axis, ylabel="share of the masks' gap recovered" if shares else "perplexity")
+            axes.legend(fontsize=8)
+        if shares:
+            panels[0].set_title(study.title)
+            panels[0].axhline(0, color="0.4", linewidth=0.8)
+
+
+def plot_shift(shift: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
+    """Relative distance and CKA of every variant, over the blocks."""
+    with figure(file, 2, width=5.5, height=4) as (left, right):
+        for name, layers in shift.items():
+            blocks = range(len(layers))
+            left.plot(blocks, [layer["distance"] for layer in layers], "o-", ms=3, color=COLORS[name], label=name)
+            right.plot(blocks, [layer["cka"] for layer in layers], "o-", ms=3, color=COLORS[name], label=name)
+        left.set(xlabel="after block", ylabel="||h - h_dense|| / ||h_dense||, mean over tokens", ylim=(0, None))
+        right.set(xlabel="after block", ylabel="linear CKA with the dense model", ylim=(None, 1))
+        left.legend()
+
+
+def plot_points(panels: Mapping[str, Mapping[str, Any]], method: str, file: Path) -> None:
+    """Projected hidden states, one panel per block, lines from each prompt's dense state to its sparse ones.
+
+    Args:
+        panels: title -> variant -> points ``[prompts, 2]``, the dense ones first.
+        method: of the projection, for the axes.
+        file: to write.
+    """
+    with figure(file, len(panels), width=4, height=4) as axes:
+        for index, (title, points) in enumerate(panels.items()):
+            dense = points["dense"]
+            for name, places in points.items():
+                if name != "dense":
+                    for start, end in zip(dense.tolist(), places.tolist(), strict=True):
+                        ends = zip(start, end, strict=True)
+                        axes[index].plot(*ends, color=COLORS[name], linewidth=0.5, alpha=0.5, zorder=1)
+                axes[index].scatter(places[:, 0], places[:, 1], s=10, color=COLORS[name], label=name, zorder=2)
+            axes[index].set(title=title, xlabel=f"{method} 1", ylabel=f"{method} 2", xticks=[], yticks=[])
+        axes[0].legend(fontsize=8)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a study as a table: records, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spon_plugin.ablation import DENSE
+from spon_plugin.studies import Point, Study
+
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+def share_recovered(dense: float | None, masks: float | None, other: float | None) -> float | None:
+    """``(masks - other) / (masks - dense)`` of perplexities; None where one is missing or there is no gap."""
+    if dense is None or masks is None or other is None or masks <= dense:
+        return None
+    return (masks - other) / (masks - dense)
+
+
+def recovered(point: Point, rows: Rows, test: str) -> float | None:
+    """The share of the gap that alpha closes, against the same masks alone; None for masks alone."""
+    if not point.trial.carriers:
+        return None
+    names = (DENSE, point.trial.masks.name, point.trial.name)
+    return share_recovered(*(rows[name]["tests"][test]["perplexity"] for name in names))
+
+
+def records(study: Study, rows: Rows) -> list[dict[str, Any]]:
+    """One flat record per point and test text."""
+    flat = []
+    for point in study.points:
+        row, masks = rows[point.trial.name], rows[point.trial.masks.name]
+        for test, result in row["tests"].items():
+            flat.append(
+                {
+                    "study": study.name,
+                    "series": point.series,
+                    study.axis: point.label,
+                    "test": test,
+                    "dense": rows[DENSE]["tests"][test]["perplexity"],
+                    "masks_alone": masks["tests"][test]["perplexity"],
+                    "perplexity": result["perplexity"],
+                    "recovered": recovered(point, rows, test),
+                    "masked": result["masked"],
+                    "sparsity": row["sparsity"],
+                    "linears_with_alpha": len(row["carriers"]),
+                    "training_tokens": row.get("training_tokens", 0),
+                    "training_seconds": row["seconds"].get("training"),
+                    "row": point.trial.name,
+                }
+            )
+    return flat
+
+
+def columns(study: Study, rows: Rows) -> list[str]:
+    """Headings of the table."""
+    head = [study.axis, "series"]
+    for test, result in rows[DENSE]["tests"].items():
+        head += [f"{test} (dense {number(result['perplexity'])})", "masks alone", "recovered"]
+    return [*head, "masked", "train, s"]
+
+
+def cells(point: Point, rows: Rows) -> list[str]:
+    """A line of the table."""
+    row, masks = rows[point.trial.name], rows[point.trial.masks.name]
+    line = [point.label, point.series]
+    for test, result in row["tests"].items():
+        share = recovered(point, rows, test)
+        line += [number(result["perplexity"]), number(masks["tests"][test]["perplexity"])]
+        line.append("" if share is None else f"{share:.2f}")
+    masked = [result["masked"] for result in row["tests"].values()]
+    seconds = row["seconds"].get("training")
+    return [*line, f"{sum(masked) / len(masked):.1%}", "" if seconds is None else f"{seconds:.0f}"]
+
+
+def markdown(study: Study, rows: Rows) -> str:
+    """The study as a Markdown table under its title."""
+    head = columns(study, rows)
+    lines = [f"## {study.title}", "", *markdown_table(head, [cells(point, rows) for point in study.points], text=2)]
+    first = next(iter(rows[DENSE]["tests"].values()))
+    lines += ["", f"Windows of {first['window']} tokens, {first['tokens']} tokens of each text. {NOTES}", ""]
+    return "\n".join(lines)
+
+
+NOTES = (
+    "`recovered`: (masks alone - row) / (masks alone - dense), of perplexities, with the same masks. `masked`: the "
+    "share of the linears' weights that go unused on the test texts."
+)
+
+
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], text: int = 1) -> list[str]:
+    """Lines of a Markdown table whose first `text` columns are text and the others figures."""
+    rule = "|" + " --- |" * text + " ---: |" * (len(head) - text)
+    return ["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(line) + " |" for line in body)]
+
+
+def csv_text(flat: Sequence[Mapping[str, Any]]) -> str:
+    """Records as CSV; empty without any."""
+    out = io.StringIO()
+    if flat:
+        writer = csv.DictWriter(out, fieldnames=list(flat[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+    return out.getvalue()
+
+
+def number(value: float | None) -> str:
+    """A perplexity."""
+    return "diverged" if value is None else f"{value:.2f}" if value < 1e5 else f"{value:.2g}"
