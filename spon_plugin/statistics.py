@@ -62,14 +62,25 @@ def measure_sparsity(
     alphas: Mapping[str, Tensor] | None = None,
     dense_prefix: int = 1,
     batch_size: int = 4,
+    centers: Mapping[str, Tensor] | None = None,
 ) -> tuple[float, dict[str, float]]:
     """The sparsity that thresholds achieve in the sparse model itself; use tokens that calibration did not see.
+
+    Args:
+        model: a dense decoder.
+        sites: from `find_sites`.
+        thresholds: module path -> float32 ``[1]`` or ``[in_features]``.
+        windows: token ids ``[count, length]``.
+        alphas: module path -> float32 ``[in_features]``, for some of the linears.
+        dense_prefix: positions at the start of each window that stay dense and are not counted.
+        batch_size: windows per forward pass.
+        centers: module path -> float32 ``[in_features]``, for some of the linears.
 
     Returns:
         The model-wide share, linears weighted by their weights, and the share per module path.
     """
     counter = SparsityCounter()
-    with sparse_inputs(model, thresholds, alphas, dense_prefix, counter):
+    with sparse_inputs(model, thresholds, alphas, dense_prefix, counter, centers):
         device = next(model.parameters()).device
         for _, batch in window_batches(windows, batch_size):
             model(input_ids=batch.to(device))

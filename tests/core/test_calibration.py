@@ -110,6 +110,16 @@ def test_mean_alphas_are_the_mean_of_what_the_mask_drops(tiny_llama):
     alphas = mean_alphas(tiny_llama, sites, thresholds, windows())
     torch.testing.assert_close(alphas[path], expected, rtol=1e-4, atol=1e-6)
     assert alphas.keys() == thresholds.keys()
+    site = next(site for site in sites if path in site.modules)
+    centers = dict.fromkeys(site.modules, torch.linspace(-1, 1, x.shape[1]))
+    masked = (x - centers[path]).abs() <= thresholds[path]
+    expected = torch.where(masked, x - centers[path], 0).mean(0)
+    alphas = mean_alphas(tiny_llama, sites, thresholds, windows(), centers=centers)
+    torch.testing.assert_close(alphas[path], expected, rtol=1e-4, atol=1e-6)
+    _, shares = measure_sparsity(
+        tiny_llama, sites, {path: thresholds[path]}, windows(), dense_prefix=1, centers=centers
+    )
+    assert shares == {path: pytest.approx(masked.float().mean().item())}
 
 
 def test_calibration_is_reproducible_and_says_where_it_comes_from(tiny_llama):
