@@ -41,7 +41,7 @@ KEY_PREFIX = "base_model.model."
 ALPHA, THRESHOLD, CENTER = "spon_alpha", "spon_threshold", "spon_center"
 KINDS = (ALPHA, THRESHOLD, CENTER)
 CHANNEL_MODULES, CENTER_MODULES = "channel_modules", "center_modules"
-ALLOCATIONS = ("uniform", "greedy")
+ALLOCATIONS = ("uniform", "greedy", "sensitivity")
 
 
 @dataclass
@@ -50,7 +50,8 @@ class SponFields:
 
     Attributes:
         sparsity: the target, the share of inputs zeroed, in [0, 1).
-        allocation: how the target was spread over the sites: ``uniform`` or TEAL's block-wise ``greedy``.
+        allocation: how the target was spread: ``uniform`` over the sites, TEAL's block-wise ``greedy``, or by
+            ``sensitivity`` over channels (`spon_plugin.sensitivity`).
         tokens: which tokens are masked: ``all``, or ``decode`` (the context runs dense).
         dense_prefix: the first positions of a sequence that stay dense.
         alpha_modules: which of the sparsified linears carry an alpha: ``"all"``, or a list of names matched as

@@ -15,10 +15,12 @@ from spon_plugin.allocation import allocate_greedy, thresholds_at
 from spon_plugin.errors import SponError
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
+from spon_plugin.sensitivity import collect_samples, match_sparsity, solve
 from spon_plugin.sites import Site, module_weights, target_names
 from spon_plugin.statistics import collect_histograms, mean_alphas, measure_sparsity
 
 GREEDY_TOKENS = 1024
+MATCH_TOKENS = 4096
 
 
 def calibrate(
@@ -43,7 +45,8 @@ def calibrate(
         windows: token ids ``[count, length]`` to calibrate on.
         held_out: token ids ``[count, length]`` that were not calibrated on, for the achieved sparsity.
         sparsity: the target, in [0, 1).
-        allocation: ``uniform`` or ``greedy``.
+        allocation: ``uniform``, TEAL's ``greedy``, or ``sensitivity``: thresholds and centres per channel, see
+            `spon_plugin.sensitivity`.
         alpha: ``none`` (plain TEAL), ``zero`` (alphas to be trained) or ``mean`` (the control without training).
         alpha_modules: which linears carry an alpha; ignored for ``none``.
         dense_prefix: first positions of a sequence that stay dense; the format's default if None.
@@ -68,21 +71,25 @@ def calibrate(
         fields.dense_prefix = dense_prefix
     fields.check()
     prefix = fields.dense_prefix
-    histograms = collect_histograms(model, sites, windows, prefix, progress=stage("Calibrating"))
-    share: float | dict[str, float] = sparsity
-    if allocation == "greedy":
-        count = max(1, GREEDY_TOKENS // windows.shape[1])
-        share = allocate_greedy(
-            model, sites, histograms, windows[:count], sparsity, dense_prefix=prefix, progress=stage("Allocating")
-        )
-    thresholds = thresholds_at(sites, histograms, share)
+    centers: dict[str, Tensor] = {}
+    if allocation == "sensitivity":
+        thresholds, centers = _by_sensitivity(model, sites, windows, sparsity, prefix, stage("Calibrating"))
+    else:
+        histograms = collect_histograms(model, sites, windows, prefix, progress=stage("Calibrating"))
+        share: float | dict[str, float] = sparsity
+        if allocation == "greedy":
+            count = max(1, GREEDY_TOKENS // windows.shape[1])
+            share = allocate_greedy(
+                model, sites, histograms, windows[:count], sparsity, dense_prefix=prefix, progress=stage("Allocating")
+            )
+        thresholds = thresholds_at(sites, histograms, share)
     alphas: dict[str, Tensor] = {}
     if alpha != "none":
         carriers = [module for module in modules if carries_alpha(module, alpha_modules)]
-        means = mean_alphas(model, sites, thresholds, windows, prefix) if alpha == "mean" else {}
+        means = mean_alphas(model, sites, thresholds, windows, prefix, centers=centers) if alpha == "mean" else {}
         inputs = {path: site.in_features for site in sites for path in site.modules}
         alphas = {path: means.get(path, torch.zeros(inputs[path])) for path in carriers}
-    achieved, per_module = measure_sparsity(model, sites, thresholds, held_out, alphas or None, prefix)
+    achieved, per_module = measure_sparsity(model, sites, thresholds, held_out, alphas or None, prefix, centers=centers)
     fields.calibration = {
         **(source or {}),
         "tokens": int(windows.numel()),
@@ -99,5 +106,22 @@ def calibrate(
             for site in sites
         },
     }
-    peft = {"base_model_name_or_path": base_model, "target_modules": target_names(sites, model)}
-    return Adapter(fields, thresholds, alphas, {**peft, "task_type": "CAUSAL_LM", "inference_mode": True})
+    peft = {
+        "base_model_name_or_path": base_model,
+        "target_modules": target_names(sites, model),
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+    }
+    return Adapter(fields, thresholds, alphas, peft, centers)
+
+
+def _by_sensitivity(
+    model: nn.Module, sites: Sequence[Site], windows: Tensor, sparsity: float, dense_prefix: int, progress: Progress
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Thresholds and centres by module path, at the target in the sparse model itself."""
+    samples = collect_samples(model, sites, windows, dense_prefix, progress=progress)
+    site_thresholds, site_centers = solve(samples, sparsity)
+    thresholds = {path: site_thresholds[site.name].clone() for site in sites for path in site.modules}
+    centers = {path: site_centers[site.name].clone() for site in sites for path in site.modules}
+    part = windows[: max(1, MATCH_TOKENS // windows.shape[1])]
+    return match_sparsity(model, sites, thresholds, part, sparsity, dense_prefix, centers=centers), centers
