@@ -11,6 +11,7 @@ from spon_plugin.linear import linear_features
 from spon_plugin.sparse_inputs import SparsityCounter
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
 from spon_plugin.sparsifiers.mean_bias import mean_biases
+from spon_plugin.sparsifiers.rsparse import RSparse
 from spon_plugin.statistics import mean_alphas
 
 WINDOWS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -31,7 +32,9 @@ def model():
 @pytest.fixture(scope="module")
 def fits(model):
     sites = find_sites(model)
-    return {name: get_sparsifier(name).fit(model, sites, WINDOWS, target(name)) for name in SPARSIFIERS}
+    methods = {name: get_sparsifier(name) for name in SPARSIFIERS}
+    methods["rsparse"] = RSparse(ratio=0.7)  # so that its rank is not 0 in a model of this size
+    return {name: method.fit(model, sites, WINDOWS, target(name)) for name, method in methods.items()}
 
 
 def outputs_of(model, path, ids=WINDOWS):

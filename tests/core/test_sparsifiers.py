@@ -165,9 +165,10 @@ def test_low_rank_is_the_truncated_svd(shape):
 
 
 def test_wanda_prunes_each_rows_lowest_weight_times_input_norm():
-    inputs = [[4.0, 0.6, 1.0, 0.0], [0.0, 0.8, 0.0, 1.0]]  # norms 4 1 1 1: scores 4 2 3 4 and 16 3 2 1
-    out, masked, _ = fit("wanda", inputs, W)
-    torch.testing.assert_close(out, outputs(inputs, [[1.0, 0.0, 0.0, -4.0], [4.0, 3.0, 0.0, 0.0]]))
+    inputs = [[4.0, 0.6, 1.0, 0.0], [0.0, 0.8, 0.0, 1.0]]  # norms 4 1 1 1
+    weight = [[1.0, -2.0, 3.0, -4.0], [1.0, -5.0, 6.0, 2.0]]  # scores 4 2 3 4 and 4 5 6 2
+    out, masked, _ = fit("wanda", inputs, weight)
+    torch.testing.assert_close(out, outputs(inputs, [[1.0, 0.0, 0.0, -4.0], [0.0, -5.0, 6.0, 0.0]]))
     assert masked == 0.5
 
 
