@@ -120,8 +120,6 @@ def _by_sensitivity(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Thresholds and centres by module path, at the target in the sparse model itself."""
     samples = collect_samples(model, sites, windows, dense_prefix, progress=progress)
-    site_thresholds, site_centers = solve(samples, sparsity)
-    thresholds = {path: site_thresholds[site.name].clone() for site in sites for path in site.modules}
-    centers = {path: site_centers[site.name].clone() for site in sites for path in site.modules}
+    thresholds, centers = solve(samples, sparsity)
     part = windows[: max(1, MATCH_TOKENS // windows.shape[1])]
     return match_sparsity(model, sites, thresholds, part, sparsity, dense_prefix, centers=centers), centers

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thresholds and centres per channel from how much the model's output feels each channel of each site.
+"""Thresholds and centres per channel from how much the model's output feels each channel of each linear's input.
 
-Setting entry `x_i` of a site's input to `c_i` moves the output by ``KL ~ f_i (x_i - c_i)^2 / 2``, where `f_i` is the
+Setting entry `x_i` of a linear's input to `c_i` moves the output by ``KL ~ f_i (x_i - c_i)^2 / 2``, where `f_i` is the
 diagonal of the Fisher information: the mean squared gradient of ``log p(y)`` by `x_i`, `y` drawn from the model itself
-(optimal brain damage, LeCun et al. 1989, on activations). It saves the `o` weights per entry that the site's linears
-read. Dropping what costs least per weight, at a price `lambda` per weight that is the same in the whole model, means
+(optimal brain damage, LeCun et al. 1989, on activations). It saves the `o` weights that the linear has per entry.
+Dropping what costs least per weight, at a price `lambda` per weight that is the same in the whole model, means
 
     drop where f_i (x_i - c_i)^2 < lambda o,    so    threshold_i = sqrt(lambda o / f_i),
 
-which spreads the target over layers, sites and channels at once. Given the thresholds, the best `c_i` is the mean of
+which spreads the target over layers, linears and channels at once. Given the thresholds, the best `c_i` is the mean of
 the entries that are dropped, which depends on `c_i`: it is found by iteration (Lloyd), from zero and from the median.
+The linears of a site share it, so that a layer which fuses them can subtract it once.
 
 The quadratic form holds for small errors, and half of a model's inputs is not small: taken literally it overdoes the
 differences. So thresholds are the geometric mean (`BLEND`) of these and TEAL's uniform ones.
@@ -28,33 +29,35 @@ from torch.nn import functional as F
 from spon_plugin.errors import SponError
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
-from spon_plugin.sites import Site
+from spon_plugin.sites import Site, module_weights
 from spon_plugin.statistics import measure_sparsity
 from spon_plugin.streaming import counted_rows, stream_inputs, window_batches
 from spon_plugin.tokens import DenseTokens
 
 BLEND = 0.5
-SAMPLE_ROWS = 4096
+SAMPLE_ROWS = 2048
 # A channel that the calibration text never moved is not free: its sensitivity counts as at least this share of the
-# site's mean.
+# linear's mean.
 _FLOOR = 1e-3
+_TINY = torch.finfo(torch.float32).tiny
 _CENTER_STEPS = 8
-_BISECTIONS = 24
+_ROUNDS = 2
+_BISECTIONS = 20
 
 
 @dataclass
 class SiteSample:
-    """What the thresholds of a site are made from.
+    """What the thresholds of a site's linears are made from.
 
     Attributes:
         rows: inputs ``[n, in_features]`` of the dense model, float32, on the CPU.
-        fisher: float32 ``[in_features]``, the mean squared gradient of the log-likelihood by the input.
-        outputs: how many weights an entry of the input meets: the `out_features` of the site's linears together.
+        fisher: module path -> float32 ``[in_features]``, the mean squared gradient of the log-likelihood by the input.
+        outputs: module path -> out_features: how many weights an entry of the input meets.
     """
 
     rows: Tensor
-    fisher: Tensor
-    outputs: int
+    fisher: dict[str, Tensor]
+    outputs: dict[str, int]
 
 
 def collect_samples(
@@ -65,7 +68,7 @@ def collect_samples(
     seed: int = 0,
     max_rows: int = SAMPLE_ROWS,
     progress: Progress = no_progress,
-) -> dict[str, SiteSample]:
+) -> list[SiteSample]:
     """Run the dense model forward and backward over some text.
 
     Args:
@@ -78,7 +81,7 @@ def collect_samples(
         progress: called after each window.
 
     Returns:
-        Site name -> sample.
+        A sample for every site, in order.
 
     Raises:
         SponError: there are no windows, or none has a position after the prefix.
@@ -91,10 +94,11 @@ def collect_samples(
         return lambda x, special: kept.append(counted_rows(x, special)[::every].float().cpu())
 
     stream_inputs(model, {site.modules[0]: observe(rows[site.name]) for site in sites}, windows, dense_prefix)
-    return {
-        site.name: SiteSample(torch.cat(rows[site.name]), fisher[site.name], site.weights // site.in_features)
-        for site in sites
-    }
+    samples = []
+    for site in sites:
+        outputs = {p: n // site.in_features for p, n in zip(site.modules, site.module_weights, strict=True)}
+        samples.append(SiteSample(torch.cat(rows[site.name]), {p: fisher[p] for p in site.modules}, outputs))
+    return samples
 
 
 def collect_fisher(
@@ -105,7 +109,7 @@ def collect_fisher(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> dict[str, Tensor]:
-    """The diagonal of the output's Fisher information by every site's input, averaged over tokens.
+    """The diagonal of the output's Fisher information by every linear's input, averaged over tokens.
 
     Args:
         model: as for `collect_samples`.
@@ -116,7 +120,7 @@ def collect_fisher(
         progress: called after each window.
 
     Returns:
-        Site name -> float32 ``[in_features]``, on the CPU.
+        Module path -> float32 ``[in_features]``, on the CPU.
 
     Raises:
         SponError: there are no windows, or none has a position after the prefix.
@@ -129,30 +133,32 @@ def collect_fisher(
     tokens = DenseTokens(dense_prefix)
     handles: list[Any] = [tokens.attach(model)]
 
-    def watch(site: Site) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+    def watch(path: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             special = tokens.rows(args[0])
 
-            def add(gradient: Tensor) -> None:  # by the tensor that all linears of the site read: their sum
+            def add(gradient: Tensor) -> None:
                 squares = counted_rows(gradient, special).float().square().sum(0).cpu()
-                sums[site.name] = sums.get(site.name, torch.zeros_like(squares)) + squares
+                sums[path] = sums.get(path, torch.zeros_like(squares)) + squares
 
-            args[0].register_hook(add)
+            own = args[0].view_as(args[0])  # the linears of a site read one tensor; each has its own gradient here
+            own.register_hook(add)
+            return (own, *args[1:])
 
         return hook
 
     def differentiable(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return output.requires_grad_() if not output.requires_grad else output
+        return output if output.requires_grad else output.requires_grad_()
 
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            handles.append(module.register_forward_hook(differentiable))
-    for site in sites:
-        handles.append(model.get_submodule(site.modules[0]).register_forward_pre_hook(watch(site)))
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     try:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                handles.append(module.register_forward_hook(differentiable))
+        for path in module_weights(sites):
+            handles.append(model.get_submodule(path).register_forward_pre_hook(watch(path)))
         for parameter in asked:
             parameter.requires_grad_(False)
         for done, batch in window_batches(windows, 1):
@@ -166,13 +172,13 @@ def collect_fisher(
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
-    return {site.name: sums[site.name] / windows[:, dense_prefix:].numel() for site in sites}
+    return {path: total / windows[:, dense_prefix:].numel() for path, total in sums.items()}
 
 
 def solve(
-    samples: Mapping[str, SiteSample], sparsity: float, blend: float = BLEND
+    samples: Sequence[SiteSample], sparsity: float, blend: float = BLEND
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Thresholds and centres that drop a share `sparsity` of the weights' inputs, on the samples.
+    """Thresholds and centres that leave a share `sparsity` of the weights unused, on the samples.
 
     Args:
         samples: from `collect_samples`.
@@ -180,69 +186,81 @@ def solve(
         blend: 0 for TEAL's uniform thresholds, 1 for those of the quadratic form, their geometric mean between.
 
     Returns:
-        Site name -> thresholds, and site name -> centres, each float32 ``[in_features]``.
+        Module path -> thresholds, and module path -> centres, each float32 ``[in_features]``; the linears of a site
+        have the same centres.
 
     Raises:
         SponError: the target lies outside [0, 1).
     """
-    if check_sparsity(sparsity) == 0:
-        return (
-            {name: torch.zeros_like(sample.fisher) for name, sample in samples.items()},
-            {name: torch.zeros_like(sample.fisher) for name, sample in samples.items()},
-        )
-    shapes = {name: _log_shape(sample, sparsity, blend) for name, sample in samples.items()}
-    centers = {name: torch.zeros_like(sample.fisher) for name, sample in samples.items()}
-    for _ in range(3):  # centres move entries below the thresholds, which then fall
-        level = _level(samples, shapes, centers, sparsity)
-        thresholds = {name: (shape + level).exp() for name, shape in shapes.items()}
-        centers = {name: best_centers(sample.rows, thresholds[name]) for name, sample in samples.items()}
+    check_sparsity(sparsity)
+    centers = [torch.zeros(sample.rows.shape[1]) for sample in samples]
+    if sparsity == 0:
+        nothing = {path: torch.zeros_like(f) for sample in samples for path, f in sample.fisher.items()}
+        return nothing, {path: zero.clone() for path, zero in nothing.items()}
+    shapes = [_log_shapes(sample, sparsity, blend) for sample in samples]
     level = _level(samples, shapes, centers, sparsity)
-    return {name: (shape + level).exp() for name, shape in shapes.items()}, centers
+    for _ in range(_ROUNDS):  # centres bring entries below the thresholds, which then fall
+        for index, (sample, shape) in enumerate(zip(samples, shapes, strict=True)):
+            thresholds = [(log + level).exp() for log in shape.values()]
+            centers[index] = best_centers(sample.rows, thresholds, list(sample.fisher.values()))
+        level = _level(samples, shapes, centers, sparsity)
+    return (
+        {path: (log + level).exp() for shape in shapes for path, log in shape.items()},
+        {path: center.clone() for sample, center in zip(samples, centers, strict=True) for path in sample.fisher},
+    )
 
 
-def _log_shape(sample: SiteSample, sparsity: float, blend: float) -> Tensor:
-    """The logarithm of a site's thresholds, up to the constant that all sites share."""
+def _log_shapes(sample: SiteSample, sparsity: float, blend: float) -> dict[str, Tensor]:
+    """The logarithms of a site's thresholds by module path, up to the constant that all sites share."""
     magnitudes = sample.rows.abs().flatten()
-    uniform = magnitudes.kthvalue(max(1, int(sparsity * magnitudes.numel()))).values
-    fisher = sample.fisher.clamp(min=max(_FLOOR * float(sample.fisher.mean()), torch.finfo(torch.float32).tiny))
-    quadratic = 0.5 * (sample.outputs / fisher).log()
-    smallest = torch.finfo(torch.float32).tiny
-    return (1 - blend) * uniform.clamp(min=smallest).log() + blend * quadratic
+    uniform = magnitudes.kthvalue(max(1, int(sparsity * magnitudes.numel()))).values.clamp(min=_TINY).log()
+    shapes = {}
+    for path, fisher in sample.fisher.items():
+        floored = fisher.clamp(min=max(_FLOOR * float(fisher.mean()), _TINY))
+        shapes[path] = (1 - blend) * uniform + blend * 0.5 * (sample.outputs[path] / floored).log()
+    return shapes
 
 
 def _level(
-    samples: Mapping[str, SiteSample], shapes: Mapping[str, Tensor], centers: Mapping[str, Tensor], sparsity: float
+    samples: Sequence[SiteSample], shapes: Sequence[Mapping[str, Tensor]], centers: Sequence[Tensor], sparsity: float
 ) -> float:
-    """The constant at which the target is met, by bisection."""
-    distances = {name: (s.rows - centers[name]).abs().clamp(min=1e-30).log() for name, s in samples.items()}
-    weights = {name: s.outputs * s.fisher.numel() for name, s in samples.items()}
-    # Where a threshold meets an entry, the constant is their difference: the target lies between the extremes of it.
-    ends = [(float((d - shapes[n]).min()), float((d - shapes[n]).max())) for n, d in distances.items()]
-    low, high = min(end[0] for end in ends), max(end[1] for end in ends)
+    """The constant at which the target is met, by bisection over logarithms of distance over threshold."""
+    excess = [
+        ((sample.rows - center).abs().clamp(min=_TINY).log() - log, sample.outputs[path])
+        for sample, shape, center in zip(samples, shapes, centers, strict=True)
+        for path, log in shape.items()
+    ]
+    total = sum(outputs * e.shape[1] for e, outputs in excess)
+    low, high = min(float(e.min()) for e, _ in excess), max(float(e.max()) for e, _ in excess)
     for _ in range(_BISECTIONS):
         level = (low + high) / 2
-        met = sum(weights[n] * float((d <= shapes[n] + level).float().mean()) for n, d in distances.items())
-        low, high = (level, high) if met < sparsity * sum(weights.values()) else (low, level)
+        met = sum(outputs * e.shape[1] * float((e <= level).float().mean()) for e, outputs in excess)
+        low, high = (level, high) if met < sparsity * total else (low, level)
     return (low + high) / 2
 
 
-def best_centers(rows: Tensor, thresholds: Tensor) -> Tensor:
-    """Per channel, the `c` with the least ``E[min((x - c)^2, threshold^2)]`` that Lloyd's iteration finds.
+def best_centers(rows: Tensor, thresholds: Sequence[Tensor], importance: Sequence[Tensor]) -> Tensor:
+    """Per channel, the `c` with the least ``E[sum_l f_l min((x - c)^2, threshold_l^2)]`` that Lloyd's iteration finds.
 
     Args:
-        rows: ``[n, in_features]``.
-        thresholds: ``[in_features]``.
+        rows: ``[n, in_features]``, the input that all linears share.
+        thresholds: ``[in_features]`` of each linear.
+        importance: ``f_l``, ``[in_features]`` of each linear.
 
     Returns:
         ``[in_features]``.
     """
     best = least = None
-    for center in (torch.zeros_like(thresholds), rows.median(0).values):
+    for center in (torch.zeros(rows.shape[1]), rows.median(0).values):
         for _ in range(_CENTER_STEPS):
-            near = ((rows - center).abs() <= thresholds).to(rows.dtype)
-            count = near.sum(0)
-            center = torch.where(count > 0, (rows * near).sum(0) / count.clamp(min=1), center)
-        cost = (rows - center).square().minimum(thresholds.square()).mean(0)
+            distance = (rows - center).abs()
+            near = sum(f * (distance <= t).to(rows.dtype) for t, f in zip(thresholds, importance, strict=True))
+            assert isinstance(near, Tensor)
+            weight = near.sum(0)
+            center = torch.where(weight > 0, (rows * near).sum(0) / weight.clamp(min=_TINY), center)
+        squares = (rows - center).square()
+        parts = [f * squares.minimum(t.square()).mean(0) for t, f in zip(thresholds, importance, strict=True)]
+        cost = torch.stack(parts).sum(0)
         if best is None or least is None:
             best, least = center, cost
         else:
