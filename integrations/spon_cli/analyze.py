@@ -42,8 +42,8 @@ NOTES = (
     "dense model's states, 1 where they agree up to rotation and scale. The dense prefix is left out."
 )
 ALPHA_NOTES = (
-    "Means over the blocks. rms and largest: of alpha, over the threshold. energy: ||W alpha||^2 / E||W x + b||^2. "
-    "cosine: of alpha and E[x - S(x)], the bias without training."
+    "Means over the blocks. norm: of alpha. rms, largest: of alpha, over the threshold. bias: ||W alpha||. "
+    "energy: ||W alpha||^2 / E||W x + b||^2. cosine: of alpha and E(x - S(x)), the bias without training."
 )
 
 
@@ -198,7 +198,7 @@ def shift_table(shift: dict[str, list[dict[str, float]]]) -> tuple[list[str], li
 def alpha_table(statistics: Sequence[AlphaStatistics]) -> tuple[list[str], list[list[str]]]:
     """Headings and lines: one line per name of a linear, means over the blocks."""
     figures = [f.name for f in fields(AlphaStatistics) if f.name not in ("module", "site", "role")]
-    head = ["linear", "site", "||alpha||", "rms", "largest", "||W alpha||", "energy", "cosine"]
+    head = ["linear", "norm", "rms", "largest", "bias", "energy", "cosine"]
     body = []
     for leaf in dict.fromkeys(row.module.rpartition(".")[2] for row in statistics):
         rows = [row for row in statistics if row.module.rpartition(".")[2] == leaf]
@@ -206,7 +206,7 @@ def alpha_table(statistics: Sequence[AlphaStatistics]) -> tuple[list[str], list[
         for name in figures:
             values = [value for row in rows if (value := getattr(row, name)) is not None]
             means.append(f"{_mean(values):.3f}" if values else "-")
-        body.append([leaf, rows[0].role, *means])
+        body.append([leaf, *means])
     return head, body
 
 

@@ -202,4 +202,4 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
                 axes.bar(places, [v for _, v in found], 0.2, label=label, color=color, hatch=hatch, edgecolor="white")
             axes.set_xticks(range(len(precisions)), precisions)
             axes.set(title=test, ylabel="perplexity")
-        panels[-1].legend(fontsize=8)
+        panels[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -66,16 +66,23 @@ def _lines(study: Study, rows: Rows, tests: Sequence[str], file: Path) -> None:
     with figure(file, 1 if shares else len(tests)) as panels:
         for index, test in enumerate(tests):
             axes = panels[0 if shares else index]
-            for order, series in enumerate(dict.fromkeys(point.series for point in study.points)):
+            drawn: list[str] = []
+            for series in dict.fromkeys(point.series for point in study.points):
                 points = [(p.x, _value(study, p, rows, test)) for p in study.points if p.series == series]
                 known = sorted((x, y) for x, y in points if x is not None and y is not None)
                 if known:
-                    color = None if shares else COLORS.get(series, f"C{order}")
-                    axes.plot(*zip(*known, strict=True), "o-", ms=4, color=color, label=test if shares else series)
+                    family = series.partition(",")[0]
+                    line = ("-", "--", ":")[drawn.count(family) % 3]
+                    drawn.append(family)
+                    color = None if shares else COLORS.get(family)
+                    axes.plot(
+                        *zip(*known, strict=True), line, marker="o", ms=4, color=color, label=test if shares else series
+                    )
             if not shares:
                 dense = rows[DENSE]["tests"][test]["perplexity"]
                 axes.axhline(dense, color=COLORS["dense"], linewidth=1, label="dense")
-                axes.set(title=test, yscale="log")
+                low, high = axes.get_ylim()
+                axes.set(title=test, yscale="log" if low <= 0 or high > 5 * low else "linear")
             if study.log:
                 axes.set_xscale("log")
             axes.set(xlabel=study.axis, ylabel="share of the masks' gap recovered" if shares else "perplexity")
