@@ -25,6 +25,7 @@ from spon_plugin.text import leading_windows, mixed_windows, windows_digest
 
 DEFAULT_METHODS = [name for name in SPARSIFIERS if name != "teal-greedy"]
 CALIBRATION_TOKENS, MAX_TOKENS = 8192, 6144
+HIGHEST = 10  # times the dense perplexity, at the top of the plot
 
 
 def compare_command(
@@ -144,7 +145,10 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Perplexity against the share of weight bytes saved: one line per method and alpha, one panel per text."""
+    """Perplexity against the share of weight bytes saved: one line per method and alpha, one panel per text.
+
+    Rows above `HIGHEST` are in the table only.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,6 +173,8 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
                     label = f"{get_sparsifier(method).title}, alpha {alpha_title(alpha)}"
                     axes.plot(*zip(*points, strict=True), line, marker=marker, color=f"C{index}", label=label, ms=4)
         axes.axhline(dense["texts"][name]["perplexity"], color="0.6", linewidth=1, label="dense")
+        # Static methods may be a hundred times worse than the others; they would press these into one line.
+        axes.set_ylim(top=min(axes.get_ylim()[1], HIGHEST * dense["texts"][name]["perplexity"]))
         axes.set(title=name, xlabel="share of the linears' weight bytes not read", ylabel="perplexity", yscale="log")
     panels[0][-1].legend(fontsize=7, ncols=2)
     figure.savefig(file, dpi=120, metadata={"Software": None})
