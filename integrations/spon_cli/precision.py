@@ -138,10 +138,10 @@ class PrecisionStudy:
 
 def check_precisions(precisions: Sequence[str]) -> None:
     """Raise `SponError` unless the first precision is a floating-point one and all can be loaded."""
+    if not precisions or precisions[0] not in FLOATS:
+        raise SponError.of("precisions", list(precisions), f"a full precision first: {', '.join(FLOATS)}")
     for precision in precisions:
         check_precision(precision)
-    if not precisions or precisions[0] not in FLOATS:
-        raise SponError.of("precision", list(precisions), f"a full precision first: {', '.join(FLOATS)}")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`spon ablate` and `spon analyze` on a tiny model."""
+
+import csv
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+from spon_cli.main import main
+from spon_plugin import Adapter, SponFields, find_sites, read_adapter, write_adapter
+
+TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(600))
+SMALL = ["--windows", "2", "--calibration-tokens", "256", "--window", "32", "--max-tokens", "128"]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    (tmp_path / "one.txt").write_text(TEXT)
+    (tmp_path / "two.txt").write_text(TEXT[::-1])
+    return [str(tmp_path / "one.txt"), str(tmp_path / "two.txt")]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model_dir, tmp_path_factory) -> Path:
+    """Masks and random alphas for the tiny model."""
+    from spon_transformers.loading import load_model
+
+    sites = find_sites(load_model(str(tiny_model_dir), "float32"))
+    inputs = {path: site.in_features for site in sites for path in site.modules}
+    torch.manual_seed(0)
+    made = Adapter(
+        SponFields(), {p: torch.tensor([0.3]) for p in inputs}, {p: 0.1 * torch.randn(n) for p, n in inputs.items()}
+    )
+    directory = tmp_path_factory.mktemp("adapter") / "spon"
+    write_adapter(made, directory)
+    return directory
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Run a command in this process; returns (exit code, standard output, standard error)."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["spon", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, out.getvalue(), err.getvalue()
+
+
+def names(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["ablate", "analyze"])
+def test_help_has_an_example(command):
+    code, out, _ = run(command, "--help")
+    assert code == 0 and f"spon {command}" in out and "--json" in out
+
+
+def test_ablate_keeps_rows_and_adds_studies(tiny_model_dir, texts, tmp_path):
+    command = ["ablate", tiny_model_dir, "--text", texts[0], "--text", texts[1], "--test", texts[0], *SMALL, "--json"]
+    code, out, err = run(*command, "--study", "location", "-o", tmp_path / "out")
+    assert code == 0, err
+    shown = json.loads(out)
+    assert [row["location"].partition(" ")[0] for row in shown["location"]] == [
+        "all",
+        "attn_in",
+        "attn_out",
+        "mlp_in",
+        "mlp_out",
+    ]
+    assert {row["test"] for row in shown["location"]} == {"one.txt"}
+    files = {f"location.{kind}" for kind in ("csv", "json", "md", "png")}
+    assert set(names(tmp_path / "out")) == {*files, "rows", "settings.json"}
+    rows = {name: (tmp_path / "out" / "rows" / name).stat().st_mtime_ns for name in names(tmp_path / "out" / "rows")}
+    assert len(rows) == 7  # dense, the masks alone, five locations
+    code, out, err = run(*command, "--study", "location,halves,domain", "-o", tmp_path / "out")
+    assert code == 0, err
+    more = json.loads(out)
+    assert more["location"] == shown["location"] and more["halves"][0]["row"] == more["location"][0]["row"]
+    assert more["domain"][-1]["row"] == more["location"][0]["row"]
+    now = {name: (tmp_path / "out" / "rows" / name).stat().st_mtime_ns for name in names(tmp_path / "out" / "rows")}
+    assert len(now) == 7 + 2 + 4 and all(now[name] == time for name, time in rows.items())
+    table = list(csv.DictReader((tmp_path / "out" / "halves.csv").open()))
+    assert [row["blocks"] for row in table] == ["all blocks", "first half", "last half"]
+    assert "| first half | SPON |" in (tmp_path / "out" / "halves.md").read_text()
+    code, _, err = run(*command, "--study", "halves", "--seed", "1", "-o", tmp_path / "out")
+    assert code == 2 and "seed: got 1, expected 0, as for the rows in" in " ".join(err.split())
+
+
+def test_ablate_shows_tables_of_numeric_studies(tiny_model_dir, texts, tmp_path):
+    studies = "layer,tokens,rate,sparsity"
+    code, out, err = run("ablate", tiny_model_dir, "--text", texts[0], "--test", texts[1], *SMALL,
+                         "--study", studies, "-o", tmp_path / "out")  # fmt: skip
+    assert code == 0, err
+    for title in ("Alpha in one decoder block only", "How many tokens", "Learning rate", "Where it breaks"):
+        assert title in out
+    assert {f"{name}.png" for name in studies.split(",")} <= set(names(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "quantized", [pytest.param(False, id="floats"), pytest.param(True, id="bitsandbytes", marks=pytest.mark.slow)]
+)
+def test_precision_compares_an_adapter_with_one_trained_on_the_base(tiny_model_dir, texts, tmp_path, quantized):
+    if quantized:
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    levels = ["float32", "int8", "int4"] if quantized else ["float32", "bfloat16"]
+    command = ["ablate", tiny_model_dir, "--text", texts[0], "--test", texts[1], *SMALL, "--json",
+               "--study", "precision", "--precisions", ",".join(levels), "-o", tmp_path / "out"]  # fmt: skip
+    code, out, err = run(*command)
+    assert code == 0, err
+    rows = json.loads(out)["precision"]
+    assert [(row["precision"], row["adapter"]) for row in rows] == [
+        ("float32", "full"),
+        *((level, origin) for level in levels[1:] for origin in ("full", "own")),
+    ]
+    assert all(row[name] > 0 for row in rows for name in ("dense", "teal", "spon"))
+    assert rows[1]["dense"] == rows[2]["dense"] != rows[0]["dense"]
+    assert rows[1]["spon"] != rows[2]["spon"]
+    assert all(row["weight_bytes"] < rows[0]["weight_bytes"] for row in rows[1:])
+    adapters = [read_adapter(path) for path in sorted((tmp_path / "out").glob("adapter-*"))]
+    assert len(adapters) == len(levels) and all(len(found.alphas) == 14 for found in adapters)
+    assert "precision.png" in names(tmp_path / "out")
+    assert json.loads(run(*command)[1])["precision"] == rows
+
+
+def test_precision_takes_a_given_adapter(tiny_model_dir, texts, adapter, tmp_path):
+    code, out, err = run("ablate", tiny_model_dir, "--text", texts[0], "--test", texts[1], *SMALL, "--json",
+                         "--study", "precision", "--precisions", "float32", "--adapter", adapter,
+                         "-o", tmp_path / "out")  # fmt: skip
+    assert code == 0, err
+    (row,) = json.loads(out)["precision"]
+    arguments = [
+        "--adapter",
+        adapter,
+        "--text",
+        texts[1],
+        "--window",
+        "32",
+        "--max-tokens",
+        "128",
+        "--dtype",
+        "float32",
+    ]
+    measured = json.loads(run("eval", tiny_model_dir, *arguments, "--json")[1])["perplexity"]
+    assert {name: row[name] for name in ("dense", "teal", "spon")} == measured
+    assert not list((tmp_path / "out").glob("adapter-*"))
+
+
+def test_analyze_writes_tables_and_plots(tiny_model_dir, texts, adapter, tmp_path):
+    command = ["analyze", tiny_model_dir, "--adapter", adapter, "--text", texts[0], "--count", "5"]
+    code, out, err = run(*command, "--projection", "pca", "-o", tmp_path / "out", "--json")
+    assert code == 0, err
+    shown = json.loads(out)
+    assert shown["count"] == 5 and shown["tokens"] == 5 * 64
+    assert {name: len(layers) for name, layers in shown["shift"].items()} == {"TEAL": 2, "SPON": 2}
+    assert all(layer["distance"] > 0 and 0 < layer["cka"] <= 1 for part in shown["shift"].values() for layer in part)
+    assert len(shown["alphas"]) == 14
+    assert names(tmp_path / "out") == [
+        "alphas.csv", "analysis.json", "analysis.md", "pca.png", "shift.csv", "shift.png"
+    ]  # fmt: skip
+    _, table, _ = run(*command)
+    assert "Shift of the hidden states" in table and "down_proj" in table
+
+
+def test_analyze_reads_prompts_of_any_length(tiny_model_dir, adapter, tmp_path):
+    (tmp_path / "prompts.txt").write_text("A short one.\n\n" + "A long one, cut off. " * 9 + "\n")
+    code, out, err = run(
+        "analyze", tiny_model_dir, "--adapter", adapter, "--prompts", tmp_path / "prompts.txt", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["count"] == 2 and json.loads(out)["tokens"] == len("A short one.") + 64
+
+
+WRONG = {
+    "no such study": (["ablate", "--study", "colour"], "study: got 'colour', expected one of location, layer"),
+    "no study": (["ablate", "--study", ","], "study: got ','"),
+    "one text for domains": (["ablate", "--study", "domain"], "at least two training texts"),
+    "no such precision": (
+        ["ablate", "--study", "precision", "--precisions", "float32,int3"],
+        "precision: got 'int3', expected one of float32, bfloat16, float16, int8, int4",
+    ),
+    "quantized first": (
+        ["ablate", "--study", "precision", "--precisions", "int8,float32"],
+        "precisions: got ['int8', 'float32'], expected a full precision first",
+    ),
+    "no such method": (["ablate", "--method", "best"], "method: got 'best'"),
+    "text too short": (["ablate", "--windows", "9999"], "Use more text."),
+    "sparsity of one": (["ablate", "--sparsity", "1"], "sparsity: got 1.0"),
+    "no calibration": (["ablate", "--calibration-tokens", "1"], "calibration_tokens: got 1"),
+    "one prompt token": (["analyze", "--max-length", "1"], "max_length: got 1"),
+    "no such projection": (["analyze", "--projection", "umap"], "projection: got 'umap'"),
+    "prompts and text": (["analyze", "--prompts", "x.txt"], "either --prompts or --text"),
+    "no such adapter": (["analyze", "--adapter", "missing"], "adapter: got 'missing'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_named_and_nothing_is_written(tiny_model_dir, texts, adapter, tmp_path, case):
+    (command, *arguments), message = WRONG[case]
+    own = ["--test", texts[1]] if command == "ablate" else [] if "--adapter" in arguments else ["--adapter", adapter]
+    before = names(tmp_path)
+    code, out, err = run(command, tiny_model_dir, "--text", texts[0], *own, *arguments, "-o", tmp_path / "out")
+    assert code == 2 and message in " ".join(err.split()), err
+    assert out == "" and names(tmp_path) == before
