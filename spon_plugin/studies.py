@@ -15,7 +15,7 @@ from spon_plugin.errors import SponError
 from spon_plugin.recipe import Recipe
 from spon_plugin.sites import Site
 
-# A minute and a half a row for SmolLM2-135M on two cores: rows are to be compared with each other, not with the
+# Two minutes a row for SmolLM2-135M on two cores: rows are to be compared with each other, not with the
 # three times longer schedule of `spon train`.
 BASE = Recipe(windows=96, window=256, batch_size=2, epochs=1, learning_rate=0.015)
 

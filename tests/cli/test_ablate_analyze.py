@@ -194,10 +194,10 @@ WRONG = {
     "text too short": (["ablate", "--windows", "9999"], "Use more text."),
     "sparsity of one": (["ablate", "--sparsity", "1"], "sparsity: got 1.0"),
     "no calibration": (["ablate", "--calibration-tokens", "1"], "calibration_tokens: got 1"),
-    "one prompt token": (["analyze", "--max-length", "1"], "max_length: got 1"),
+    "one prompt token": (["analyze", "--projection", "pca", "--max-length", "1"], "max_length: got 1"),
     "no such projection": (["analyze", "--projection", "umap"], "projection: got 'umap'"),
-    "prompts and text": (["analyze", "--prompts", "x.txt"], "either --prompts or --text"),
-    "no such adapter": (["analyze", "--adapter", "missing"], "adapter: got 'missing'"),
+    "prompts and text": (["analyze", "--projection", "pca", "--prompts", "x.txt"], "either --prompts or --text"),
+    "no such adapter": (["analyze", "--projection", "pca", "--adapter", "missing"], "adapter: got 'missing'"),
 }
 
 
