@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What to vary: the studies of SPON (arXiv 2512.12744, section 4) that a user can run on any model.
 
-Figure 4 of the paper asks where to inject. A site is a place where an alpha can go, so on a model of Llama's kind there
-are five locations: every linear, and the inputs of q/k/v, of o, of gate/up and of down. Masks stay on all linears.
+Where to inject is the question of the paper's figure 4. The locations here are our own choice, an alpha's places as the
+core knows them: every linear, and each role of a site, which on a model of Llama's kind are the inputs of q/k/v, of o,
+of gate/up and of down. Masks stay on all linears.
 """
 
 from __future__ import annotations

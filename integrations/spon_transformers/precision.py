@@ -13,8 +13,7 @@ from spon_transformers.loading import DTYPES, load_model, model_source
 
 FLOATS = tuple(name for name in DTYPES if name != "auto")
 BNB = ("int8", "int4")
-TORCHAO = ("torchao-int8",)
-PRECISIONS = (*FLOATS, *BNB, *TORCHAO)
+PRECISIONS = (*FLOATS, *BNB)
 
 
 def check_precision(precision: str) -> None:
@@ -25,19 +24,18 @@ def check_precision(precision: str) -> None:
     """
     if precision not in PRECISIONS:
         raise SponError.of("precision", precision, "one of " + ", ".join(PRECISIONS))
-    package = "bitsandbytes" if precision in BNB else "torchao" if precision in TORCHAO else None
-    if package is not None:
+    if precision in BNB:
         try:
-            __import__(package)
+            import bitsandbytes  # noqa: F401
         except ImportError as error:
-            raise SponError.of("precision", precision, f"{package} installed", f"pip install {package}") from error
+            raise SponError.of("precision", precision, "bitsandbytes installed", "pip install bitsandbytes") from error
 
 
 def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
     """Load a causal language model with its linears at some precision.
 
-    ``int8`` and ``int4`` are bitsandbytes' LLM.int8() and NF4 (blocks of 64), ``torchao-int8`` is torchao's 8-bit
-    weights; the output head, norms and embeddings stay in `dtype`, in which 4-bit layers compute, too.
+    ``int8`` and ``int4`` are bitsandbytes' LLM.int8() and NF4 (blocks of 64); the output head, norms and embeddings stay
+    in `dtype`, in which 4-bit layers compute, too.
 
     Args:
         name: as for `load_model`; not GGUF for a quantized precision.
@@ -53,17 +51,12 @@ def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
     check_precision(precision)
     if precision in FLOATS:
         return load_model(name, precision)
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     source = model_source(name)
     if source.gguf_file:
         raise SponError.of("model", name, "a transformers directory or hub name to quantize", "Convert the GGUF first.")
-    config: Any
-    if precision in TORCHAO:
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        config = TorchAoConfig(Int8WeightOnlyConfig())
-    elif precision == "int8":
+    if precision == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
         config = BitsAndBytesConfig(

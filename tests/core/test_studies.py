@@ -41,7 +41,7 @@ def leaves(trial: Trial) -> set[str]:
     return {path.rpartition(".")[2] for path in trial.carriers}
 
 
-def test_location_has_the_five_of_figure_four(setup):
+def test_locations_are_all_linears_and_each_role_of_a_site(setup):
     found = {point.label: leaves(point.trial) for point in STUDIES["location"](setup).points}
     assert found == {
         "all": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
