@@ -99,7 +99,7 @@ def serving(command: Sequence[str], environment: Mapping[str, str], log: Path) -
     with log.open("w") as out:
         process = subprocess.Popen(
             [vllm(), "serve", *command, "--host", "127.0.0.1", "--port", str(port)],
-            env=dict(environment), stdout=out, stderr=out,
+            env=dict(environment), stdout=out, stderr=out, start_new_session=True,
         )  # fmt: skip
     try:
         end = time.monotonic() + START_SECONDS
@@ -109,11 +109,11 @@ def serving(command: Sequence[str], environment: Mapping[str, str], log: Path) -
             time.sleep(1)
         yield address
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager
