@@ -3,7 +3,21 @@
 
 import pytest
 import torch
-from engines import engine, generate, make_adapter, make_model, merge, override, with_prefix
+from engines import (
+    dense_model,
+    engine,
+    forced,
+    generate,
+    make_adapter,
+    make_model,
+    merge,
+    override,
+    with_prefix,
+)
+from transformers import AutoTokenizer
+
+from spon_plugin import write_adapter
+from spon_plugin.text import offline_text
 
 pytestmark = pytest.mark.slow
 
@@ -39,3 +53,23 @@ def test_parallel_engines(tmp_path, workers):
             ours, our_logprobs = generate(llm)
         assert torch.equal(ours, tokens), (name, size)
         assert (our_logprobs - logprobs).abs().mean() <= 0.001
+
+
+def test_smollm2_on_three_workers(smollm2_dir, tmp_path, workers):
+    """Nine heads and three key-value heads, so three workers."""
+    ids = AutoTokenizer.from_pretrained(smollm2_dir)(offline_text()[:40000]).input_ids
+    prompts = [ids[start : start + 16] for start in range(100, 8100, 1000)]
+    # Biases everywhere, masks in two blocks: over all thirty, another order of summation moves some input across its
+    # threshold in most prompts, and every token after it. There the tests on tiny models are sharper.
+    adapter = make_adapter(tmp_path / "all", dense_model(smollm2_dir), smollm2_dir, sparsity=0.5, alpha=0.02)
+    for name in adapter.thresholds:
+        if ".layers.0." not in name and ".layers.15." not in name:
+            adapter.thresholds[name] = torch.zeros(1)
+    write_adapter(adapter, tmp_path / "two")
+    with engine(smollm2_dir, **override(tmp_path / "two", token_mode="all")) as llm:
+        tokens, logprobs = generate(llm, prompts, count=16)
+    assert (logprobs - forced(dense_model(smollm2_dir), tokens, prompts)).abs().mean() > 0.1
+    with engine(smollm2_dir, **override(tmp_path / "two", token_mode="all"), tensor_parallel_size=3) as llm:
+        ours, our_logprobs = generate(llm, prompts, count=16)
+    assert torch.equal(ours, tokens)
+    assert (our_logprobs - logprobs).abs().mean() <= 0.01
