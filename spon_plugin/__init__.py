@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """SPON: input sparsification with spontaneous neurons, free of any host framework."""
 
-from spon_plugin.adapter import Adapter, SponFields, read_adapter, write_adapter
+from spon_plugin.adapter import Adapter, read_adapter, write_adapter
 from spon_plugin.errors import SponError
+from spon_plugin.fields import SponFields
 from spon_plugin.linear import SparseConv1D, SparseLinear, fold_alpha
 from spon_plugin.masking import keep_mask, sparsify
 from spon_plugin.sites import Site, find_sites

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.adapter import carries_alpha
 from spon_plugin.distillation import kl_divergence
 from spon_plugin.errors import SponError
+from spon_plugin.fields import carries_alpha
 from spon_plugin.head import OutputHead, backbone_hidden, find_head
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.recipe import Recipe

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.adapter import ALLOCATIONS, Adapter, SponFields, carries_alpha
+from spon_plugin.adapter import Adapter
 from spon_plugin.allocation import allocate_greedy, thresholds_at
 from spon_plugin.errors import SponError
+from spon_plugin.fields import ALLOCATIONS, SponFields, carries_alpha
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sensitivity import collect_samples, match_sparsity, solve

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spon_plugin.adapter import CENTER_MODULES, THRESHOLD, SponFields, check_modules, names_module
+from spon_plugin.adapter import THRESHOLD
 from spon_plugin.errors import SponError
+from spon_plugin.fields import CENTER_MODULES, SponFields, check_modules, names_module
 
 FIELD = "quantization_config"
 """What errors call the object."""

@@ -15,8 +15,8 @@ from spon_cli import options
 from spon_cli.output import note, percent, progress_bars, show_json, show_table
 from spon_cli.sources import TextSource, text_sources
 from spon_plugin import Adapter, Site, SponError, __version__, find_sites, write_adapter
-from spon_plugin.adapter import ALLOCATIONS, SponFields
 from spon_plugin.calibration import calibrate
+from spon_plugin.fields import ALLOCATIONS, SponFields
 from spon_plugin.files import check_new
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress

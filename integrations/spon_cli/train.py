@@ -18,7 +18,8 @@ from spon_cli.calibrate import Loaded, Settings, base_of, calibrated, check_choi
 from spon_cli.output import Bar, note, progress_bars, show_json
 from spon_cli.sources import TextSource, text_sources
 from spon_plugin import Adapter, SponError, read_adapter
-from spon_plugin.adapter import ALLOCATIONS, carries_alpha, is_adapter, save_adapter_files
+from spon_plugin.adapter import is_adapter, save_adapter_files
+from spon_plugin.fields import ALLOCATIONS, carries_alpha
 from spon_plugin.files import check_new, new_directory
 from spon_plugin.masking import check_sparsity
 from spon_plugin.recipe import PRESETS, Recipe, preset

@@ -15,18 +15,16 @@ from spon_peft.layer import SponLayer
 from spon_plugin.adapter import (
     ALPHA,
     CENTER,
-    CENTER_MODULES,
-    CHANNEL_MODULES,
     KEY_PREFIX,
     PEFT_TYPE,
     THRESHOLD,
     WEIGHTS_NAME,
     Adapter,
-    SponFields,
     read_adapter,
     read_config,
 )
 from spon_plugin.errors import SponError
+from spon_plugin.fields import CENTER_MODULES, CHANNEL_MODULES, SponFields
 
 if TYPE_CHECKING:
     from spon_peft.config import SponConfig

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from spon_plugin.adapter import CENTER_MODULES, CHANNEL_MODULES, PEFT_TYPE, SponFields, check_modules
+from spon_plugin.adapter import PEFT_TYPE
 from spon_plugin.errors import SponError
+from spon_plugin.fields import CENTER_MODULES, CHANNEL_MODULES, SponFields, check_modules
 
 
 @dataclass

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from spon_peft.config import SponConfig
 from spon_peft.tokens import AdapterTokens
-from spon_plugin.adapter import carries_alpha, names_module
 from spon_plugin.errors import SponError
+from spon_plugin.fields import carries_alpha, names_module
 from spon_plugin.linear import SparseConv1D, SparseLinear, add_alpha, is_conv1d, is_linear, linear_features
 from spon_plugin.masking import sparse_deviation
 from spon_plugin.product import weight_product

@@ -34,8 +34,8 @@ def check_precision(precision: str) -> None:
 def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
     """Load a causal language model with its linears at some precision.
 
-    ``int8`` and ``int4`` are bitsandbytes' LLM.int8() and NF4 (blocks of 64); the output head, norms and embeddings stay
-    in `dtype`, in which 4-bit layers compute, too.
+    ``int8`` and ``int4`` are bitsandbytes' LLM.int8() and NF4 (blocks of 64); the output head, norms and embeddings
+    stay in `dtype`, in which 4-bit layers compute, too.
 
     Args:
         name: as for `load_model`; not GGUF for a quantized precision.

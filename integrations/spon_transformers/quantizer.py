@@ -17,8 +17,9 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spon_plugin.adapter import CENTER, CENTER_MODULES, FORMAT_VERSION, THRESHOLD, Adapter, SponFields, short_names
+from spon_plugin.adapter import CENTER, THRESHOLD, Adapter
 from spon_plugin.errors import SponError
+from spon_plugin.fields import CENTER_MODULES, FORMAT_VERSION, SponFields, short_names
 from spon_plugin.linear import SparseConv1D, SparseLinear, follow_tokens, is_conv1d, is_linear, linear_features
 from spon_plugin.merged import (
     FIELD,

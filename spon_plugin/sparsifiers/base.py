@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spon_plugin.adapter import Adapter, SponFields
+from spon_plugin.adapter import Adapter
 from spon_plugin.errors import SponError
+from spon_plugin.fields import SponFields
 from spon_plugin.histogram import MagnitudeHistogram
 from spon_plugin.linear import is_conv1d, linear_features
 from spon_plugin.masking import check_sparsity

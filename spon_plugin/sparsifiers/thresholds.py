@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.adapter import Adapter, SponFields
+from spon_plugin.adapter import Adapter
+from spon_plugin.fields import SponFields
 from spon_plugin.masking import keep_mask, sparse_deviation
 from spon_plugin.sites import Site
 from spon_plugin.sparsifiers.base import Fitted, Statistics, readable_weight

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 import spon_plugin.adapter as adapter_module
 from spon_plugin import Adapter, SponError, SponFields, read_adapter, write_adapter
-from spon_plugin.adapter import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, carries_alpha, is_adapter, read_config
+from spon_plugin.adapter import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, is_adapter, read_config
+from spon_plugin.fields import carries_alpha
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 K = "model.layers.0.self_attn.k_proj"

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from spon_plugin import SponError, find_sites, sparse_inputs, sparsify
-from spon_plugin.adapter import Adapter, SponFields
+from spon_plugin.adapter import Adapter
 from spon_plugin.alpha_statistics import alpha_statistics
+from spon_plugin.fields import SponFields
 from spon_plugin.hidden_shift import block_outputs, linear_cka, project, prompt_means, relative_distance
 
 
