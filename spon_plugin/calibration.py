@@ -102,7 +102,7 @@ def calibrate(
             site.name: {
                 "modules": [path.removeprefix(site.block + ".") for path in site.modules],
                 "weights": site.weights,
-                "achieved_sparsity": round(per_module[site.modules[0]], 4),
+                "achieved_sparsity": round(_of_site(site, per_module), 4),
             }
             for site in sites
         },
@@ -114,6 +114,12 @@ def calibrate(
         "inference_mode": True,
     }
     return Adapter(fields, thresholds, alphas, peft, centers)
+
+
+def _of_site(site: Site, per_module: dict[str, float]) -> float:
+    """A site's share: its linears have one mask, or each its own, and count by their weights."""
+    pairs = zip(site.modules, site.module_weights, strict=True)
+    return sum(per_module[path] * count for path, count in pairs) / site.weights
 
 
 def _by_sensitivity(

@@ -15,7 +15,12 @@ AdapterDir = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter 
 Output = Annotated[Path, typer.Option("-o", "--output", help="The directory to make; it must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Sparsity = Annotated[float, typer.Option(help="Share of the linears' inputs to zero, in [0, 1).")]
-Allocation = Annotated[str, typer.Option(help="uniform, or greedy (TEAL's, within each block; slower, better).")]
+Allocation = Annotated[
+    str,
+    typer.Option(
+        help="uniform, greedy (TEAL's, within each block), or sensitivity (per channel, with centres; slowest, best)."
+    ),
+]
 Text = Annotated[list[Path] | None, typer.Option(help="A text file; may repeat, for an even mix.")]
 Dataset = Annotated[
     list[str] | None,
