@@ -152,16 +152,10 @@ def test_engine_says_what_peft_says(smollm2_dir, adapter, tmp_path):
     assert (logprobs - forced(dense_model(smollm2_dir), tokens, prompts)).abs().mean() > 0.02 + 2 * noise
 
 
-def english() -> str:
-    """WikiText-2's test set where the project's data lie beside the checkout, else what every Python ships."""
-    wiki = ROOT.parent / "shared" / "data" / "wikitext2" / "wiki.test.raw"
-    return wiki.read_text(encoding="utf-8") if wiki.exists() else offline_text("test")
-
-
 def test_perplexity_is_that_of_the_reference(smollm2_dir, adapter, tmp_path):
     from transformers import AutoTokenizer
 
-    windows = leading_windows(AutoTokenizer.from_pretrained(smollm2_dir), english(), 256, 4 * 256)
+    windows = leading_windows(AutoTokenizer.from_pretrained(smollm2_dir), offline_text("test"), 256, 4 * 256)
     loaded = read_adapter(adapter)
     rows = references(dense_model(smollm2_dir), loaded, windows)
     write_adapter(loaded.without_alpha(), tmp_path / "teal")
@@ -173,9 +167,11 @@ def test_perplexity_is_that_of_the_reference(smollm2_dir, adapter, tmp_path):
     for name, source in sources.items():
         with engine(smollm2_dir, max_model_len=512, **source) as llm:
             measured = vllm_perplexity(llm, windows)
-        # `spon eval` leaves position 0 dense, which mode all cannot; that is another function, if a close one.
-        assert abs(measured / rows[name]["all"] - 1) < 0.01, (name, measured, rows)
-    assert rows["dense"]["all"] < rows["spon"]["all"] and rows["dense"]["all"] < rows["teal"]["all"]
+        # `spon eval` leaves position 0 dense, which mode all cannot; that is another function, if a close one. Rounding
+        # flips masks, which a thousand tokens do not average out: benchmarks.vllm_perplexity reads more of them.
+        near = 1e-4 if name == "dense" else 0.05
+        assert abs(measured / rows[name]["all"] - 1) < near, (name, measured, rows)
+    assert 1.1 * rows["dense"]["all"] < rows["spon"]["all"] < 0.9 * rows["teal"]["all"]
 
 
 def test_the_example_runs_as_it_stands(smollm2_dir, adapter, tmp_path):
