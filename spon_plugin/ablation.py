@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -116,19 +117,11 @@ class Ablation:
         """
         wanted = plan(trials)
         self.check(wanted)
-        rows = {DENSE: self._kept(DENSE, store, lambda: {"name": DENSE, "tests": self._evaluate("dense", None)})}
+        rows = {DENSE: store.kept(DENSE, lambda: {"name": DENSE, "tests": self._evaluate("dense", None)}, self.done)}
         missing = [trial for trial in wanted if not store.has(trial.name)]
         for trial in wanted:
-            rows[trial.name] = self._kept(trial.name, store, lambda trial=trial: self._measure(trial, missing))  # type: ignore[misc]
+            rows[trial.name] = store.kept(trial.name, partial(self._measure, trial, missing), self.done)
         return rows
-
-    def _kept(self, name: str, store: RowStore, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        old = store.has(name)
-        if not old:
-            store.write(name, measure())
-        row = store.read(name)
-        self.done(row, old)
-        return row
 
     def _measure(self, trial: Trial, missing: Sequence[Trial]) -> dict[str, Any]:
         label = describe(trial)

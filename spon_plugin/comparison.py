@@ -105,20 +105,12 @@ class Bench:
         Returns:
             The dense row and the wanted ones, in order.
         """
-        rows = [self._kept(DENSE, store, lambda: {"method": DENSE, "texts": self._evaluate("dense", None)})]
+        rows = [store.kept(DENSE, lambda: {"method": DENSE, "texts": self._evaluate("dense", None)}, self.done)]
         for method in dict.fromkeys(key.method for key in wanted):
             mine = [key for key in wanted if key.method == method]
             fits = _Fits(self, get_sparsifier(method))
-            rows += [self._kept(key.name, store, partial(self._measure, key, fits)) for key in mine]
+            rows += [store.kept(key.name, partial(self._measure, key, fits), self.done) for key in mine]
         return rows
-
-    def _kept(self, name: str, store: RowStore, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        old = store.has(name)
-        if not old:
-            store.write(name, measure())
-        row = store.read(name)
-        self.done(row, old)
-        return row
 
     def _measure(self, key: Key, fits: _Fits) -> dict[str, Any]:
         row: dict[str, Any] = {"method": key.method, "sparsity": key.sparsity, "alpha": key.alpha}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,23 @@ class RowStore:
     def write(self, name: str, row: Mapping[str, Any]) -> None:
         """Keep a row; whole or not at all. Numbers that JSON does not have (NaN, infinity) become null."""
         _write(self._file(name), row)
+
+    def kept(
+        self, name: str, measure: Callable[[], Mapping[str, Any]], done: Callable[[dict[str, Any], bool], None]
+    ) -> dict[str, Any]:
+        """A row, measured unless it is there.
+
+        Args:
+            name: of the row.
+            measure: gives it.
+            done: called with the row, and whether it was there.
+        """
+        old = self.has(name)
+        if not old:
+            self.write(name, measure())
+        row = self.read(name)
+        done(row, old)
+        return row
 
     def all(self) -> list[dict[str, Any]]:
         """Every row, by file name."""
