@@ -123,10 +123,12 @@ class SponConfig(QuantizationConfig):
             settings = self.settings
             assert settings is not None, "maybe_update_config has not been called"
             if settings.adapter is None:
-                own = {
-                    m: Masks(None if v is None else torch.tensor([v]), loads_center=m in settings.centered)
+                # float32 by name: vLLM makes models with the default dtype set to the weights'.
+                scalars = {
+                    m: None if v is None else torch.tensor([v], dtype=torch.float32)
                     for m, v in settings.thresholds.items()
                 }
+                own = {m: Masks(scalar, loads_center=m in settings.centered) for m, scalar in scalars.items()}
             else:
                 adapter = read_adapter(settings.adapter)
                 own = {
