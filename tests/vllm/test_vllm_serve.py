@@ -171,7 +171,7 @@ def test_perplexity_is_that_of_the_reference(smollm2_dir, adapter, tmp_path):
         # flips masks, which a thousand tokens do not average out: benchmarks.vllm_perplexity reads more of them.
         near = 1e-4 if name == "dense" else 0.05
         assert abs(measured / rows[name]["all"] - 1) < near, (name, measured, rows)
-    assert 1.1 * rows["dense"]["all"] < rows["spon"]["all"] < 0.9 * rows["teal"]["all"]
+    assert 1.1 * rows["dense"]["all"] < min(rows["spon"]["all"], rows["teal"]["all"])
 
 
 def test_the_example_runs_as_it_stands(smollm2_dir, adapter, tmp_path):
