@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sensitivity import collect_samples, match_sparsity, solve
 from spon_plugin.sites import Site, module_weights, target_names
 from spon_plugin.statistics import collect_histograms, mean_alphas, measure_sparsity
+from spon_plugin.text import windows_digest
 
 GREEDY_TOKENS = 1024
 MATCH_TOKENS = 4096
@@ -95,7 +95,7 @@ def calibrate(
         **(source or {}),
         "tokens": int(windows.numel()),
         "window": int(windows.shape[1]),
-        "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "tokens_sha256": windows_digest(windows),
         "held_out_tokens": int(held_out.numel()),
         "achieved_sparsity": round(achieved, 4),
         "sites": {

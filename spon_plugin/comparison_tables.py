@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of `comparison` as a table: Markdown, CSV, JSON."""
+"""The rows of `comparison` as a table: records and Markdown."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spon_plugin.comparison import DENSE, MEAN, OFF, ON, Key, by_key
 from spon_plugin.sparsifiers import get_sparsifier
+from spon_plugin.tables import markdown_table
 
 Row = Mapping[str, Any]
 
@@ -68,17 +67,6 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return flat
 
 
-def csv_text(rows: Sequence[Row]) -> str:
-    """The records as CSV; empty without rows."""
-    flat = records(rows)
-    out = io.StringIO()
-    if flat:
-        writer = csv.DictWriter(out, fieldnames=list(flat[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(flat)
-    return out.getvalue()
-
-
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, with notes on its columns and on the rows that a method cannot give."""
     dense = next(row for row in rows if row["method"] == DENSE)
@@ -87,9 +75,8 @@ def markdown(rows: Sequence[Row]) -> str:
     for name in names:
         head += [f"{name} (dense {_number(dense['texts'][name]['perplexity'])})", "of TEAL's gap"]
     head += ["masked", "bytes saved", "extra, kB a layer", "calibration, s", "training, s"]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * 3 + " ---: |" * (len(head) - 3)]
-    for key, row in sorted(by_key(rows), key=lambda item: item[0].sparsity):
-        lines.append("| " + " | ".join(cells(key, row, rows, names)) + " |")
+    ordered = sorted(by_key(rows), key=lambda item: item[0].sparsity)
+    lines = markdown_table(head, [cells(key, row, rows, names) for key, row in ordered], text=3)
     first = dense["texts"][names[0]]
     protocol = f"Windows of {first['window']} tokens, {first['tokens']} tokens of each text."
     skipped = dict.fromkeys(

@@ -26,12 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spon_plugin.errors import SponError
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sites import Site, module_weights
 from spon_plugin.statistics import measure_sparsity
-from spon_plugin.streaming import counted_rows, stream_inputs, window_batches
+from spon_plugin.streaming import check_windows, counted_rows, stream_inputs, window_batches
 from spon_plugin.tokens import DenseTokens
 
 BLEND = 0.5
@@ -125,10 +124,7 @@ def collect_fisher(
     Raises:
         SponError: there are no windows, or none has a position after the prefix.
     """
-    if windows.numel() == 0 or windows.shape[1] <= dense_prefix:
-        raise SponError.of(
-            "calibration windows", tuple(windows.shape), f"at least one window of more than {dense_prefix} tokens"
-        )
+    check_windows(windows, dense_prefix)
     sums: dict[str, Tensor] = {}
     tokens = DenseTokens(dense_prefix)
     handles: list[Any] = [tokens.attach(model)]

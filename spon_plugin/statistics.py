@@ -124,6 +124,6 @@ def mean_alphas(
 
         return update
 
-    observers = {site.modules[0]: observe(site.modules[0]) for site in sites}
-    stream_inputs(model, observers, windows, dense_prefix, batch_size)
-    return {path: sums[site.modules[0]] / rows[site.modules[0]] for site in sites for path in site.modules}
+    # Every linear by itself: those of a site read one tensor, but each may have its own mask.
+    stream_inputs(model, {path: observe(path) for path in module_weights(sites)}, windows, dense_prefix, batch_size)
+    return {path: total / rows[path] for path, total in sums.items()}

@@ -46,10 +46,7 @@ def stream_inputs(
     Raises:
         SponError: there are no windows, or none has a position after the prefix.
     """
-    if windows.numel() == 0 or windows.shape[1] <= dense_prefix:
-        raise SponError.of(
-            "calibration windows", tuple(windows.shape), f"at least one window of more than {dense_prefix} tokens"
-        )
+    check_windows(windows, dense_prefix)
     tokens = DenseTokens(dense_prefix)
     handles: list[Any] = [tokens.attach(model)]
 
@@ -71,6 +68,14 @@ def stream_inputs(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_windows(windows: Tensor, dense_prefix: int) -> None:
+    """Raise `SponError` if there are no windows ``[count, length]``, or none has a position after the prefix."""
+    if windows.numel() == 0 or windows.shape[1] <= dense_prefix:
+        raise SponError.of(
+            "calibration windows", tuple(windows.shape), f"at least one window of more than {dense_prefix} tokens"
+        )
 
 
 def window_batches(windows: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of a study as a table: records, Markdown and CSV."""
+"""The rows of a study as a table: records and Markdown."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from spon_plugin.ablation import DENSE
 from spon_plugin.studies import Point, Study
+from spon_plugin.tables import markdown_table
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -90,22 +89,6 @@ NOTES = (
     "`recovered`: (masks alone - row) / (masks alone - dense), of perplexities, with the same masks. `masked`: the "
     "share of the linears' weights that go unused on the test texts."
 )
-
-
-def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], text: int = 1) -> list[str]:
-    """Lines of a Markdown table whose first `text` columns are text and the others figures."""
-    rule = "|" + " --- |" * text + " ---: |" * (len(head) - text)
-    return ["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(line) + " |" for line in body)]
-
-
-def csv_text(flat: Sequence[Mapping[str, Any]]) -> str:
-    """Records as CSV; empty without any."""
-    out = io.StringIO()
-    if flat:
-        writer = csv.DictWriter(out, fieldnames=list(flat[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(flat)
-    return out.getvalue()
 
 
 def number(value: float | None) -> str:

@@ -33,7 +33,7 @@ from spon_plugin.hidden_shift import (
 )
 from spon_plugin.progress import Progress
 from spon_plugin.sites import linear_inputs
-from spon_plugin.study_tables import csv_text, markdown_table
+from spon_plugin.tables import csv_text, markdown_table
 from spon_plugin.text import mixed_windows, read_text, token_ids
 
 SHIFT = ("variant", "block", "distance", "cka")

@@ -15,12 +15,13 @@ from spon_cli.calibrate import check_choice, load
 from spon_cli.output import note, row_bars, show_json, show_table
 from spon_cli.sources import text_sources
 from spon_plugin import SponError
-from spon_plugin.comparison import DENSE, OFF, QUICK, Bench, Key, by_key, keys
-from spon_plugin.comparison_tables import alpha_title, cells, csv_text, markdown, mean, records
+from spon_plugin.comparison import DENSE, MEAN, OFF, ON, QUICK, Bench, Key, by_key, keys
+from spon_plugin.comparison_tables import alpha_title, cells, markdown, mean, records
 from spon_plugin.evaluation import PROTOCOLS
 from spon_plugin.files import check_new
 from spon_plugin.rows import SETTINGS, RowStore
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
+from spon_plugin.tables import csv_text
 from spon_plugin.text import leading_windows, mixed_windows, windows_digest
 
 DEFAULT_METHODS = [name for name in SPARSIFIERS if name != "teal-greedy"]
@@ -114,7 +115,7 @@ def compare_command(
 def write_tables(rows: Sequence[dict[str, Any]], output: Path) -> None:
     """Write table.md, table.csv, table.json and plot.png into `output`."""
     (output / "table.md").write_text(markdown(rows), encoding="utf-8")
-    (output / "table.csv").write_text(csv_text(rows), encoding="utf-8")
+    (output / "table.csv").write_text(csv_text(records(rows)), encoding="utf-8")
     (output / "table.json").write_text(json_module.dumps(as_json(rows, output), indent=2) + "\n", encoding="utf-8")
     plot(rows, output / "plot.png")
 
@@ -158,7 +159,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     names = list(dense["texts"])
     figure, panels = plt.subplots(1, len(names), figsize=(8 * len(names), 6), layout="constrained", squeeze=False)
     methods = list(dict.fromkeys(key.method for key, _ in by_key(rows)))
-    alphas = [a for a in dict.fromkeys(key.alpha for key, _ in by_key(rows)) if a != "mean"]
+    alphas = [a for a in dict.fromkeys(key.alpha for key, _ in by_key(rows)) if a != MEAN]
     styles = {OFF: (":", "o"), **{a: ("-", "s^Dv"[i % 4]) for i, a in enumerate(x for x in alphas if x != OFF)}}
     for axes, name in zip(panels[0], names, strict=True):
         for index, method in enumerate(methods):
@@ -202,6 +203,6 @@ def _order(row: dict[str, Any]) -> tuple[int, float, int, str]:
     return (
         list(SPARSIFIERS).index(key.method),
         key.sparsity,
-        ("off", "mean", "on", key.alpha).index(key.alpha),
+        (OFF, MEAN, ON, key.alpha).index(key.alpha),
         key.alpha,
     )

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from spon_plugin.alpha_training import Teacher, train_alphas
 from spon_plugin.evaluation import evaluate
 from spon_plugin.progress import Progress
 from spon_plugin.rows import RowStore
-from spon_plugin.study_tables import markdown_table, number, share_recovered
+from spon_plugin.study_tables import number, share_recovered
+from spon_plugin.tables import markdown_table
 from spon_transformers.precision import FLOATS, check_precision, load_precision, weight_bytes
 
 FULL, OWN = "full", "own"
@@ -74,22 +76,20 @@ class PrecisionStudy:
         rows = []
         for precision in self.precisions:
             origins = [FULL] if precision == self.precisions[0] else [FULL, OWN]
-            loaded: Any = None
+            loaded = cache(partial(self._load, precision))  # at the first row that is missing, if any
             for origin in origins:
                 name = f"precision-{precision}-{origin}-{self._key}"
-                old = store.has(name)
-                if not old:
-                    if loaded is None:
-                        self.stage(f"{precision}: loading")(0, 1)
-                        loaded = load_precision(self.model, precision, self.precisions[0])
-                    store.write(name, {"name": name, **self._measure(loaded, precision, origin)})
-                rows.append(store.read(name))
-                self.done(rows[-1], old)
+                rows.append(store.kept(name, partial(self._measure, name, loaded, precision, origin), self.done))
             del loaded
             gc.collect()
         return rows
 
-    def _measure(self, model: Any, precision: str, origin: str) -> dict[str, Any]:
+    def _load(self, precision: str) -> Any:
+        self.stage(f"{precision}: loading")(0, 1)
+        return load_precision(self.model, precision, self.precisions[0])
+
+    def _measure(self, name: str, loaded: Callable[[], Any], precision: str, origin: str) -> dict[str, Any]:
+        model = loaded()
         sites = find_sites(model)
         start = time.perf_counter()
         adapter = self._adapter(model, sites, precision if origin == OWN else self.precisions[0], precision)
@@ -107,6 +107,7 @@ class PrecisionStudy:
             }
         seconds["evaluation"] = time.perf_counter() - start
         return {
+            "name": name,
             "precision": precision,
             "adapter": origin,
             "weight_bytes": weight_bytes(model),

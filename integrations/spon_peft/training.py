@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -25,6 +24,7 @@ from spon_peft.trainer import SponTrainer
 from spon_plugin.adapter import Adapter, write_adapter
 from spon_plugin.errors import SponError
 from spon_plugin.recipe import Recipe
+from spon_plugin.text import windows_digest
 
 Losses = list[dict[str, float]]
 """One row per optimizer step: ``step``, ``loss`` (nats per token), ``grad_norm`` (before clipping)."""
@@ -62,7 +62,7 @@ def train_adapter(
     Raises:
         SponError: the checkpoints in `work` are of another recipe, seed, adapter or text.
     """
-    _check_plan(work, {**recipe.as_dict(), "seed": seed, "adapter": adapter.digest, "windows": _digest(windows)})
+    _check_plan(work, {**recipe.as_dict(), "seed": seed, "adapter": adapter.digest, "windows": windows_digest(windows)})
     start = work / "start"
     shutil.rmtree(start, ignore_errors=True)
     write_adapter(adapter, start)
@@ -129,10 +129,6 @@ def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
         for name, alpha in layer.spon_alpha.items():
             groups.append({"params": [alpha], "lr": recipe.rate(float(layer.spon_threshold[name].mean()))})
     return torch.optim.Adam(groups, lr=recipe.learning_rate)
-
-
-def _digest(windows: Tensor) -> str:
-    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from spon_plugin.fields import SponFields
 from spon_plugin.masking import keep_mask, sparse_deviation
 from spon_plugin.sites import Site
 from spon_plugin.sparsifiers.base import Fitted, Statistics, readable_weight
+from spon_plugin.text import windows_digest
 
 
 class ThresholdFitted(Fitted):
@@ -44,7 +44,7 @@ class ThresholdFitted(Fitted):
         }
         self.allocation = allocation
         self._tokens = {"tokens": int(statistics.windows.numel()), "window": int(statistics.windows.shape[1])}
-        self._tokens_sha256 = hashlib.sha256(statistics.windows.numpy().tobytes()).hexdigest()
+        self._tokens_sha256 = windows_digest(statistics.windows)
 
     def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Fitted.sparse_input`."""

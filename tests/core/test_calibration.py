@@ -122,6 +122,17 @@ def test_mean_alphas_are_the_mean_of_what_the_mask_drops(tiny_llama):
     assert shares == {path: pytest.approx(masked.float().mean().item())}
 
 
+def test_mean_alphas_are_those_of_each_linear_where_a_site_has_several_masks(tiny_llama):
+    sites = find_sites(tiny_llama)
+    site = next(site for site in sites if len(site.modules) == 3)
+    thresholds = {path: torch.tensor([0.1 * (i + 1)]) for i, path in enumerate(site.modules)}
+    alphas = mean_alphas(tiny_llama, [site], thresholds, windows())
+    for path in site.modules:
+        alone = mean_alphas(tiny_llama, [site], dict.fromkeys(site.modules, thresholds[path]), windows())
+        torch.testing.assert_close(alphas[path], alone[path])
+    assert not torch.allclose(alphas[site.modules[0]], alphas[site.modules[2]])
+
+
 def test_calibration_is_reproducible_and_says_where_it_comes_from(tiny_llama):
     def make():
         return calibrate(

@@ -9,11 +9,12 @@ from tiny_models import make_tiny_llama
 
 from spon_plugin import SponError, find_sites
 from spon_plugin.comparison import Bench, Key, keys
-from spon_plugin.comparison_tables import csv_text, markdown, records, recovered
+from spon_plugin.comparison_tables import markdown, records, recovered
 from spon_plugin.evaluation import perplexity
 from spon_plugin.recipe import Recipe
 from spon_plugin.rows import RowStore
 from spon_plugin.sparsifiers import get_sparsifier
+from spon_plugin.tables import csv_text
 
 WINDOWS = torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(0))
 RECIPE = Recipe(windows=4, window=32, batch_size=2, epochs=1, learning_rate=0.02)
@@ -109,7 +110,7 @@ def test_tables(rows):
     assert sum(line.startswith(("| 30%", "| 50%")) for line in lines) == len(measured)
     assert "| 50% | Wanda 2:4 | trained, down_proj |" in text
     assert "- CATS at 50%: sparsity: got 0.5" in text
-    read = list(csv.DictReader(io.StringIO(csv_text(rows))))
+    read = list(csv.DictReader(io.StringIO(csv_text(records(rows)))))
     assert len(read) == len(records(rows)) == 2 * len(measured)
     assert {row["text"] for row in read} == {"a.txt", "b.txt"}
     assert json.loads(json.dumps(records(rows))) == records(rows)

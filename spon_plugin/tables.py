@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables as text: Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], text: int = 1) -> list[str]:
+    """Lines of a Markdown table whose first `text` columns are text and the others figures."""
+    rule = "|" + " --- |" * text + " ---: |" * (len(head) - text)
+    return ["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(line) + " |" for line in body)]
+
+
+def csv_text(flat: Sequence[Mapping[str, Any]]) -> str:
+    """Records as CSV; empty without any."""
+    out = io.StringIO()
+    if flat:
+        writer = csv.DictWriter(out, fieldnames=list(flat[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+    return out.getvalue()
