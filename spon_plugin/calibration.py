@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from spon_plugin.fields import ALLOCATIONS, SponFields, carries_alpha
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sensitivity import collect_samples, match_sparsity, solve
-from spon_plugin.sites import Site, module_weights, target_names
+from spon_plugin.sites import Site, find_sites, module_weights, target_names
 from spon_plugin.statistics import collect_histograms, mean_alphas, measure_sparsity
 from spon_plugin.text import windows_digest
 
@@ -90,12 +91,61 @@ def calibrate(
         means = mean_alphas(model, sites, thresholds, windows, prefix, centers=centers) if alpha == "mean" else {}
         inputs = {path: site.in_features for site in sites for path in site.modules}
         alphas = {path: means.get(path, torch.zeros(inputs[path])) for path in carriers}
-    achieved, per_module = measure_sparsity(model, sites, thresholds, held_out, alphas or None, prefix, centers=centers)
     fields.calibration = {
         **(source or {}),
         "tokens": int(windows.numel()),
         "window": int(windows.shape[1]),
         "tokens_sha256": windows_digest(windows),
+        **_achieved(model, sites, held_out, thresholds, alphas, centers, prefix),
+    }
+    peft = {
+        "base_model_name_or_path": base_model,
+        "target_modules": target_names(sites, model),
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+    }
+    return Adapter(fields, thresholds, alphas, peft, centers)
+
+
+def settle(model: nn.Module, adapter: Adapter, windows: Tensor, held_out: Tensor) -> Adapter:
+    """An adapter after its alphas were trained: they lift activations above the thresholds, so it achieves less.
+
+    The sparsity is measured anew. With ``sensitivity``, whose thresholds are held to the target in the sparse model
+    itself, they are brought back to it, all by one factor.
+
+    Args:
+        model: the dense model.
+        adapter: with its trained alphas.
+        windows: token ids ``[count, length]``, such as those trained on; the first 4,096 tokens are used.
+        held_out: others, to measure on.
+
+    Raises:
+        SponError: the adapter's linears are not in the model.
+    """
+    sites, prefix = find_sites(model, sorted(adapter.thresholds)), adapter.fields.dense_prefix
+    thresholds, alphas, centers = adapter.thresholds, adapter.alphas, adapter.centers
+    if adapter.fields.allocation == "sensitivity":
+        part, target = _to_match(windows), adapter.fields.sparsity
+        thresholds = match_sparsity(model, sites, thresholds, part, target, prefix, alphas, centers)
+    measured = _achieved(model, sites, held_out, thresholds, alphas, centers, prefix)
+    fields = replace(adapter.fields, calibration={**adapter.fields.calibration, **measured})
+    return replace(adapter, fields=fields, thresholds=thresholds)
+
+
+def _achieved(
+    model: nn.Module,
+    sites: Sequence[Site],
+    held_out: Tensor,
+    thresholds: Mapping[str, Tensor],
+    alphas: Mapping[str, Tensor],
+    centers: Mapping[str, Tensor],
+    dense_prefix: int,
+) -> dict[str, Any]:
+    """What the `calibration` field says of the achieved sparsity: of the model, and of each site."""
+    achieved, per_module = measure_sparsity(
+        model, sites, thresholds, held_out, alphas or None, dense_prefix, centers=centers
+    )
+    return {
         "held_out_tokens": int(held_out.numel()),
         "achieved_sparsity": round(achieved, 4),
         "sites": {
@@ -107,13 +157,6 @@ def calibrate(
             for site in sites
         },
     }
-    peft = {
-        "base_model_name_or_path": base_model,
-        "target_modules": target_names(sites, model),
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-    }
-    return Adapter(fields, thresholds, alphas, peft, centers)
 
 
 def _of_site(site: Site, per_module: dict[str, float]) -> float:
@@ -128,5 +171,9 @@ def _by_sensitivity(
     """Thresholds and centres by module path, at the target in the sparse model itself."""
     samples = collect_samples(model, sites, windows, dense_prefix, progress=progress)
     thresholds, centers = solve(samples, sparsity)
-    part = windows[: max(1, MATCH_TOKENS // windows.shape[1])]
+    part = _to_match(windows)
     return match_sparsity(model, sites, thresholds, part, sparsity, dense_prefix, centers=centers), centers
+
+
+def _to_match(windows: Tensor) -> Tensor:
+    return windows[: max(1, MATCH_TOKENS // windows.shape[1])]

@@ -175,7 +175,11 @@ def _windows(tokenizer: Any, sources: Sequence[TextSource], settings: Settings) 
     if length < 2 or count < 1:
         raise SponError.of("tokens", settings.calibration_tokens, f"at least one window of {max(2, length)} tokens")
     texts = [source.text for source in sources]
-    windows = mixed_windows(tokenizer, texts, length, count + HELD_OUT_WINDOWS, settings.seed)
+    return split_held_out(mixed_windows(tokenizer, texts, length, count + HELD_OUT_WINDOWS, settings.seed))
+
+
+def split_held_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All but the last windows ``[count, length]``, and those: `HELD_OUT_WINDOWS`, or a quarter of a few."""
     held_out = min(HELD_OUT_WINDOWS, len(windows) // 4)
     return (windows[:-held_out], windows[-held_out:]) if held_out else (windows, windows)
 

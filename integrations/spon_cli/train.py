@@ -14,11 +14,23 @@ import torch
 import typer
 
 from spon_cli import options
-from spon_cli.calibrate import Loaded, Settings, base_of, calibrated, check_choice, load, show_sparsity, summary
+from spon_cli.calibrate import (
+    HELD_OUT_WINDOWS,
+    Loaded,
+    Settings,
+    base_of,
+    calibrated,
+    check_choice,
+    load,
+    show_sparsity,
+    split_held_out,
+    summary,
+)
 from spon_cli.output import Bar, note, progress_bars, show_json
 from spon_cli.sources import TextSource, text_sources
 from spon_plugin import Adapter, SponError, read_adapter
 from spon_plugin.adapter import is_adapter, save_adapter_files
+from spon_plugin.calibration import settle
 from spon_plugin.fields import ALLOCATIONS, carries_alpha
 from spon_plugin.files import check_new, new_directory
 from spon_plugin.masking import check_sparsity
@@ -125,12 +137,16 @@ def train(
     """Train `adapter` on an even mix of the texts and note the recipe in its `calibration` field."""
     from spon_peft.training import train_adapter
 
-    rows = mixed_windows(loaded.tokenizer, [s.text for s in sources], recipe.window, recipe.windows, seed)
-    actual = replace(recipe, windows=len(rows))
+    texts = [source.text for source in sources]
+    rows = mixed_windows(loaded.tokenizer, texts, recipe.window, recipe.windows + HELD_OUT_WINDOWS, seed)
+    windows, held_out = split_held_out(rows)
+    actual = replace(recipe, windows=len(windows))
     adapter, losses = train_adapter(
-        loaded.model, adapter, rows, actual, work, seed, gradient_checkpointing, progress=stage("Training")
+        loaded.model, adapter, windows, actual, work, seed, gradient_checkpointing, progress=stage("Training")
     )
-    training = {**actual.as_dict(), "text": [s.name for s in sources], "seed": seed, "tokens": int(rows.numel())}
+    stage("Measuring the sparsity")
+    adapter = settle(loaded.model, adapter, windows, held_out)
+    training = {**actual.as_dict(), "text": [s.name for s in sources], "seed": seed, "tokens": int(windows.numel())}
     adapter.fields.calibration = {**adapter.fields.calibration, "training": training}
     return adapter, losses
 

@@ -220,6 +220,19 @@ def test_eval_and_merge_of_thresholds_per_channel_and_centres(spon, vectors, tin
     assert other["perplexity"]["spon"] != measured["perplexity"]["spon"]
 
 
+def test_a_trained_adapter_says_what_it_achieves_itself(spon, trained, text, tmp_path):
+    adapter = read_adapter(trained)
+    for alpha in adapter.alphas.values():
+        alpha += 5  # far more than training moves them
+    start = write_adapter(adapter, tmp_path / "start")
+    code, out, err = spon("train", start, "--text", text, *SMALL, "-o", tmp_path / "more", "--json")
+    assert code == 0, err
+    before, after = adapter.fields.calibration, read_adapter(tmp_path / "more").fields.calibration
+    assert after["achieved_sparsity"] < before["achieved_sparsity"] - 0.05
+    assert json.loads(out)["sparsity"]["achieved"] == after["achieved_sparsity"]
+    assert after["sites"].keys() == before["sites"].keys()
+
+
 def test_train_keeps_thresholds_per_channel_and_centres(spon, vectors, text, tmp_path):
     code, _, err = spon("train", vectors, "--text", text, *SMALL, "-o", tmp_path / "more")
     assert code == 0, err

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from spon_plugin import SponError, find_sites, read_adapter, sparse_inputs, write_adapter
-from spon_plugin.calibration import calibrate
+from spon_plugin.calibration import calibrate, settle
 from spon_plugin.sensitivity import SiteSample, best_centers, collect_fisher, collect_samples, match_sparsity, solve
 from spon_plugin.statistics import measure_sparsity
 
@@ -156,3 +156,27 @@ def test_matching_multiplies_all_thresholds_by_one_factor(tiny_llama):
     torch.testing.assert_close(factors, factors[0].expand_as(factors))
     achieved, _ = measure_sparsity(tiny_llama, sites, matched, windows(8), dense_prefix=1)
     assert achieved == pytest.approx(0.6, abs=0.004)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
+def test_after_training_sparsity_is_measured_anew_and_sensitivity_meets_its_target_again(tiny_llama, allocation):
+    sites, held_out = find_sites(tiny_llama), windows(16, seed=1)
+    start = calibrate(tiny_llama, sites, windows(32), held_out, 0.5, allocation, alpha="zero")
+    generator = torch.Generator().manual_seed(0)
+    for path, alpha in start.alphas.items():  # as large as training never makes them, so that they are felt
+        start.alphas[path] = 3 * start.thresholds[path].mean() * torch.randn(alpha.shape, generator=generator)
+    before, _ = measure_sparsity(
+        tiny_llama, sites, start.thresholds, held_out, start.alphas, dense_prefix=1, centers=start.centers
+    )
+    settled = settle(tiny_llama, start, windows(32), held_out)
+    after, _ = measure_sparsity(
+        tiny_llama, sites, settled.thresholds, held_out, settled.alphas, dense_prefix=1, centers=settled.centers
+    )
+    assert abs(before - 0.5) > 0.03
+    assert settled.fields.calibration["achieved_sparsity"] == pytest.approx(after, abs=1e-4)
+    assert settled.fields.calibration["tokens"] == start.fields.calibration["tokens"]
+    if allocation == "uniform":
+        assert all(torch.equal(settled.thresholds[path], start.thresholds[path]) for path in start.thresholds)
+    else:
+        assert after == pytest.approx(0.5, abs=0.015)
+    assert settled.alphas.keys() == start.alphas.keys()
