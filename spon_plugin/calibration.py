@@ -22,7 +22,6 @@ from spon_plugin.statistics import collect_histograms, mean_alphas, measure_spar
 from spon_plugin.text import windows_digest
 
 GREEDY_TOKENS = 1024
-MATCH_TOKENS = 4096
 
 
 def calibrate(
@@ -116,7 +115,7 @@ def settle(model: nn.Module, adapter: Adapter, windows: Tensor, held_out: Tensor
     Args:
         model: the dense model.
         adapter: with its trained alphas.
-        windows: token ids ``[count, length]``, such as those trained on; the first 4,096 tokens are used.
+        windows: token ids ``[count, length]``, such as those trained on; see `match_sparsity`.
         held_out: others, to measure on.
 
     Raises:
@@ -125,8 +124,8 @@ def settle(model: nn.Module, adapter: Adapter, windows: Tensor, held_out: Tensor
     sites, prefix = find_sites(model, sorted(adapter.thresholds)), adapter.fields.dense_prefix
     thresholds, alphas, centers = adapter.thresholds, adapter.alphas, adapter.centers
     if adapter.fields.allocation == "sensitivity":
-        part, target = _to_match(windows), adapter.fields.sparsity
-        thresholds = match_sparsity(model, sites, thresholds, part, target, prefix, alphas, centers)
+        target = adapter.fields.sparsity
+        thresholds = match_sparsity(model, sites, thresholds, windows, target, prefix, alphas, centers)
     measured = _achieved(model, sites, held_out, thresholds, alphas, centers, prefix)
     fields = replace(adapter.fields, calibration={**adapter.fields.calibration, **measured})
     return replace(adapter, fields=fields, thresholds=thresholds)
@@ -171,9 +170,4 @@ def _by_sensitivity(
     """Thresholds and centres by module path, at the target in the sparse model itself."""
     samples = collect_samples(model, sites, windows, dense_prefix, progress=progress)
     thresholds, centers = solve(samples, sparsity)
-    part = _to_match(windows)
-    return match_sparsity(model, sites, thresholds, part, sparsity, dense_prefix, centers=centers), centers
-
-
-def _to_match(windows: Tensor) -> Tensor:
-    return windows[: max(1, MATCH_TOKENS // windows.shape[1])]
+    return match_sparsity(model, sites, thresholds, windows, sparsity, dense_prefix, centers=centers), centers

@@ -35,6 +35,7 @@ from spon_plugin.tokens import DenseTokens
 
 BLEND = 0.5
 SAMPLE_ROWS = 2048
+MATCH_TOKENS = 4096
 # A channel that the calibration text never moved is not free: its sensitivity counts as at least this share of the
 # linear's mean.
 _FLOOR = 1e-3
@@ -280,6 +281,7 @@ def match_sparsity(
     """Multiply all thresholds by one factor, so that the sparse model itself achieves the target.
 
     Thresholds made on the dense model's inputs miss it by a point or two: the sparse model's inputs are others.
+    The first `MATCH_TOKENS` tokens are measured on.
 
     Args:
         model: the dense model.
@@ -296,6 +298,7 @@ def match_sparsity(
     Returns:
         Module path -> thresholds.
     """
+    windows = windows[: max(1, MATCH_TOKENS // windows.shape[1])]
     factor, slope = 0.0, 1 / 3  # in logarithms; a third of a point per percent is usual around one half
     before: tuple[float, float] | None = None
     for _ in range(passes):

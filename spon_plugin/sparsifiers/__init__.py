@@ -10,13 +10,28 @@ from spon_plugin.sparsifiers.fixed_neuron import FixedNeuron
 from spon_plugin.sparsifiers.larosa import Larosa
 from spon_plugin.sparsifiers.rsparse import RSparse
 from spon_plugin.sparsifiers.scap import Scap
+from spon_plugin.sparsifiers.sensitivity import Sensitivity
 from spon_plugin.sparsifiers.teal import Teal, TealGreedy
 from spon_plugin.sparsifiers.topk import TopK
 from spon_plugin.sparsifiers.wanda import Wanda, Wanda24
 from spon_plugin.sparsifiers.wina import Wina
 
 SPARSIFIERS: dict[str, type[Sparsifier]] = {
-    cls.name: cls for cls in (Teal, TealGreedy, Wina, Scap, Cats, TopK, Larosa, RSparse, Wanda, Wanda24, FixedNeuron)
+    cls.name: cls
+    for cls in (
+        Teal,
+        TealGreedy,
+        Sensitivity,
+        Wina,
+        Scap,
+        Cats,
+        TopK,
+        Larosa,
+        RSparse,
+        Wanda,
+        Wanda24,
+        FixedNeuron,
+    )
 }
 
 

@@ -54,8 +54,9 @@ class ThresholdFitted(Fitted):
 
     @property
     def mask_bytes(self) -> int:
-        """Thresholds are kept per linear, as in the adapter, and per site where they are vectors."""
-        return 4 * sum(threshold.numel() for threshold in self.thresholds.values())
+        """Of the thresholds, one or a vector per site, and of centres that differ between channels."""
+        vectors = [center for center in self.site_centers.values() if bool((center != center[0]).any())]
+        return 4 * sum(tensor.numel() for tensor in (*self.thresholds.values(), *vectors))
 
     def adapter(
         self,

@@ -7,6 +7,7 @@ from tiny_models import make_tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from spon_plugin import SponError, find_sites, fold_alpha, read_adapter, sparse_inputs, write_adapter
+from spon_plugin.calibration import calibrate
 from spon_plugin.linear import linear_features
 from spon_plugin.sparse_inputs import SparsityCounter
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
@@ -17,7 +18,8 @@ from spon_plugin.statistics import mean_alphas
 WINDOWS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
 LAST = "model.layers.1.mlp.down_proj"
 TARGET = {"cats": 0.3}
-ADAPTERS = ("teal", "teal-greedy", "wina", "scap", "rsparse")
+ADAPTERS = ("teal", "teal-greedy", "sensitivity", "wina", "scap", "rsparse")
+ALLOCATION = {"teal-greedy": "greedy", "sensitivity": "sensitivity"}
 
 
 def target(method):
@@ -120,13 +122,23 @@ def test_methods_that_fit_the_format_save_and_run_as_adapters(model, fits, metho
     write_adapter(fitted.adapter(alphas), tmp_path / "adapter")
     read = read_adapter(tmp_path / "adapter")
     assert read.fields.calibration["method"] == method and read.fields.alpha_modules == "all"
-    assert read.fields.allocation == ("greedy" if method == "teal-greedy" else "uniform")
+    assert read.fields.allocation == ALLOCATION.get(method, "uniform")
     if method == "rsparse":
         fitted.factors = {path: (a[:, :0], b[:0]) for path, (a, b) in fitted.factors.items()}
     with fitted.attach(model, alphas):
         own = model(input_ids=WINDOWS).logits
     with sparse_inputs(model, read.thresholds, read.alphas, read.fields.dense_prefix, centers=read.centers):
         torch.testing.assert_close(model(input_ids=WINDOWS).logits, own, rtol=1e-4, atol=1e-4)
+
+
+def test_sensitivity_is_what_calibrate_makes(model, fits):
+    made = calibrate(model, find_sites(model), WINDOWS, WINDOWS, 0.5, "sensitivity")
+    own = fits["sensitivity"].adapter()
+    for kind in ("thresholds", "centers"):
+        ours, theirs = getattr(own, kind), getattr(made, kind)
+        assert ours.keys() == theirs.keys()
+        for path in ours:
+            torch.testing.assert_close(ours[path], theirs[path])
 
 
 @pytest.mark.parametrize("method", [name for name in SPARSIFIERS if name not in ADAPTERS])
@@ -203,6 +215,8 @@ def test_extra_bytes_are_counted(model, fits):
     assert fits["teal"].extra_bytes(model, alphas=True) == 4 * sites + 4 * outputs
     assert fits["wina"].extra_bytes(model) == 4 * vectors
     assert fits["scap"].extra_bytes(model) == fits["scap"].extra_bytes(model, alphas=True) == 4 * sites + 4 * outputs
+    inputs = sum(linear_features(model.get_submodule(path))[0] for path in fits["teal"].modules)
+    assert fits["sensitivity"].extra_bytes(model) == 2 * 4 * inputs + 4 * outputs
     assert fits["larosa"].extra_bytes(model) == 4 * 2 * 48 * 48
     counter = SparsityCounter()
     with fits["larosa"].attach(model, counter=counter):

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thresholds and centres per channel, from the Fisher information of the output: `spon_plugin.sensitivity`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from spon_plugin.progress import Progress, no_progress
+from spon_plugin.sensitivity import collect_samples, match_sparsity, solve
+from spon_plugin.sites import Site
+from spon_plugin.sparsifiers.base import Sparsifier, Statistics
+from spon_plugin.sparsifiers.thresholds import ThresholdFitted
+
+_SAMPLES = "samples"
+
+
+class Sensitivity(Sparsifier):
+    """``S(x)_i = x_i if |x_i - c_i| > tau_i else c_i``, both from how much the output feels channel `i` of a linear.
+
+    Ours, not a paper's. Every linear has its own thresholds, and masks its input by itself; the linears of a site share
+    the centres. The target holds for the whole model and is met in the sparse model itself.
+    """
+
+    name, title = "sensitivity", "Sensitivity"
+
+    def calibrate(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        windows: Tensor,
+        dense_prefix: int = 1,
+        progress: Progress = no_progress,
+    ) -> Statistics:
+        """See `Sparsifier.calibrate`; the model also runs backward."""
+        statistics = super().calibrate(model, sites, windows, dense_prefix)
+        statistics.own[_SAMPLES] = collect_samples(model, sites, windows, dense_prefix, progress=progress)
+        return statistics
+
+    def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> ThresholdFitted:
+        """See `Sparsifier.at`."""
+        thresholds, centers = solve(statistics.own[_SAMPLES], sparsity)
+        thresholds = match_sparsity(
+            model,
+            statistics.sites,
+            thresholds,
+            statistics.windows,
+            sparsity,
+            statistics.dense_prefix,
+            centers=centers,
+        )
+        return ThresholdFitted(
+            self.name, _linear_by_linear(statistics), sparsity, thresholds, centers, allocation="sensitivity"
+        )
+
+
+def _linear_by_linear(statistics: Statistics) -> Statistics:
+    """The same statistics, with a site for every linear, named after it."""
+    alone = [
+        (site, replace(site, name=path, modules=(path,), module_weights=(weights,)))
+        for site in statistics.sites
+        for path, weights in zip(site.modules, site.module_weights, strict=True)
+    ]
+    histograms = {own.name: statistics.histograms[site.name] for site, own in alone}
+    return replace(statistics, sites=[own for _, own in alone], histograms=histograms)
