@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spon_plugin.linear import fold_constant
-from spon_plugin.masking import keep_mask, sparse_deviation
+from spon_plugin.masking import choose_rows, keep_mask, sparse_deviation
 from spon_plugin.tokens import DenseTokens
 
 
@@ -89,7 +89,7 @@ def sparse_inputs(
         def hook(_module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
             dense = state.rows(args[0])
             out = (y.float() + bias).to(y.dtype)
-            return out if dense is None else torch.where(dense.unsqueeze(-1), y, out)
+            return choose_rows(dense, y, out)
 
         return hook
 

@@ -20,7 +20,7 @@ from spon_peft.tokens import AdapterTokens
 from spon_plugin.errors import SponError
 from spon_plugin.fields import carries_alpha, names_module
 from spon_plugin.linear import SparseConv1D, SparseLinear, add_alpha, is_conv1d, is_linear, linear_features
-from spon_plugin.masking import sparse_deviation
+from spon_plugin.masking import choose_rows, sparse_deviation
 from spon_plugin.product import weight_product
 
 
@@ -183,12 +183,12 @@ class SponLinear(nn.Module, SponLayer):
         if self.merged:
             if dense is None or not self._has_constant(name):
                 return y
-            return torch.where(dense.unsqueeze(-1), _add(y, -self._folded()), y)
+            return choose_rows(dense, _add(y, -self._folded()), y)
         constant = self._constant(name, x.dtype)
         if constant is None:
             return y
         shifted = _add(y, constant)
-        return shifted if dense is None else torch.where(dense.unsqueeze(-1), y, shifted)
+        return choose_rows(dense, y, shifted)
 
     def _has_constant(self, name: str) -> bool:
         """Whether the adapter adds something to the output that is the same for every token."""

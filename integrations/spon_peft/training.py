@@ -24,6 +24,7 @@ from spon_peft.trainer import SponTrainer
 from spon_plugin.adapter import Adapter, write_adapter
 from spon_plugin.errors import SponError
 from spon_plugin.recipe import Recipe
+from spon_plugin.sensitivity import RATE
 from spon_plugin.text import windows_digest
 
 Losses = list[dict[str, float]]
@@ -87,7 +88,7 @@ def train_adapter(
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
     losses: Losses = []
-    optimizer = _optimizer(wrapped, recipe)
+    optimizer = _optimizer(wrapped, recipe, RATE if adapter.fields.allocation == "sensitivity" else 1.0)
     trainer = SponTrainer(
         model=wrapped,
         args=arguments,
@@ -122,12 +123,12 @@ def _check_plan(work: Path, plan: dict[str, Any]) -> None:
     file.write_text(json.dumps(plan, indent=2), encoding="utf-8")
 
 
-def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
-    """Adam with a rate for every layer."""
+def _optimizer(model: Any, recipe: Recipe, part: float) -> torch.optim.Optimizer:
+    """Adam with a rate for every layer: the recipe's for `part` of its threshold, the mean where it has several."""
     groups = []
     for layer in injected_layers(model, model.active_adapter).values():
         for name, alpha in layer.spon_alpha.items():
-            groups.append({"params": [alpha], "lr": recipe.rate(float(layer.spon_threshold[name].mean()))})
+            groups.append({"params": [alpha], "lr": recipe.rate(part * float(layer.spon_threshold[name].mean()))})
     return torch.optim.Adam(groups, lr=recipe.learning_rate)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spon_plugin.errors import SponError
+from spon_plugin.masking import choose_rows
 from spon_plugin.product import weight_product
 from spon_plugin.sites import Site
 from spon_plugin.sparse_inputs import SparsityCounter
@@ -39,7 +40,7 @@ class _SiteInput:
                 counted = mask if dense is None else mask[~dense]
                 for path in self.modules:
                     self.counter.add(path, counted)
-            self._of, self._kept = x, kept if dense is None else torch.where(dense.unsqueeze(-1), x, kept)
+            self._of, self._kept = x, choose_rows(dense, x, kept)
             self._asked = 0
         assert self._kept is not None
         kept = self._kept
@@ -109,7 +110,7 @@ def _hooks(
             return y
         dense = state.rows(args[0])
         out = (y.to(wide) + added).to(y.dtype)
-        return out if dense is None else torch.where(dense.unsqueeze(-1), y, out)
+        return choose_rows(dense, y, out)
 
     has_rest = type(fitted).remainder is not Fitted.remainder and center is None
     handles = [module.register_forward_pre_hook(before if has_rest else before_simply)]

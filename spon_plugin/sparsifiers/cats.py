@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spon_plugin.errors import SponError
 from spon_plugin.histogram import MagnitudeHistogram
 from spon_plugin.linear import linear_features
-from spon_plugin.masking import keep_mask
+from spon_plugin.masking import keep_mask, zero_dropped
 from spon_plugin.sites import Site, module_weights
 from spon_plugin.sparse_inputs import SparsityCounter
 from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics
@@ -94,7 +94,7 @@ class CatsFitted(Fitted):
     def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Fitted.sparse_input`: what `down` reads is masked by the gate; what `up` reads is whole."""
         keep = self._keep.get(site.name)
-        return (x, None) if keep is None else (torch.where(keep, x, 0), keep)
+        return (x, None) if keep is None else (zero_dropped(x, keep), keep)
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.masking import zero_dropped
 from spon_plugin.sites import Site
 from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics
 
@@ -39,7 +40,7 @@ class FixedNeuronFitted(Fitted):
     def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Fitted.sparse_input`."""
         keep = self.keep[site.name].to(x.device)
-        return torch.where(keep, x, 0), keep.expand_as(x)
+        return zero_dropped(x, keep), keep.expand_as(x)
 
 
 class FixedNeuron(Sparsifier):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spon_plugin.errors import SponError
+from spon_plugin.masking import zero_dropped
 from spon_plugin.sites import Site
 from spon_plugin.sparsifiers.base import Sparsifier, Statistics
 from spon_plugin.sparsifiers.topk import TopKFitted, top_k_mask
@@ -65,7 +66,7 @@ class LarosaFitted(TopKFitted):
         rotation = self.rotations[site.block].to(wide)
         rotated = wide @ rotation
         keep = top_k_mask(rotated, self.shares[site.name])
-        return (torch.where(keep, rotated, 0) @ rotation.t()).to(x.dtype), keep
+        return (zero_dropped(rotated, keep) @ rotation.t()).to(x.dtype), keep
 
     @property
     def extra_reads(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from spon_plugin.progress import Progress, no_progress
-from spon_plugin.sensitivity import collect_samples, match_sparsity, solve
+from spon_plugin.sensitivity import RATE, collect_samples, match_sparsity, solve
 from spon_plugin.sites import Site
 from spon_plugin.sparsifiers.base import Sparsifier, Statistics
 from spon_plugin.sparsifiers.thresholds import ThresholdFitted
@@ -51,9 +51,11 @@ class Sensitivity(Sparsifier):
             statistics.dense_prefix,
             centers=centers,
         )
-        return ThresholdFitted(
+        fitted = ThresholdFitted(
             self.name, _linear_by_linear(statistics), sparsity, thresholds, centers, allocation="sensitivity"
         )
+        fitted.scales = {path: RATE * float(thresholds[path].mean()) for path in fitted.modules}
+        return fitted
 
 
 def _linear_by_linear(statistics: Statistics) -> Statistics:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.masking import zero_dropped
 from spon_plugin.sites import Site
 from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics
 
@@ -41,7 +42,7 @@ class TopKFitted(Fitted):
     def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Fitted.sparse_input`."""
         keep = top_k_mask(x, self.shares[site.name])
-        return torch.where(keep, x, 0), keep
+        return zero_dropped(x, keep), keep
 
 
 class TopK(Sparsifier):

@@ -18,17 +18,19 @@ def fit(model, method="teal", sparsity=0.5):
     return get_sparsifier(method).fit(model, find_sites(model), WINDOWS, sparsity)
 
 
-@pytest.mark.parametrize("alpha_modules", ["all", ["down_proj"]], ids=["all", "down"])
-def test_the_loop_trains_what_the_trainer_trains(tiny_llama, tmp_path, alpha_modules):
+@pytest.mark.parametrize(
+    ("method", "alpha_modules"), [("teal", "all"), ("teal", ["down_proj"]), ("sensitivity", "all")]
+)
+def test_the_loop_trains_what_the_trainer_trains(tiny_llama, tmp_path, method, alpha_modules):
     # Every step sees all windows, so the order in which either draws them is no matter.
-    fitted = fit(tiny_llama)
+    fitted = fit(tiny_llama, method)
     alphas, losses = train_alphas(tiny_llama, fitted, Teacher(tiny_llama, WINDOWS), RECIPE, alpha_modules)
     start = fitted.adapter({path: torch.zeros_like(alpha) for path, alpha in alphas.items()})
     start.peft = {"base_model_name_or_path": "tiny", "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
     start.peft["target_modules"] += ["gate_proj", "up_proj", "down_proj"]
     trained, expected = train_adapter(tiny_llama, start, WINDOWS, RECIPE, tmp_path / "work")
     assert [row["loss"] for row in losses] == pytest.approx([row["loss"] for row in expected], rel=1e-3)
-    assert losses[-1]["loss"] < 0.98 * losses[0]["loss"]
+    assert losses[-1]["loss"] < (0.98 if method == "teal" else 1.0) * losses[0]["loss"]
     assert alphas.keys() == trained.alphas.keys()
     for path, alpha in alphas.items():
         torch.testing.assert_close(alpha, trained.alphas[path], rtol=1e-2, atol=1e-3 * float(alpha.abs().max()))
@@ -43,9 +45,8 @@ def test_alpha_helps_every_method(tiny_llama, method):
         with fitted.attach(tiny_llama, alphas):
             return float(kl_reference(tiny_llama(input_ids=WINDOWS).logits.flatten(0, 1), dense.flatten(0, 1)))
 
-    # Where centres are the means already, little is left for alpha.
-    centered = method == "sensitivity"
-    recipe = RECIPE.with_changes(epochs=40, learning_rate=0.005) if centered else RECIPE
+    centered = method == "sensitivity"  # the means already: little is left for alpha
+    recipe = RECIPE.with_changes(epochs=40, learning_rate=0.015) if centered else RECIPE
     alphas, _ = train_alphas(tiny_llama, fitted, teacher, recipe)
     assert alphas.keys() == set(fitted.modules)
     assert divergence(alphas) < (0.97 if centered else 0.95) * divergence(None)

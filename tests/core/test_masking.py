@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from spon_plugin import SponError, keep_mask, sparsify
-from spon_plugin.masking import check_sparsity, deviation, sparse_deviation
+from spon_plugin.masking import check_sparsity, choose_rows, deviation, sparse_deviation, zero_dropped
 
 
 def threshold(value: float) -> torch.Tensor:
@@ -103,3 +103,28 @@ def test_a_bad_sparsity_is_named(value):
 @pytest.mark.parametrize("value", [0, 0.0, 0.5, 0.999])
 def test_a_good_sparsity_is_returned(value):
     assert check_sparsity(value) == value
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dropping_and_choosing_are_torch_where_with_its_gradients(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 33, generator=generator).to(dtype).requires_grad_()
+    other = torch.randn(2, 5, 33, generator=generator).to(dtype).requires_grad_()
+    keep = torch.rand(2, 5, 33, generator=generator) < 0.5
+    for mask in (keep, keep[:1], keep[0, 0], torch.zeros_like(keep), torch.ones_like(keep)):
+        same(zero_dropped(x, mask), torch.where(mask, x, 0), x)
+    for dense in (
+        keep[..., 0],
+        keep[:1, :, 0],
+        torch.zeros(2, 5, dtype=torch.bool),
+        torch.ones(1, 5, dtype=torch.bool),
+    ):
+        same(choose_rows(dense, x, other), torch.where(dense.unsqueeze(-1), x, other), x, other)
+    assert choose_rows(None, x, other) is other
+
+
+def same(made, expected, *inputs):
+    assert made.dtype == expected.dtype and torch.equal(made, expected)
+    weight = torch.linspace(-1, 1, made.numel(), dtype=made.dtype).view_as(made)
+    ours, theirs = (torch.autograd.grad((y * weight).sum(), inputs) for y in (made, expected))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
