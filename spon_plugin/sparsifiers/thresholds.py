@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spon_plugin.adapter import Adapter
 from spon_plugin.fields import SponFields
-from spon_plugin.masking import keep_mask, sparse_deviation
+from spon_plugin.masking import deviation, keep_mask, zero_dropped
 from spon_plugin.sites import Site
 from spon_plugin.sparsifiers.base import Fitted, Statistics, readable_weight
 from spon_plugin.text import windows_digest
@@ -49,8 +49,9 @@ class ThresholdFitted(Fitted):
     def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Fitted.sparse_input`."""
         threshold, center = self.thresholds[site.name].to(x.device), self.site_centers.get(site.name)
-        center = None if center is None else center.to(x.device)
-        return sparse_deviation(x, threshold, center=center), keep_mask(x, threshold, center)
+        x = deviation(x, None if center is None else center.to(x.device))
+        keep = keep_mask(x, threshold)
+        return zero_dropped(x, keep), keep
 
     @property
     def mask_bytes(self) -> int:
