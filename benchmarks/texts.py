@@ -3,9 +3,13 @@
 
     python -m benchmarks.texts OUT                 # from the Hugging Face hub (needs the datasets package)
     python -m benchmarks.texts OUT --data FOLDER   # from wikitext2/wiki.test.raw, tasks/lambada_openai/test.jsonl
+    python -m benchmarks.texts OUT --sample MODEL  # only sampled.txt: what the model writes by itself
 
 `wikitext2.txt` is WikiText-2 raw test as the hub's data set joins it (lines with their newline, joined by two more);
 `lambada.txt` is the test passages of OpenAI's LAMBADA, joined by an empty line. `python_docs.txt` comes with Python.
+`sampled.txt` is text to train on where there is none: the model goes on from single tokens of its vocabulary, drawn at
+random (LLM-QAT, arXiv 2305.17888, section 3.1, which also takes the likeliest for the next three to five; here all are
+drawn).
 """
 
 from __future__ import annotations
@@ -14,17 +18,25 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from spon_cli.sources import text_sources
 from spon_plugin.text import offline_text
+from spon_transformers.loading import load_model, load_tokenizer
 
 
 def main(
     output: Annotated[Path, typer.Argument(help="The folder to write to.")],
     data: Annotated[Path | None, typer.Option(help="A folder with the raw files; the hub by default.")] = None,
+    sample: Annotated[str | None, typer.Option(help="A model to sample from: writes sampled.txt only.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many to sample.")] = 32768,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
 ) -> None:
-    """Write wikitext2.txt, lambada.txt and python_docs.txt."""
+    """Write wikitext2.txt, lambada.txt and python_docs.txt, or sampled.txt."""
+    if sample is not None:
+        write(output, {"sampled.txt": sampled(sample, tokens, seed)})
+        return
     if data is None:
         wiki, lambada = (
             source.text
@@ -37,8 +49,36 @@ def main(
         wiki = "\n\n".join(f"{line}\n" if line.strip() else "" for line in raw.split("\n"))
         rows = (data / "tasks" / "lambada_openai" / "test.jsonl").read_text(encoding="utf-8").splitlines()
         lambada = "\n\n".join(json.loads(row)["text"] for row in rows)
+    write(output, {"wikitext2.txt": wiki, "lambada.txt": lambada, "python_docs.txt": offline_text()})
+
+
+@torch.no_grad()
+def sampled(name: str, tokens: int, seed: int, length: int = 256, batch: int = 32) -> str:
+    """Documents of `length` tokens at temperature 1, joined by empty lines."""
+    tokenizer, model = load_tokenizer(name), load_model(name, "auto")
+    torch.manual_seed(seed)
+    documents: list[str] = []
+    while len(documents) * length < tokens:
+        start = torch.randint(len(tokenizer), (batch, 1))
+        made = model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=length - 1,
+            max_new_tokens=length - 1,
+            pad_token_id=0,
+        )
+        documents += tokenizer.batch_decode(made, skip_special_tokens=True)
+        print(f"{len(documents) * length} tokens", flush=True)
+    return "\n\n".join(documents)
+
+
+def write(output: Path, texts: dict[str, str]) -> None:
+    """Write each text as a file."""
     output.mkdir(parents=True, exist_ok=True)
-    texts = {"wikitext2.txt": wiki, "lambada.txt": lambada, "python_docs.txt": offline_text()}
     for name, text in texts.items():
         (output / name).write_text(text, encoding="utf-8")
         print(output / name, len(text), "characters")

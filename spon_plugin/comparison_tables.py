@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spon_plugin.comparison import DENSE, MEAN, OFF, ON, Key, by_key
+from spon_plugin.evaluation import share_recovered
 from spon_plugin.sparsifiers import get_sparsifier
 from spon_plugin.tables import markdown_table
 
@@ -36,10 +37,7 @@ def recovered(row: Row, rows: Sequence[Row], text: str) -> float | None:
     teal = next((r for k, r in by_key(rows) if (k.method, k.sparsity, k.alpha) == ("teal", row["sparsity"], OFF)), None)
     if dense is None or teal is None or teal is row:
         return None
-    values = [r["texts"][text]["perplexity"] for r in (dense, teal, row)]
-    if None in values or values[1] == values[0]:
-        return None
-    return (values[1] - values[2]) / (values[1] - values[0])
+    return share_recovered(*(r["texts"][text]["perplexity"] for r in (dense, teal, row)))
 
 
 def records(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -100,10 +100,20 @@ class Evaluation:
     @property
     def recovered(self) -> float | None:
         """The share of TEAL's perplexity gap that alpha closes; None without alphas or without a gap."""
-        dense, teal, spon = (self.perplexity.get(k) for k in ("dense", "teal", "spon"))
-        if dense is None or teal is None or spon is None or teal == dense:
-            return None
-        return (teal - spon) / (teal - dense)
+        return share_recovered(*(self.perplexity.get(variant) for variant in ("dense", "teal", "spon")))
+
+
+def share_recovered(dense: float | None, masks: float | None, other: float | None) -> float | None:
+    """``(masks - other) / (masks - dense)`` of perplexities; None where one is missing or there is no gap.
+
+    Args:
+        dense: of the dense model.
+        masks: of what the gap is measured to, such as uniform TEAL.
+        other: of what closes some of it.
+    """
+    if dense is None or masks is None or other is None or masks <= dense:
+        return None
+    return (masks - other) / (masks - dense)
 
 
 def evaluate(

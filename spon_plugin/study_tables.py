@@ -7,17 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from spon_plugin.ablation import DENSE
+from spon_plugin.evaluation import share_recovered
 from spon_plugin.studies import Point, Study
 from spon_plugin.tables import markdown_table
 
 Rows = Mapping[str, Mapping[str, Any]]
-
-
-def share_recovered(dense: float | None, masks: float | None, other: float | None) -> float | None:
-    """``(masks - other) / (masks - dense)`` of perplexities; None where one is missing or there is no gap."""
-    if dense is None or masks is None or other is None or masks <= dense:
-        return None
-    return (masks - other) / (masks - dense)
 
 
 def recovered(point: Point, rows: Rows, test: str) -> float | None:

@@ -14,7 +14,7 @@ from spon_cli.calibrate import check_choice, load
 from spon_cli.output import percent, progress_bars, show_json, show_table
 from spon_cli.sources import TextSource, text_sources
 from spon_plugin import read_adapter
-from spon_plugin.evaluation import PROTOCOLS, Evaluation, evaluate
+from spon_plugin.evaluation import PROTOCOLS, Evaluation, evaluate, share_recovered
 from spon_plugin.sites import linear_inputs
 from spon_plugin.text import leading_windows
 
@@ -22,6 +22,9 @@ from spon_plugin.text import leading_windows
 def eval_command(
     model: options.Model,
     adapter: Annotated[Path, typer.Option(help="The adapter directory.")],
+    baseline: Annotated[
+        Path | None, typer.Option(help="Another adapter, whose masks alone are the yardstick: plain TEAL, say.")
+    ] = None,
     text: options.Text = None,
     dataset: options.Dataset = None,
     window: options.Window = 512,
@@ -38,24 +41,67 @@ def eval_command(
     With several texts, each is measured for itself: report in-domain and out-of-domain side by side.
 
     [dim]spon eval ./model --adapter spon50 --text wiki.test.txt --window 512 --max-tokens 16384[/dim]
+
+    [dim]spon eval ./model --adapter sensitivity50 --baseline teal50 --text wiki.test.txt[/dim]
     """
     check_choice("protocol", protocol, PROTOCOLS)
     loaded_adapter = read_adapter(adapter)
+    yardstick = None if baseline is None else read_adapter(baseline).without_alpha()
     sources = text_sources(text, dataset, part="test")
     loaded = load(model, dtype)
-    loaded_adapter.check_base(linear_inputs(loaded.model), model)
-    results = []
+    for given in (loaded_adapter, yardstick):
+        if given is not None:
+            given.check_base(linear_inputs(loaded.model), model)
+    results, baselines = [], []
     with progress_bars() as stage:
         for source in sources:
             windows = leading_windows(loaded.tokenizer, source.text, window, max_tokens)
-            results.append(
-                evaluate(loaded.model, loaded_adapter, loaded.sites, windows, protocol, batch_size, stage(source.name))
-            )
+            common = loaded.sites, windows, protocol, batch_size
+            result = evaluate(loaded.model, loaded_adapter, *common, stage(source.name))
+            results.append(result)
+            if yardstick is not None:
+                known, bar = {"dense": result.perplexity["dense"]}, stage(f"{source.name}, baseline")
+                baselines.append(evaluate(loaded.model, yardstick, *common, bar, known))
     if json:
         values = [as_json(source, result) for source, result in zip(sources, results, strict=True)]
+        for value, result, other in zip(values, results, baselines, strict=False):
+            value["baseline"] = {
+                "perplexity": other.perplexity["teal"],
+                "achieved": other.sparsity["achieved"],
+                "recovered": against(other, result),
+            }
         show_json(values[0] if len(values) == 1 else {"texts": values})
         return
     show_evaluations(sources, results)
+    if baselines:
+        show_baselines(sources, results, baselines)
+
+
+def against(baseline: Evaluation, result: Evaluation) -> float | None:
+    """The share of the baseline's gap that an adapter closes, with its alphas where it has some."""
+    closed = result.perplexity.get("spon", result.perplexity["teal"])
+    return share_recovered(result.perplexity["dense"], baseline.perplexity["teal"], closed)
+
+
+def show_baselines(
+    sources: Sequence[TextSource], results: Sequence[Evaluation], baselines: Sequence[Evaluation]
+) -> None:
+    """Print one row per text: the yardstick, and the share of its gap that the adapter closes."""
+    rows = [
+        [
+            source.name,
+            other.perplexity["teal"],
+            percent(other.sparsity["achieved"]),
+            percent(result.sparsity["achieved"]),
+            percent(against(other, result)),
+        ]
+        for source, result, other in zip(sources, results, baselines, strict=True)
+    ]
+    show_table(
+        "Against the masks of the baseline",
+        ["text", "baseline", "its sparsity", "the adapter's", "recovered of its gap"],
+        rows,
+    )
 
 
 def as_json(source: TextSource, result: Evaluation) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from spon_cli.study_plots import COLORS, figure
 from spon_plugin import Adapter, SponError, find_sites, read_adapter, write_adapter
 from spon_plugin.ablation import Ablation, Trial
 from spon_plugin.alpha_training import Teacher, train_alphas
-from spon_plugin.evaluation import evaluate
+from spon_plugin.evaluation import evaluate, share_recovered
 from spon_plugin.progress import Progress
 from spon_plugin.rows import RowStore
-from spon_plugin.study_tables import number, share_recovered
+from spon_plugin.study_tables import number
 from spon_plugin.tables import markdown_table
 from spon_transformers.precision import FLOATS, check_precision, load_precision, weight_bytes
 

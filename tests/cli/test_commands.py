@@ -15,6 +15,7 @@ import spon_cli
 import spon_plugin.adapter as adapter_module
 from spon_cli.main import main
 from spon_plugin import read_adapter, sparse_inputs, write_adapter
+from spon_plugin.evaluation import share_recovered
 from spon_plugin.recipe import preset
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(600))
@@ -150,7 +151,7 @@ def test_eval_reports_what_the_readme_says(spon, trained, tiny_model_dir, text, 
     shown = json.loads(out)
     assert set(shown["perplexity"]) == {"dense", "teal", "spon"}
     dense, teal, spon_ = (shown["perplexity"][k] for k in ("dense", "teal", "spon"))
-    assert shown["recovered"] == pytest.approx((teal - spon_) / (teal - dense))
+    assert shown["recovered"] == share_recovered(dense, teal, spon_)
     assert shown["sparsity"]["target"] == 0.5 and shown["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.05)
     assert shown["protocol"] == protocol and shown["tokens"] == 640
 
@@ -160,6 +161,23 @@ def test_eval_shows_texts_side_by_side(spon, trained, tiny_model_dir, text, tmp_
     arguments = ["--adapter", trained, "--window", "32", "--max-tokens", "64", "--text", text, "--text"]
     _, out, _ = spon("eval", tiny_model_dir, *arguments, tmp_path / "other.txt")
     assert "text.txt" in out and "other.txt" in out and "all-but-first" in out
+
+
+def test_eval_against_the_masks_of_another_adapter(spon, trained, tiny_model_dir, text, tmp_path):
+    code, _, err = spon("calibrate", tiny_model_dir, "--sparsity", "0.7", "--text", text, "-o", tmp_path / "teal70")
+    assert code == 0, err
+    arguments = ["--text", text, "--window", "32", "--max-tokens", "320"]
+    both = ["eval", tiny_model_dir, "--adapter", trained, "--baseline", tmp_path / "teal70", *arguments]
+    code, out, err = spon(*both, "--json")
+    assert code == 0, err
+    shown = json.loads(out)
+    alone = json.loads(spon("eval", tiny_model_dir, "--adapter", tmp_path / "teal70", *arguments, "--json")[1])
+    dense, teal, spon_ = shown["perplexity"]["dense"], alone["perplexity"]["teal"], shown["perplexity"]["spon"]
+    assert shown["baseline"]["perplexity"] == pytest.approx(teal)
+    assert shown["baseline"]["achieved"] == pytest.approx(alone["sparsity"]["achieved"])
+    assert shown["baseline"]["recovered"] == share_recovered(dense, teal, spon_)
+    out = spon(*both)[1]
+    assert "Against the masks of the baseline" in out and f"{teal:.2f}" in out
 
 
 def test_inspect_shows_sites_thresholds_and_alphas(spon, trained):

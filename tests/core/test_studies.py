@@ -9,10 +9,11 @@ import torch
 
 from spon_plugin import SponError, find_sites
 from spon_plugin.ablation import DENSE, Ablation, Trial, plan
+from spon_plugin.evaluation import share_recovered
 from spon_plugin.recipe import Recipe
 from spon_plugin.rows import RowStore
 from spon_plugin.studies import STUDIES, Setup
-from spon_plugin.study_tables import markdown, records, recovered, share_recovered
+from spon_plugin.study_tables import markdown, records, recovered
 from spon_plugin.tables import csv_text
 
 RECIPE = Recipe(windows=4, window=16, batch_size=2, epochs=1, learning_rate=0.05)
