@@ -36,6 +36,7 @@ def calibrate(
     dense_prefix: int | None = None,
     source: dict[str, Any] | None = None,
     base_model: str | None = None,
+    match: bool = False,
     stage: Callable[[str], Progress] = lambda _name: no_progress,
 ) -> Adapter:
     """Find the thresholds of an adapter and measure the sparsity they achieve.
@@ -53,6 +54,8 @@ def calibrate(
         dense_prefix: first positions of a sequence that stay dense; the format's default if None.
         source: where the text came from, kept in the adapter's `calibration` field.
         base_model: kept as `base_model_name_or_path`.
+        match: hold the target in the sparse model itself, which quantiles of the dense model's inputs miss by a point
+            or two, see `match_sparsity`; ``sensitivity`` always does.
         stage: gives the progress callback of each stage by its name.
 
     Raises:
@@ -74,7 +77,8 @@ def calibrate(
     prefix = fields.dense_prefix
     centers: dict[str, Tensor] = {}
     if allocation == "sensitivity":
-        thresholds, centers = _by_sensitivity(model, sites, windows, sparsity, prefix, stage("Calibrating"))
+        samples = collect_samples(model, sites, windows, prefix, progress=stage("Calibrating"))
+        thresholds, centers = solve(samples, sparsity)
     else:
         histograms = collect_histograms(model, sites, windows, prefix, progress=stage("Calibrating"))
         share: float | dict[str, float] = sparsity
@@ -84,6 +88,9 @@ def calibrate(
                 model, sites, histograms, windows[:count], sparsity, dense_prefix=prefix, progress=stage("Allocating")
             )
         thresholds = thresholds_at(sites, histograms, share)
+    match = match or allocation == "sensitivity"
+    if match:
+        thresholds = match_sparsity(model, sites, thresholds, windows, sparsity, prefix, centers=centers)
     alphas: dict[str, Tensor] = {}
     if alpha != "none":
         carriers = [module for module in modules if carries_alpha(module, alpha_modules)]
@@ -95,6 +102,7 @@ def calibrate(
         "tokens": int(windows.numel()),
         "window": int(windows.shape[1]),
         "tokens_sha256": windows_digest(windows),
+        "matched": match,
         **_achieved(model, sites, held_out, thresholds, alphas, centers, prefix),
     }
     peft = {
@@ -109,8 +117,8 @@ def calibrate(
 def settle(model: nn.Module, adapter: Adapter, windows: Tensor, held_out: Tensor) -> Adapter:
     """An adapter after its alphas were trained: they lift activations above the thresholds, so it achieves less.
 
-    The sparsity is measured anew. With ``sensitivity``, whose thresholds are held to the target in the sparse model
-    itself, they are brought back to it, all by one factor.
+    The sparsity is measured anew. Thresholds that were matched to the target in the sparse model are brought back to
+    it, all by one factor.
 
     Args:
         model: the dense model.
@@ -123,7 +131,7 @@ def settle(model: nn.Module, adapter: Adapter, windows: Tensor, held_out: Tensor
     """
     sites, prefix = find_sites(model, sorted(adapter.thresholds)), adapter.fields.dense_prefix
     thresholds, alphas, centers = adapter.thresholds, adapter.alphas, adapter.centers
-    if adapter.fields.allocation == "sensitivity":
+    if adapter.fields.calibration.get("matched"):
         target = adapter.fields.sparsity
         thresholds = match_sparsity(model, sites, thresholds, windows, target, prefix, alphas, centers)
     measured = _achieved(model, sites, held_out, thresholds, alphas, centers, prefix)
@@ -162,12 +170,3 @@ def _of_site(site: Site, per_module: dict[str, float]) -> float:
     """A site's share: its linears have one mask, or each its own, and count by their weights."""
     pairs = zip(site.modules, site.module_weights, strict=True)
     return sum(per_module[path] * count for path, count in pairs) / site.weights
-
-
-def _by_sensitivity(
-    model: nn.Module, sites: Sequence[Site], windows: Tensor, sparsity: float, dense_prefix: int, progress: Progress
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Thresholds and centres by module path, at the target in the sparse model itself."""
-    samples = collect_samples(model, sites, windows, dense_prefix, progress=progress)
-    thresholds, centers = solve(samples, sparsity)
-    return match_sparsity(model, sites, thresholds, windows, sparsity, dense_prefix, centers=centers), centers

@@ -36,6 +36,7 @@ def calibrate_command(
     alpha: Annotated[
         str, typer.Option(help="none (plain TEAL), or mean (the control: E[x - S(x)], untrained).")
     ] = "none",
+    match: options.Match = False,
     target_modules: options.Targets = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to calibrate on.")] = CALIBRATION_TOKENS,
     window: options.Window = 256,
@@ -55,7 +56,7 @@ def calibrate_command(
     check_choice("allocation", allocation, ALLOCATIONS)
     check_choice("alpha", alpha, ("none", "mean"))
     sources = text_sources(text, dataset)
-    settings = Settings(sparsity, allocation, alpha, "all", dense_prefix, window, tokens, seed)
+    settings = Settings(sparsity, allocation, alpha, "all", dense_prefix, window, tokens, seed, match)
     loaded = load(model, dtype, options.split_names(target_modules))
     with progress_bars() as stage:
         adapter = calibrated(loaded, sources, settings, stage)
@@ -91,6 +92,7 @@ class Settings:
         window: tokens per calibration window.
         calibration_tokens: in all windows.
         seed: of the windows' order.
+        match: hold the target in the sparse model itself.
     """
 
     sparsity: float
@@ -101,6 +103,7 @@ class Settings:
     window: int = 256
     calibration_tokens: int = CALIBRATION_TOKENS
     seed: int = 0
+    match: bool = False
 
 
 def calibrated(
@@ -125,6 +128,7 @@ def calibrated(
             "spon_plugin": __version__,
         },
         base_model=base_name(loaded.name),
+        match=settings.match,
         stage=stage,
     )
 

@@ -21,6 +21,12 @@ Allocation = Annotated[
         help="uniform, greedy (TEAL's, within each block), or sensitivity (per channel, with centres; slowest, best)."
     ),
 ]
+Match = Annotated[
+    bool,
+    typer.Option(
+        "--match", help="Scale thresholds until the sparse model itself meets the target; sensitivity always does."
+    ),
+]
 Text = Annotated[list[Path] | None, typer.Option(help="A text file; may repeat, for an even mix.")]
 Dataset = Annotated[
     list[str] | None,

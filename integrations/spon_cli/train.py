@@ -46,6 +46,7 @@ def train_command(
     output: options.Output,
     sparsity: Annotated[float | None, typer.Option(help="Share of inputs to zero, in [0, 1).  [default: 0.5]")] = None,
     allocation: options.Allocation = "uniform",
+    match: options.Match = False,
     text: options.Text = None,
     dataset: options.Dataset = None,
     alpha_modules: Annotated[
@@ -90,13 +91,14 @@ def train_command(
     base = model if start is None else base_of(start, model)
     loaded = load(base, dtype, options.split_names(target_modules))
     names = "all" if alpha_modules == "all" else options.split_names(alpha_modules) or []
-    settings = Settings(target, allocation, "zero", names, dense_prefix, recipe.window, seed=seed)
+    settings = Settings(target, allocation, "zero", names, dense_prefix, recipe.window, seed=seed, match=match)
     with progress_bars() as stage:
         if start is None:
             adapter = calibrated(loaded, sources, settings, stage)
         else:
             start.check_base(linear_inputs(loaded.model), base)
             adapter = _with_alphas(start, loaded, names)
+            adapter.fields.calibration["matched"] = match or bool(start.fields.calibration.get("matched"))
         adapter, losses = train(loaded, adapter, sources, recipe, work, seed, gradient_checkpointing, stage)
     save(adapter, losses, output)
     shutil.rmtree(work)

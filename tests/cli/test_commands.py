@@ -238,6 +238,21 @@ def test_eval_and_merge_of_thresholds_per_channel_and_centres(spon, vectors, tin
     assert other["perplexity"]["spon"] != measured["perplexity"]["spon"]
 
 
+def test_match_holds_the_target_in_the_sparse_model(spon, tiny_model_dir, text, tmp_path):
+    def achieved(name, *arguments) -> float:
+        code, out, err = spon(*arguments, "--text", text, "-o", tmp_path / name, "--json")
+        assert code == 0, err
+        assert read_adapter(tmp_path / name).fields.calibration["matched"] == ("matched" in name)
+        return json.loads(out)["sparsity"]["achieved"]
+
+    calibrate = ["calibrate", tiny_model_dir, "--sparsity", "0.6", "--window", "32"]
+    plain, matched = achieved("plain", *calibrate), achieved("matched", *calibrate, "--match")
+    assert abs(matched - 0.6) < 0.01 < abs(plain - 0.6)
+    assert achieved("plain trained", "train", tmp_path / "plain", *SMALL) > 0
+    assert achieved("matched trained", "train", tmp_path / "plain", "--match", *SMALL) == pytest.approx(0.6, abs=0.02)
+    assert achieved("matched once more", "train", tmp_path / "matched", *SMALL) == pytest.approx(0.6, abs=0.02)
+
+
 def test_a_trained_adapter_says_what_it_achieves_itself(spon, trained, text, tmp_path):
     adapter = read_adapter(trained)
     for alpha in adapter.alphas.values():

@@ -158,10 +158,13 @@ def test_matching_multiplies_all_thresholds_by_one_factor(tiny_llama):
     assert achieved == pytest.approx(0.6, abs=0.004)
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
-def test_after_training_sparsity_is_measured_anew_and_sensitivity_meets_its_target_again(tiny_llama, allocation):
+@pytest.mark.parametrize(
+    ("allocation", "match"), [("uniform", False), ("uniform", True), ("sensitivity", False)], ids=lambda v: str(v)
+)
+def test_after_training_sparsity_is_measured_anew_and_a_matched_target_met_again(tiny_llama, allocation, match):
     sites, held_out = find_sites(tiny_llama), windows(16, seed=1)
-    start = calibrate(tiny_llama, sites, windows(32), held_out, 0.5, allocation, alpha="zero")
+    start = calibrate(tiny_llama, sites, windows(32), held_out, 0.5, allocation, alpha="zero", match=match)
+    assert start.fields.calibration["matched"] == (match or allocation == "sensitivity")
     generator = torch.Generator().manual_seed(0)
     for path, alpha in start.alphas.items():  # as large as training never makes them, so that they are felt
         start.alphas[path] = 3 * start.thresholds[path].mean() * torch.randn(alpha.shape, generator=generator)
@@ -175,7 +178,7 @@ def test_after_training_sparsity_is_measured_anew_and_sensitivity_meets_its_targ
     assert abs(before - 0.5) > 0.03
     assert settled.fields.calibration["achieved_sparsity"] == pytest.approx(after, abs=1e-4)
     assert settled.fields.calibration["tokens"] == start.fields.calibration["tokens"]
-    if allocation == "uniform":
+    if not start.fields.calibration["matched"]:
         assert all(torch.equal(settled.thresholds[path], start.thresholds[path]) for path in start.thresholds)
     else:
         assert after == pytest.approx(0.5, abs=0.015)
