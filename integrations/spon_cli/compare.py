@@ -16,7 +16,7 @@ from spon_cli.output import note, row_bars, show_json, show_table
 from spon_cli.sources import text_sources
 from spon_plugin import SponError
 from spon_plugin.comparison import DENSE, MEAN, OFF, ON, QUICK, Bench, Key, by_key, keys
-from spon_plugin.comparison_tables import alpha_title, cells, markdown, mean, records
+from spon_plugin.comparison_tables import SHARES, alpha_title, cells, markdown, mean, records
 from spon_plugin.evaluation import PROTOCOLS
 from spon_plugin.files import check_new
 from spon_plugin.rows import SETTINGS, RowStore
@@ -137,7 +137,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     names = list(dense["texts"])
     columns = ["sparsity", "method", "alpha"]
     for name in names:
-        columns += [f"{name}\ndense {dense['texts'][name]['perplexity']:.2f}", "of TEAL's gap"]
+        columns += [f"{name}\ndense {dense['texts'][name]['perplexity']:.2f}", *SHARES]
     columns += ["masked", "bytes saved", "extra kB", "calib. s", "train s"]
     ordered = sorted(by_key(rows), key=lambda item: item[0].sparsity)
     show_table("Perplexity", columns, [cells(key, row, rows, names) for key, row in ordered])

@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny_models import make_tiny_llama
 
 from spon_plugin import SponError, find_sites
 from spon_plugin.comparison import Bench, Key, keys
-from spon_plugin.comparison_tables import markdown, records, recovered
+from spon_plugin.comparison_tables import markdown, records, recovered, recovered_at_equal_bytes
 from spon_plugin.evaluation import perplexity
 from spon_plugin.recipe import Recipe
 from spon_plugin.rows import RowStore
@@ -128,6 +129,32 @@ def test_the_share_of_teals_gap():
     assert recovered(teal, rows, "t") is None
     assert recovered(spon, [dense, spon], "t") is None
     assert recovered(row("wina", "on", None), rows, "t") is None
+
+
+def test_the_share_of_teals_gap_at_equal_bytes():
+    def row(method, alpha, perplexity, saved, sparsity=0.5):
+        result = {"perplexity": perplexity, "saved": saved}
+        return {"method": method, "sparsity": sparsity, "alpha": alpha, "texts": {"t": result}}
+
+    def loss(saved):  # nats: a power of what is saved
+        return 2 * saved**3
+
+    def teal(saved):
+        return row("teal", "off", 10 * math.exp(loss(saved)), saved, round(saved, 1))
+
+    dense = {"method": "dense", "texts": {"t": {"perplexity": 10.0}}}
+    rows = [dense, teal(0.52), teal(0.25), teal(0.4)]
+    at = 10 * math.exp(loss(0.46))
+    for share in (0.3, -0.2):
+        own = row("wina", "on", at - share * (at - 10), 0.46)
+        assert recovered_at_equal_bytes(own, rows, "t") == pytest.approx(share)
+    below = 10 * math.exp(loss(0.1))
+    assert recovered_at_equal_bytes(row("wina", "on", below, 0.1), rows, "t") == pytest.approx(0, abs=1e-6)
+    assert recovered_at_equal_bytes(row("wina", "on", 12.0, 0.6), rows, "t") is None
+    assert recovered_at_equal_bytes(row("wina", "on", None, 0.3), rows, "t") is None
+    assert recovered_at_equal_bytes(row("wina", "on", 12.0, -0.1), rows, "t") is None
+    assert recovered_at_equal_bytes(row("wina", "on", 12.0, 0.3), rows[:2], "t") is None
+    assert recovered_at_equal_bytes(rows[1], rows, "t") is None
 
 
 def test_a_diverged_row_is_shown(rows, tmp_path):
