@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json as json_module
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from spon_plugin.text import leading_windows, mixed_windows, windows_digest
 
 DEFAULT_METHODS = [name for name in SPARSIFIERS if name != "teal-greedy"]
 CALIBRATION_TOKENS, MAX_TOKENS = 8192, 6144
-HIGHEST = 10  # times the dense perplexity, at the top of the plot
+HIGHEST = 6  # times the dense perplexity, at the top of the plot
 
 
 def compare_command(
@@ -154,6 +155,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     dense = next(row for row in rows if row["method"] == DENSE)
     names = list(dense["texts"])
@@ -162,22 +164,27 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     alphas = [a for a in dict.fromkeys(key.alpha for key, _ in by_key(rows)) if a != MEAN]
     styles = {OFF: (":", "o"), **{a: ("-", "s^Dv"[i % 4]) for i, a in enumerate(x for x in alphas if x != OFF)}}
     for axes, name in zip(panels[0], names, strict=True):
+        lowest = dense["texts"][name]["perplexity"]
         for index, method in enumerate(methods):
             for alpha in alphas:
                 points = sorted(
                     (row["texts"][name]["saved"], row["texts"][name]["perplexity"])
                     for key, row in by_key(rows)
-                    if (key.method, key.alpha) == (method, alpha) and row["texts"][name]["perplexity"] is not None
+                    if (key.method, key.alpha) == (method, alpha)
+                    and (row["texts"][name]["perplexity"] or math.inf) < HIGHEST * lowest
                 )
                 if points:
                     line, marker = styles[alpha]
                     label = f"{get_sparsifier(method).title}, alpha {alpha_title(alpha)}"
-                    axes.plot(*zip(*points, strict=True), line, marker=marker, color=f"C{index}", label=label, ms=4)
-        axes.axhline(dense["texts"][name]["perplexity"], color="0.6", linewidth=1, label="dense")
-        # Static methods may be a hundred times worse than the others; they would press these into one line.
-        axes.set_ylim(top=min(axes.get_ylim()[1], HIGHEST * dense["texts"][name]["perplexity"]))
+                    color = plt.get_cmap("tab20")(2 * index % 20 + (index >= 10))  # ten dark colours, then the light
+                    axes.plot(*zip(*points, strict=True), line, marker=marker, color=color, label=label, ms=4)
+        axes.axhline(lowest, color="0.6", linewidth=1, label="dense")
         axes.set(title=name, xlabel="share of the linears' weight bytes not read", ylabel="perplexity", yscale="log")
-    panels[0][-1].legend(fontsize=7, ncols=2)
+        # Static methods may be a hundred times worse than the others; they would press these into one line.
+        axes.set_ylim(0.97 * lowest, min(axes.get_ylim()[1], HIGHEST * lowest))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
+    figure.legend(*panels[0][-1].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     figure.savefig(file, dpi=120, metadata={"Software": None})
     plt.close(figure)
 

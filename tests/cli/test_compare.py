@@ -4,6 +4,8 @@ import json
 import pytest
 from test_commands import TEXT, run
 
+from spon_cli import compare
+
 SMALL = ["--windows", "4", "--window", "64", "--max-tokens", "256", "--calibration-tokens", "512"]
 
 
@@ -55,3 +57,23 @@ def test_compare_refuses_wrong_input_before_work_starts(tmp_path, changes, messa
 def test_compare_help_has_examples():
     code, printed, _ = run("compare", "--help")
     assert code == 0 and "spon compare ./model -o compare --methods teal,wina,wanda" in " ".join(printed.split())
+
+
+def test_the_plot_shows_every_row_within_its_limits(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    def row(method, alpha, saved, perplexity):
+        texts = {"t": {"perplexity": perplexity, "saved": saved, "masked": saved}}
+        return {"method": method, "sparsity": round(saved, 1), "alpha": alpha, "texts": texts}
+
+    rows = [{"method": "dense", "texts": {"t": {"perplexity": 10.0}}}, row("teal", "off", 0.4, 13.0)]
+    rows += [row("teal", "off", 0.6, 30.0), row("teal", "on", 0.39, 11.0), row("fixed-neuron", "off", 0.5, 5000.0)]
+    monkeypatch.setattr(plt, "close", lambda _figure: None)
+    compare.plot(rows, tmp_path / "plot.png")
+    (axes,) = plt.gcf().axes
+    low, high = axes.get_ylim()
+    assert 9 < low < 10 and 30 < high <= 60
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert drawn == {"TEAL, alpha off": [13.0, 30.0], "TEAL, alpha trained": [11.0], "dense": [10.0, 10.0]}
+    monkeypatch.undo()
+    plt.close("all")
