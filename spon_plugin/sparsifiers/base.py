@@ -84,6 +84,7 @@ class Sparsifier(ABC):
             observers[site.modules[0]] = _both(statistics.histograms[site.name], own)
         outputs = self.output_observers(model, statistics)
         stream_inputs(model, observers, windows, dense_prefix, progress=progress, outputs=outputs)
+        self.complete(model, statistics, progress)
         return statistics
 
     def observer(self, model: nn.Module, site: Site, statistics: Statistics) -> Any:
@@ -93,6 +94,10 @@ class Sparsifier(ABC):
     def output_observers(self, model: nn.Module, statistics: Statistics) -> dict[str, Observe]:
         """Module path -> what sees the outputs of that module."""
         return {}
+
+    def complete(self, model: nn.Module, statistics: Statistics, progress: Progress) -> None:
+        """Add to `Statistics.own` what a pass over the inputs cannot see; nothing by default."""
+        return
 
     @abstractmethod
     def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> Fitted:

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
-from spon_plugin.progress import Progress, no_progress
+from spon_plugin.progress import Progress
 from spon_plugin.sensitivity import RATE, collect_samples, match_sparsity, solve
-from spon_plugin.sites import Site
 from spon_plugin.sparsifiers.base import Sparsifier, Statistics
 from spon_plugin.sparsifiers.thresholds import ThresholdFitted
 
@@ -26,18 +24,10 @@ class Sensitivity(Sparsifier):
 
     name, title = "sensitivity", "Sensitivity"
 
-    def calibrate(
-        self,
-        model: nn.Module,
-        sites: Sequence[Site],
-        windows: Tensor,
-        dense_prefix: int = 1,
-        progress: Progress = no_progress,
-    ) -> Statistics:
-        """See `Sparsifier.calibrate`; the model also runs backward."""
-        statistics = super().calibrate(model, sites, windows, dense_prefix)
-        statistics.own[_SAMPLES] = collect_samples(model, sites, windows, dense_prefix, progress=progress)
-        return statistics
+    def complete(self, model: nn.Module, statistics: Statistics, progress: Progress) -> None:
+        """See `Sparsifier.complete`: the model runs forward and backward."""
+        sites, windows, prefix = statistics.sites, statistics.windows, statistics.dense_prefix
+        statistics.own[_SAMPLES] = collect_samples(model, sites, windows, prefix, progress=progress)
 
     def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> ThresholdFitted:
         """See `Sparsifier.at`."""
