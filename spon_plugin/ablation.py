@@ -24,6 +24,9 @@ from spon_plugin.sparsifiers import Fitted, Sparsifier, Statistics, get_sparsifi
 
 DENSE = "dense"
 
+Pools = Mapping[tuple[tuple[str, ...], int], Tensor]
+"""Mix of texts and tokens per window -> token ids ``[count, window]``."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -72,8 +75,8 @@ class Ablation:
     Attributes:
         model: the dense model.
         sites: from `find_sites`.
-        pools: mix of texts -> token ids ``[count, length]``; trials take from its start, so that fewer tokens are part
-            of more.
+        pools: what trials take from, from the start, so that fewer tokens are part of more.
+        window: tokens per window to calibrate on; a trial trains on windows of its recipe.
         tests: name -> token ids ``[count, length]`` to evaluate on.
         method: name of a sparsifier.
         protocol: see `evaluation.dense_prefix_of`.
@@ -84,7 +87,8 @@ class Ablation:
 
     model: nn.Module
     sites: list[Site]
-    pools: Mapping[tuple[str, ...], Tensor]
+    pools: Pools
+    window: int
     tests: Mapping[str, Tensor]
     method: str = "teal"
     protocol: str = "all-but-first"
@@ -92,19 +96,20 @@ class Ablation:
     stage: Callable[[str], Progress] = lambda _name: no_progress
     done: Callable[[dict[str, Any], bool], None] = lambda _row, _old: None
     _statistics: dict[tuple[tuple[str, ...], int], Statistics] = field(default_factory=dict, init=False)
-    _teacher: tuple[tuple[str, ...], Teacher] | None = field(default=None, init=False)
+    _teacher: tuple[tuple[tuple[str, ...], int], Teacher] | None = field(default=None, init=False)
 
     def check(self, trials: Sequence[Trial]) -> None:
         """Raise `SponError` for a method that does not exist, or texts that are shorter than a trial needs."""
         get_sparsifier(self.method)
         for trial in trials:
-            pool = self.pools[trial.texts]
-            windows = max(self._calibration_windows(trial), 0 if trial.recipe is None else trial.recipe.windows)
-            if len(pool) < windows:
-                expected = f"at least {windows} windows of {pool.shape[1]} tokens for this study"
-                raise SponError.of(
-                    f"text {' + '.join(trial.texts)}", f"{len(pool)} windows", expected, "Use more text."
-                )
+            needs = [(self.window, self._calibration_windows(trial))]
+            if trial.recipe is not None:
+                needs.append((trial.recipe.window, trial.recipe.windows))
+            for window, count in needs:
+                have = len(self.pools[trial.texts, window])
+                if have < count:
+                    expected = f"at least {count} windows of {window} tokens for this study"
+                    raise SponError.of(f"text {' + '.join(trial.texts)}", f"{have} windows", expected, "Use more text.")
 
     def run(self, trials: Sequence[Trial], store: RowStore) -> dict[str, dict[str, Any]]:
         """Measure every trial that `store` does not have, with the dense model and the masks alone of each.
@@ -130,7 +135,7 @@ class Ablation:
         added: dict[str, Any] = {}
         if trial.recipe is not None:
             start = time.perf_counter()
-            teacher = self._dense_states(trial.texts, missing).first(trial.recipe.windows)
+            teacher = self._dense_states(trial.texts, trial.recipe.window, missing).first(trial.recipe.windows)
             row["training_tokens"] = int(teacher.windows.numel())
             seconds["dense states"] = time.perf_counter() - start
             start = time.perf_counter()
@@ -153,22 +158,23 @@ class Ablation:
         key = (trial.texts, trial.calibration_tokens)
         start = time.perf_counter()
         if key not in self._statistics:
-            windows = self.pools[trial.texts][: self._calibration_windows(trial)]
+            windows = self.pools[trial.texts, self.window][: self._calibration_windows(trial)]
             progress = self.stage(f"{sparsifier.name}: calibrating")
             self._statistics[key] = sparsifier.calibrate(self.model, self.sites, windows, progress=progress)
         fitted = sparsifier.at(self.model, self._statistics[key], trial.sparsity)
         return fitted, {"calibration": time.perf_counter() - start}
 
-    def _dense_states(self, texts: tuple[str, ...], missing: Sequence[Trial]) -> Teacher:
-        """The dense model's states on the windows of every missing trial on these texts, made once."""
-        if self._teacher is None or self._teacher[0] != texts:
-            most = max(trial.recipe.windows for trial in missing if trial.recipe is not None and trial.texts == texts)
+    def _dense_states(self, texts: tuple[str, ...], window: int, missing: Sequence[Trial]) -> Teacher:
+        """The dense model's states on the windows of every missing trial of this kind, made once."""
+        if self._teacher is None or self._teacher[0] != (texts, window):
+            recipes = [trial.recipe for trial in missing if trial.recipe is not None and trial.texts == texts]
+            most = max(recipe.windows for recipe in recipes if recipe.window == window)
             progress = self.stage("Dense model on the training text")
-            self._teacher = (texts, Teacher(self.model, self.pools[texts][:most], progress=progress))
+            self._teacher = ((texts, window), Teacher(self.model, self.pools[texts, window][:most], progress=progress))
         return self._teacher[1]
 
     def _calibration_windows(self, trial: Trial) -> int:
-        return max(1, trial.calibration_tokens // self.pools[trial.texts].shape[1])
+        return max(1, trial.calibration_tokens // self.window)
 
     def _evaluate(
         self, label: str, fitted: Fitted | None, added: Mapping[str, Any] | None = None
@@ -191,6 +197,7 @@ def describe(trial: Trial) -> str:
     what = f"{trial.sparsity:.0%}, {' + '.join(trial.texts)}"
     if trial.recipe is None:
         return f"{what}: masks alone"
-    return (
-        f"{what}: alpha on {len(trial.carriers)}, {trial.recipe.windows} windows, rate {trial.recipe.learning_rate:g}"
-    )
+    recipe = trial.recipe
+    words = [f"alpha on {len(trial.carriers)}", f"{recipe.windows} windows of {recipe.window}"]
+    words += [f"rate {recipe.learning_rate:g}"] + [f"decay {recipe.weight_decay:g}"] * bool(recipe.weight_decay)
+    return f"{what}: {', '.join(words)}"

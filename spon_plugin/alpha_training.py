@@ -74,8 +74,8 @@ def train_alphas(
 ) -> tuple[dict[str, Tensor], Losses]:
     """Distil the dense model into alphas on top of a sparsification method.
 
-    Minimizes the mean ``KL(dense || sparse)`` over the positions that predict a token of the window, with Adam, each
-    layer at `Recipe.rate` of its `Fitted.scales`, by `Recipe.factor`, the gradient clipped.
+    Minimizes the mean ``KL(dense || sparse)`` over the positions that predict a token of the window, with AdamW, each
+    layer at `Recipe.rate` and `Recipe.decay` of its `Fitted.scales`, by `Recipe.factor`, the gradient clipped.
 
     Args:
         model: the dense model.
@@ -102,8 +102,11 @@ def train_alphas(
     sizes = {path: fitted.site_of[path].in_features for path in carriers}
     alphas = {path: torch.zeros(sizes[path], device=device, requires_grad=True) for path in carriers}
     rates = [recipe.rate(fitted.scales[path]) for path in carriers]
-    groups = [{"params": [alphas[path]], "lr": rate} for path, rate in zip(carriers, rates, strict=True)]
-    optimizer = torch.optim.Adam(groups)
+    groups = [
+        {"params": [alphas[path]], "lr": rate, "weight_decay": recipe.decay(fitted.scales[path])}
+        for path, rate in zip(carriers, rates, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups)
     losses: Losses = []
     with _frozen(model), fitted.attach(model, alphas) as tokens:
         for step, rows in enumerate(_batches(len(teacher.windows), recipe, seed)):

@@ -24,6 +24,7 @@ class Recipe:
             absolute rate is noise for some layers and standstill for others.
         warmup: the share of the steps in which the rate rises; it falls along a cosine afterwards.
         max_grad_norm: the gradient over all alphas is clipped to this norm.
+        weight_decay: AdamW's, of an alpha in the units of its rate: a step takes ``rate * weight_decay`` of it away.
     """
 
     windows: int
@@ -34,6 +35,7 @@ class Recipe:
     relative: bool = True
     warmup: float = 0.1
     max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -55,15 +57,25 @@ class Recipe:
         """
         return self.learning_rate * scale if self.relative else self.learning_rate
 
+    def decay(self, scale: float) -> float:
+        """A layer's weight decay, for an optimizer that multiplies it by the layer's `rate`.
+
+        Args:
+            scale: the layer's threshold.
+        """
+        return self.weight_decay / scale if self.relative and scale > 0 else self.weight_decay
+
     def with_changes(self, **changes: Any) -> Recipe:
         """This recipe with some values replaced; None leaves a value as it is.
 
         Raises:
-            SponError: a value is not positive.
+            SponError: a value is not positive, or a weight decay is negative.
         """
         changed = {name: value for name, value in changes.items() if value is not None}
         for name, value in changed.items():
-            if not value > 0:
+            if name == "weight_decay" and not 0 <= value < math.inf:
+                raise SponError.of(name, value, "a number of at least 0")
+            if name != "weight_decay" and not value > 0:
                 raise SponError.of(name, value, "a positive number")
         return replace(self, **changed)
 

@@ -24,6 +24,8 @@ RATES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 WINDOWS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 CALIBRATION = (1 / 16, 1 / 4, 1.0, 4.0)
 HIGH = (0.7, 0.75, 0.8, 0.85, 0.9)
+LENGTHS = (1 / 2, 2)
+DECAYS = (1.0, 4.0)
 EVERYWHERE = "all"
 
 
@@ -90,7 +92,7 @@ class Setup:
 
     @property
     def pool(self) -> int:
-        """Windows that any study may ask of a mix of texts."""
+        """Windows of the recipe's length that any study may ask of a mix of texts."""
         calibration = int(max(CALIBRATION) * self.calibration_tokens) // self.recipe.window
         return max(1, calibration, int(max(WINDOWS) * self.recipe.windows))
 
@@ -187,6 +189,32 @@ def domain(setup: Setup) -> Study:
     return Study("domain", "Trained on one text, tested on others", "trained on", tuple(points))
 
 
+def generalization(setup: Setup) -> Study:
+    """What makes alphas carry over to texts they never saw, and what it costs on those they did.
+
+    One text, all but one, all of them; and on all of them alpha at one kind of site, shorter and longer windows (as
+    many tokens, as many steps), weight decay.
+
+    Raises:
+        SponError: there are fewer than two training texts.
+    """
+    points = list(domain(setup).points)
+    if len(setup.texts) > 2:
+        rests = [(name, tuple(other for other in setup.texts if other != name)) for name in setup.texts]
+        points[-1:-1] = [Point(f"all but {name}", replace(setup.trial, texts=rest)) for name, rest in rests]
+    points += [replace(point, label=f"mix, {point.label}") for point in location(setup).points[1:]]
+    recipe = setup.recipe
+    for factor in LENGTHS:
+        length, count, batch = factor * recipe.window, recipe.windows / factor, recipe.batch_size / factor
+        if all(value % 1 == 0 for value in (length, count, batch)):
+            cut = replace(recipe, window=int(length), windows=int(count), batch_size=int(batch))
+            points.append(Point(f"mix, windows of {cut.window}", replace(setup.trial, recipe=cut)))
+    for decay in DECAYS:
+        decaying = replace(recipe, weight_decay=decay)
+        points.append(Point(f"mix, weight decay {decay:g}", replace(setup.trial, recipe=decaying)))
+    return Study("generalization", "What carries over to other texts", "trained on", tuple(points))
+
+
 def sparsity(setup: Setup) -> Study:
     """High sparsities: where the masks break the model, and how far alpha carries it."""
     points = []
@@ -197,7 +225,7 @@ def sparsity(setup: Setup) -> Study:
 
 
 STUDIES: dict[str, Callable[[Setup], Study]] = {
-    build.__name__: build for build in (location, layer, halves, tokens, rate, domain, sparsity)
+    build.__name__: build for build in (location, layer, halves, tokens, rate, domain, generalization, sparsity)
 }
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from spon_cli.output import note, row_bars, show_json, show_table
 from spon_cli.sources import TextSource, text_sources
 from spon_cli.study_plots import plot_study
 from spon_plugin import Adapter, SponError, read_adapter
-from spon_plugin.ablation import DENSE, Ablation, Trial, describe, plan
+from spon_plugin.ablation import DENSE, Ablation, Pools, Trial, describe, plan
 from spon_plugin.evaluation import PROTOCOLS
 from spon_plugin.files import check_new
 from spon_plugin.masking import check_sparsity
@@ -65,7 +65,8 @@ def ablate_command(
 
     location: where alpha is. layer: one decoder block at a time. halves: the first or the last half of them. tokens: to
     calibrate and to train on. rate: the learning rate. domain: each --text alone and all together, on every --test.
-    sparsity: 70 to 90%. precision: quantized bases, with the adapter of the full-precision base and with their own.
+    generalization: that, mixes without one text, fewer sites, other windows, weight decay. sparsity: 70 to 90%.
+    precision: quantized bases, with the adapter of the full-precision base and with their own.
 
     Each row is kept in OUTPUT as soon as it is measured and serves every study; the same command goes on where it
     stopped, and studies may be added. Without --text and --test, four fifths of Python's language reference are trained
@@ -103,7 +104,7 @@ def ablate_command(
     studies = [STUDIES[name](setup) for name in names if name != PRECISION]
     tests = {s.name: leading_windows(loaded.tokenizer, s.text, window, max_tokens) for s in held_out}
     trials = [point.trial for found in studies for point in found.points]
-    pools = _pools(loaded.tokenizer, sources, [*trials, setup.trial], setup.pool, recipe, seed)
+    pools = _pools(loaded.tokenizer, sources, [*trials, setup.trial], setup, seed)
     settings = {
         "model": Path(model).name,
         "method": method,
@@ -111,11 +112,11 @@ def ablate_command(
         "seed": seed,
         "protocol": protocol,
         "tests": {name: windows_digest(rows) for name, rows in tests.items()},
-        "training": windows_digest(pools[setup.texts]),
+        "training": windows_digest(pools[setup.texts, recipe.window]),
         "recipe": recipe.as_dict(),
         "calibration_tokens": calibration_tokens,
     }
-    bench = Ablation(loaded.model, loaded.sites, pools, tests, method, protocol, seed)
+    bench = Ablation(loaded.model, loaded.sites, pools, recipe.window, tests, method, protocol, seed)
     bench.check(plan([*trials, setup.trial]))
     store = RowStore(output, settings)
     total = (len(plan(trials)) + 1 if trials else 0) + (2 * len(levels) - 1 if PRECISION in names else 0)
@@ -145,14 +146,14 @@ def _precision(
     model: str,
     levels: Sequence[str],
     setup: Setup,
-    pools: Mapping[tuple[str, ...], Tensor],
+    pools: Pools,
     bench: Ablation,
     store: RowStore,
     adapter: Adapter | None,
     output: Path,
 ) -> list[dict[str, Any]]:
     """Run the study of quantized bases and write its tables and plot."""
-    pool = pools[setup.texts]
+    pool = pools[setup.texts, setup.recipe.window]
     study = precision.PrecisionStudy(
         model, levels, setup.trial, pool, bench.tests, bench.protocol, bench.seed, adapter, output, bench.stage,
         bench.done,
@@ -164,13 +165,21 @@ def _precision(
 
 
 def _pools(
-    tokenizer: Any, sources: Sequence[TextSource], trials: Sequence[Trial], count: int, recipe: Recipe, seed: int
-) -> dict[tuple[str, ...], Tensor]:
-    """Training windows of every mix of texts that a trial takes from."""
+    tokenizer: Any, sources: Sequence[TextSource], trials: Sequence[Trial], setup: Setup, seed: int
+) -> dict[tuple[tuple[str, ...], int], Tensor]:
+    """The windows of every mix of texts and every length that a trial takes from, as many tokens of each."""
     texts = {source.name: source.text for source in sources}
+    base = setup.recipe.window
+    wanted = dict.fromkeys(
+        (trial.texts, window)
+        for trial in trials
+        for window in ([base] if trial.recipe is None else [base, trial.recipe.window])
+    )
     return {
-        mix: mixed_windows(tokenizer, [texts[name] for name in mix], recipe.window, count, seed)
-        for mix in dict.fromkeys(trial.texts for trial in trials)
+        (mix, window): mixed_windows(
+            tokenizer, [texts[name] for name in mix], window, setup.pool * base // window, seed
+        )
+        for mix, window in wanted
     }
 
 

@@ -42,7 +42,7 @@ class PrecisionStudy:
         model: name of the model.
         precisions: the full one first.
         trial: how thresholds and alphas are trained.
-        pool: token ids ``[count, length]`` to train on.
+        pool: token ids ``[count, length]`` to calibrate and train on.
         tests: name -> token ids ``[count, length]`` to evaluate on.
         protocol: see `evaluation.dense_prefix_of`.
         seed: of the order of the training windows.
@@ -125,8 +125,8 @@ class PrecisionStudy:
         if trained_on != precision:  # rows are there, the adapter is gone
             raise SponError.of("output", str(kept), "the adapter of the first row", "Choose another --output.")
         assert self.trial.recipe is not None
-        texts = self.trial.texts
-        bench = Ablation(model, sites, {texts: self.pool}, {}, seed=self.seed, stage=self.stage)
+        texts, window = self.trial.texts, self.pool.shape[1]
+        bench = Ablation(model, sites, {(texts, window): self.pool}, window, {}, seed=self.seed, stage=self.stage)
         fitted, _ = bench.fit(self.trial)
         progress = self.stage(f"{precision}: dense states")
         teacher = Teacher(model, self.pool[: self.trial.recipe.windows], progress=progress)

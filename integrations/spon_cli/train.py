@@ -61,6 +61,9 @@ def train_command(
     learning_rate: Annotated[
         float | None, typer.Option(help="Highest rate; relative to thresholds for fast.  [default: the preset's]")
     ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Pulls alphas towards zero; in the units of the rate.  [default: 0]")
+    ] = None,
     dense_prefix: options.DensePrefix = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the same command was interrupted.")] = False,
@@ -79,7 +82,12 @@ def train_command(
     """
     check_new(output)
     recipe = preset(preset_name).with_changes(
-        windows=windows, window=window, batch_size=batch_size, epochs=epochs, learning_rate=learning_rate
+        windows=windows,
+        window=window,
+        batch_size=batch_size,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
     )
     check_choice("allocation", allocation, ALLOCATIONS)
     start = read_adapter(model) if is_adapter(model) else None

@@ -124,12 +124,13 @@ def _check_plan(work: Path, plan: dict[str, Any]) -> None:
 
 
 def _optimizer(model: Any, recipe: Recipe, part: float) -> torch.optim.Optimizer:
-    """Adam with a rate for every layer: the recipe's for `part` of its threshold, the mean where it has several."""
+    """AdamW with a rate for every layer: the recipe's for `part` of its threshold, the mean where it has several."""
     groups = []
     for layer in injected_layers(model, model.active_adapter).values():
         for name, alpha in layer.spon_alpha.items():
-            groups.append({"params": [alpha], "lr": recipe.rate(part * float(layer.spon_threshold[name].mean()))})
-    return torch.optim.Adam(groups, lr=recipe.learning_rate)
+            scale = part * float(layer.spon_threshold[name].mean())
+            groups.append({"params": [alpha], "lr": recipe.rate(scale), "weight_decay": recipe.decay(scale)})
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
 
 
 def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

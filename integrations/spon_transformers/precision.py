@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import Any
 
@@ -13,7 +14,9 @@ from spon_transformers.loading import DTYPES, load_model, model_source
 
 FLOATS = tuple(name for name in DTYPES if name != "auto")
 BNB = ("int8", "int4")
-PRECISIONS = (*FLOATS, *BNB)
+TORCHAO = ("torchao-int8", "torchao-int4")
+PRECISIONS = (*FLOATS, *BNB, *TORCHAO)
+_GROUP = 32
 
 
 def check_precision(precision: str) -> None:
@@ -24,18 +27,17 @@ def check_precision(precision: str) -> None:
     """
     if precision not in PRECISIONS:
         raise SponError.of("precision", precision, "one of " + ", ".join(PRECISIONS))
-    if precision in BNB:
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError as error:
-            raise SponError.of("precision", precision, "bitsandbytes installed", "pip install bitsandbytes") from error
+    for names, package in ((BNB, "bitsandbytes"), (TORCHAO, "torchao")):
+        if precision in names and importlib.util.find_spec(package) is None:
+            raise SponError.of("precision", precision, f"{package} installed", f"pip install {package}")
 
 
 def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
     """Load a causal language model with its linears at some precision.
 
-    ``int8`` and ``int4`` are bitsandbytes' LLM.int8() and NF4 (blocks of 64); the output head, norms and embeddings
-    stay in `dtype`, in which 4-bit layers compute, too.
+    ``int8`` and ``int4`` are bitsandbytes' LLM.int8() and NF4 (blocks of 64); ``torchao-int8`` and ``torchao-int4``
+    are torchao's weight-only integers, symmetric, with a scale per output and per group of 32 inputs. The output head,
+    norms and embeddings stay in `dtype`, in which 4-bit layers compute, too.
 
     Args:
         name: as for `load_model`; not GGUF for a quantized precision.
@@ -51,24 +53,20 @@ def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
     check_precision(precision)
     if precision in FLOATS:
         return load_model(name, precision)
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     source = model_source(name)
     if source.gguf_file:
         raise SponError.of("model", name, "a transformers directory or hub name to quantize", "Convert the GGUF first.")
-    if precision == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype] or torch.float32
-        )
+    config = _config(precision, DTYPES[dtype] or torch.float32)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a warning per layer and pass about float16
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.name, dtype=DTYPES[dtype] or "auto", quantization_config=config
         )
-    except (OSError, ValueError) as error:
-        raise SponError.of("model", name, f"a causal language model that can be quantized ({error})") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        groups = f", all in_features divisible by {_GROUP}" if precision == "torchao-int4" else ""
+        raise SponError.of("model", name, f"a causal language model that can be quantized{groups} ({error})") from error
     module: Any
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights for an inference kernel of some CPUs at the first pass without gradients;
@@ -78,6 +76,32 @@ def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
     return model.eval().requires_grad_(False)
 
 
+def _config(precision: str, dtype: torch.dtype) -> Any:
+    """What transformers quantizes by."""
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if precision == "int4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+
+    if precision == "torchao-int8":
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    # Int4WeightOnlyConfig packs for GPUs only.
+    four: torch.dtype = torch.int4  # type: ignore[attr-defined]
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=four, granularity=PerGroup(_GROUP)))
+
+
 def weight_bytes(model: Any) -> int:
-    """Bytes of parameters and buffers, packed as they are."""
-    return int(model.get_memory_footprint())
+    """Bytes of parameters and buffers, packed as they are; torchao keeps a 4-bit entry in a byte on a CPU."""
+    kept = [*model.parameters(), *model.buffers()]
+    return sum(part.nbytes for tensor in kept for part in _parts(tensor))
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a tensor subclass, such as torchao's, is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]

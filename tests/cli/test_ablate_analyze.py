@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import make_byte_tokenizer, make_tiny_llama
 
 from spon_cli.main import main
 from spon_plugin import Adapter, SponFields, find_sites, read_adapter, write_adapter
@@ -105,13 +106,19 @@ def test_ablate_shows_tables_of_numeric_studies(tiny_model_dir, texts, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "quantized", [pytest.param(False, id="floats"), pytest.param(True, id="bitsandbytes", marks=pytest.mark.slow)]
+    ("package", "levels"),
+    [
+        pytest.param(None, ["float32", "bfloat16"], id="floats"),
+        pytest.param("bitsandbytes", ["float32", "int8", "int4"], id="bitsandbytes", marks=pytest.mark.slow),
+        pytest.param("torchao", ["float32", "torchao-int8", "torchao-int4"], id="torchao", marks=pytest.mark.slow),
+    ],
 )
-def test_precision_compares_an_adapter_with_one_trained_on_the_base(tiny_model_dir, texts, tmp_path, quantized):
-    if quantized:
-        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-    levels = ["float32", "int8", "int4"] if quantized else ["float32", "bfloat16"]
-    command = ["ablate", tiny_model_dir, "--text", texts[0], "--test", texts[1], *SMALL, "--json",
+def test_precision_compares_an_adapter_with_one_trained_on_the_base(texts, tmp_path, package, levels):
+    if package is not None:
+        pytest.importorskip(package, reason=f"needs {package}")
+    make_tiny_llama(hidden_size=64).save_pretrained(tmp_path / "model")  # torchao scales groups of 32 inputs
+    make_byte_tokenizer().save_pretrained(tmp_path / "model")
+    command = ["ablate", tmp_path / "model", "--text", texts[0], "--test", texts[1], *SMALL, "--json",
                "--study", "precision", "--precisions", ",".join(levels), "-o", tmp_path / "out"]  # fmt: skip
     code, out, err = run(*command)
     assert code == 0, err
@@ -128,6 +135,14 @@ def test_precision_compares_an_adapter_with_one_trained_on_the_base(tiny_model_d
     assert len(adapters) == len(levels) and all(len(found.alphas) == 14 for found in adapters)
     assert "precision.png" in names(tmp_path / "out")
     assert json.loads(run(*command)[1])["precision"] == rows
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_quantized_is_named(tiny_model_dir, texts, tmp_path):
+    pytest.importorskip("torchao", reason="needs torchao")
+    code, _, err = run("ablate", tiny_model_dir, "--text", texts[0], "--test", texts[1], *SMALL, "--study", "precision",
+                       "--precisions", "float32,torchao-int4", "-o", tmp_path / "out")  # fmt: skip
+    assert code == 2 and "tiny-llama', expected" in err and "in_features divisible by 32" in " ".join(err.split())
 
 
 def test_precision_takes_a_given_adapter(tiny_model_dir, texts, adapter, tmp_path):
@@ -184,7 +199,7 @@ WRONG = {
     "one text for domains": (["ablate", "--study", "domain"], "at least two training texts"),
     "no such precision": (
         ["ablate", "--study", "precision", "--precisions", "float32,int3"],
-        "precision: got 'int3', expected one of float32, bfloat16, float16, int8, int4",
+        "precision: got 'int3', expected one of float32, bfloat16, float16, int8, int4, torchao-int8, torchao-int4",
     ),
     "quantized first": (
         ["ablate", "--study", "precision", "--precisions", "int8,float32"],

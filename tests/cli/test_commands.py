@@ -266,6 +266,18 @@ def test_a_trained_adapter_says_what_it_achieves_itself(spon, trained, text, tmp
     assert after["sites"].keys() == before["sites"].keys()
 
 
+def test_weight_decay_is_kept_in_the_recipe_and_makes_alphas_smaller(spon, trained, text, tmp_path):
+    sizes = []
+    for decay in (0, 10):
+        arguments = [trained, "--text", text, *SMALL, "--weight-decay", decay, "-o", tmp_path / f"{decay}"]
+        code, _, err = spon("train", *arguments)
+        assert code == 0, err
+        adapter = read_adapter(tmp_path / f"{decay}")
+        assert adapter.fields.calibration["training"]["weight_decay"] == decay
+        sizes.append(sum(float(alpha.norm()) for alpha in adapter.alphas.values()))
+    assert sizes[1] < sizes[0]
+
+
 def test_train_keeps_thresholds_per_channel_and_centres(spon, vectors, text, tmp_path):
     code, _, err = spon("train", vectors, "--text", text, *SMALL, "-o", tmp_path / "more")
     assert code == 0, err

@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
@@ -19,16 +22,17 @@ def fit(model, method="teal", sparsity=0.5):
 
 
 @pytest.mark.parametrize(
-    ("method", "alpha_modules"), [("teal", "all"), ("teal", ["down_proj"]), ("sensitivity", "all")]
+    ("method", "alpha_modules", "decay"),
+    [("teal", "all", 0.0), ("teal", ["down_proj"], 2.0), ("sensitivity", "all", 0.0), ("sensitivity", "all", 2.0)],
 )
-def test_the_loop_trains_what_the_trainer_trains(tiny_llama, tmp_path, method, alpha_modules):
+def test_the_loop_trains_what_the_trainer_trains(tiny_llama, tmp_path, method, alpha_modules, decay):
     # Every step sees all windows, so the order in which either draws them is no matter.
-    fitted = fit(tiny_llama, method)
-    alphas, losses = train_alphas(tiny_llama, fitted, Teacher(tiny_llama, WINDOWS), RECIPE, alpha_modules)
+    fitted, recipe = fit(tiny_llama, method), RECIPE.with_changes(weight_decay=decay)
+    alphas, losses = train_alphas(tiny_llama, fitted, Teacher(tiny_llama, WINDOWS), recipe, alpha_modules)
     start = fitted.adapter({path: torch.zeros_like(alpha) for path, alpha in alphas.items()})
     start.peft = {"base_model_name_or_path": "tiny", "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
     start.peft["target_modules"] += ["gate_proj", "up_proj", "down_proj"]
-    trained, expected = train_adapter(tiny_llama, start, WINDOWS, RECIPE, tmp_path / "work")
+    trained, expected = train_adapter(tiny_llama, start, WINDOWS, recipe, tmp_path / "work")
     assert [row["loss"] for row in losses] == pytest.approx([row["loss"] for row in expected], rel=1e-3)
     assert losses[-1]["loss"] < (0.98 if method == "teal" else 1.0) * losses[0]["loss"]
     assert alphas.keys() == trained.alphas.keys()
@@ -87,6 +91,26 @@ def test_rates_follow_the_thresholds():
     relative = Recipe(1, 8, 1, 1, learning_rate=0.1)
     assert relative.rate(0.5) == 0.05
     assert Recipe(1, 8, 1, 1, learning_rate=0.1, relative=False).rate(0.5) == 0.1
+
+
+def test_weight_decay_takes_a_share_of_the_rate_whatever_the_threshold():
+    for relative, scale in ((True, 0.5), (True, 1e-4), (False, 0.5)):
+        recipe = Recipe(1, 8, 1, 1, learning_rate=0.1, relative=relative, weight_decay=2.0)
+        assert recipe.rate(scale) * recipe.decay(scale) == pytest.approx(0.2)
+    assert Recipe(1, 8, 1, 1, learning_rate=0.1, weight_decay=2.0).decay(0.0) == 2.0  # a layer of rate 0
+    assert RECIPE.with_changes(weight_decay=0.0) == RECIPE
+    for value in (-1.0, math.inf, math.nan):
+        with pytest.raises(SponError, match=f"weight_decay: got {value}, expected a number of at least 0"):
+            RECIPE.with_changes(weight_decay=value)
+
+
+def test_weight_decay_makes_alphas_smaller(tiny_llama):
+    fitted, teacher = fit(tiny_llama), Teacher(tiny_llama, WINDOWS)
+    sizes = []
+    for decay in (0.0, 2.0):
+        alphas, _ = train_alphas(tiny_llama, fitted, teacher, replace(RECIPE, weight_decay=decay))
+        sizes.append(sum(float(alpha.norm()) for alpha in alphas.values()))
+    assert sizes[1] < 0.95 * sizes[0]
 
 
 def test_wrong_use_is_said(tiny_llama):

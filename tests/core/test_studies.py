@@ -35,8 +35,9 @@ def tokens(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def bench(model, sites, **changes) -> Ablation:
-    pools = {MIX: tokens(8), ("a",): tokens(8, 1), ("b",): tokens(8, 2)}
-    return Ablation(model, sites, pools, {"test": tokens(4, 3)}, **changes)
+    pools = {(MIX, 16): tokens(8), (("a",), 16): tokens(8, 1), (("b",), 16): tokens(8, 2)}
+    pools[MIX, 32] = tokens(8, 4).view(4, 32)
+    return Ablation(model, sites, pools, 16, {"test": tokens(4, 3)}, **changes)
 
 
 def leaves(trial: Trial) -> set[str]:
@@ -102,11 +103,37 @@ def test_domain_needs_two_texts(setup):
         STUDIES["domain"](replace(setup, texts=("a",)))
 
 
+def test_generalization_has_mixes_sites_windows_and_decay(setup):
+    points = STUDIES["generalization"](replace(setup, texts=("a", "b", "c"))).points
+    by = {point.label: point.trial for point in points}
+    assert [trial.texts for trial in list(by.values())[:7]] == [
+        ("a",), ("b",), ("c",), ("b", "c"), ("a", "c"), ("a", "b"), ("a", "b", "c")
+    ]  # fmt: skip
+    assert by["all but b"].texts == ("a", "c")
+    assert leaves(by["mix, mlp_out (down_proj)"]) == {"down_proj"}
+    for length in (8, 32):
+        recipe = by[f"mix, windows of {length}"].recipe
+        assert recipe.windows * recipe.window == RECIPE.windows * RECIPE.window and recipe.steps == RECIPE.steps
+    assert [trial.recipe.weight_decay for label, trial in by.items() if "decay" in label] == [1.0, 4.0]
+    mix = [trial for label, trial in by.items() if label.startswith("mix")]
+    assert len({trial.masks.name for trial in mix}) == 1 and all(trial.texts == ("a", "b", "c") for trial in mix)
+    assert len(STUDIES["generalization"](setup).points) == len(points) - 4
+
+
+def test_a_trial_of_longer_windows_trains_on_its_own_pool_over_the_same_masks(tiny_llama, sites, setup, tmp_path):
+    longer = replace(setup.trial, recipe=replace(RECIPE, window=32, windows=2, batch_size=1))
+    rows = bench(tiny_llama, sites).run([setup.trial, longer], RowStore(tmp_path, {}))
+    assert len(rows) == 4  # dense, the masks alone of both, both
+    assert rows[longer.name]["training_tokens"] == rows[setup.trial.name]["training_tokens"] == 64
+    assert rows[longer.name]["tests"] != rows[setup.trial.name]["tests"]
+
+
 def test_no_study_asks_for_more_than_the_pool(setup):
     for build in STUDIES.values():
         for point in build(setup).points:
             assert point.trial.calibration_tokens <= setup.pool * RECIPE.window
-            assert point.trial.recipe is None or point.trial.recipe.windows <= setup.pool
+            recipe = point.trial.recipe
+            assert recipe is None or recipe.windows * recipe.window <= setup.pool * RECIPE.window
 
 
 def test_a_plan_has_every_trial_once_after_its_masks(setup):
@@ -124,9 +151,10 @@ def test_a_plan_has_every_trial_once_after_its_masks(setup):
         replace(base, calibration_tokens=64),
         replace(base, carriers=base.carriers[:1]),
         replace(base, recipe=replace(RECIPE, epochs=2)),
+        replace(base, recipe=replace(RECIPE, weight_decay=1.0)),
         base.masks,
     ]
-    assert len({trial.name for trial in [base, *others]}) == 7
+    assert len({trial.name for trial in [base, *others]}) == 8
 
 
 def test_rows_are_kept_and_an_interrupted_run_goes_on(tiny_llama, sites, setup, tmp_path):
