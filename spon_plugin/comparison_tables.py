@@ -10,7 +10,7 @@ from typing import Any
 from spon_plugin.comparison import DENSE, MEAN, OFF, ON, Key, by_key
 from spon_plugin.evaluation import share_recovered
 from spon_plugin.sparsifiers import get_sparsifier
-from spon_plugin.tables import markdown_table
+from spon_plugin.tables import markdown_table, number
 
 Row = Mapping[str, Any]
 
@@ -107,7 +107,7 @@ def markdown(rows: Sequence[Row]) -> str:
     names = list(dense["texts"])
     head = ["sparsity", "method", "alpha"]
     for name in names:
-        head += [f"{name} (dense {_number(dense['texts'][name]['perplexity'])})", *SHARES]
+        head += [f"{name} (dense {number(dense['texts'][name]['perplexity'])})", *SHARES]
     head += ["masked", "bytes saved", "extra, kB a layer", "calibration, s", "training, s"]
     ordered = sorted(by_key(rows), key=lambda item: item[0].sparsity)
     lines = markdown_table(head, [cells(key, row, rows, names) for key, row in ordered], text=3)
@@ -127,7 +127,7 @@ def cells(key: Key, row: Row, rows: Sequence[Row], names: Sequence[str]) -> list
     line = [f"{key.sparsity:.0%}", get_sparsifier(key.method).title, alpha_title(key.alpha)]
     for name in names:
         shares = recovered(row, rows, name), recovered_at_equal_bytes(row, rows, name)
-        line += [_number(row["texts"][name]["perplexity"]), *("" if s is None else f"{s:.2f}" for s in shares)]
+        line += [number(row["texts"][name]["perplexity"]), *("" if s is None else f"{s:.2f}" for s in shares)]
     for field in ("masked", "saved"):
         line.append(f"{mean(result[field] for result in row['texts'].values()):.1%}")
     line.append(f"{row['extra_bytes_per_layer'] / 1000:.1f}")
@@ -139,7 +139,3 @@ def mean(values: Any) -> float:
     """The mean of some numbers."""
     numbers = list(values)
     return sum(numbers) / len(numbers)
-
-
-def _number(value: float | None) -> str:
-    return "diverged" if value is None else f"{value:.2f}"

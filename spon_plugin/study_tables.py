@@ -9,7 +9,7 @@ from typing import Any
 from spon_plugin.ablation import DENSE
 from spon_plugin.evaluation import share_recovered
 from spon_plugin.studies import Point, Study
-from spon_plugin.tables import markdown_table
+from spon_plugin.tables import markdown_table, number
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -83,8 +83,3 @@ NOTES = (
     "`recovered`: (masks alone - row) / (masks alone - dense), of perplexities, with the same masks. `masked`: the "
     "share of the linears' weights that go unused on the test texts."
 )
-
-
-def number(value: float | None) -> str:
-    """A perplexity."""
-    return "diverged" if value is None else f"{value:.2f}" if value < 1e5 else f"{value:.2g}"

@@ -23,3 +23,8 @@ def csv_text(flat: Sequence[Mapping[str, Any]]) -> str:
         writer.writeheader()
         writer.writerows(flat)
     return out.getvalue()
+
+
+def number(value: float | None) -> str:
+    """A perplexity; None where it is not finite."""
+    return "diverged" if value is None else f"{value:.2f}" if value < 1e5 else f"{value:.2g}"

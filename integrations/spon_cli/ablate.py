@@ -25,8 +25,8 @@ from spon_plugin.recipe import Recipe
 from spon_plugin.rows import RowStore
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
 from spon_plugin.studies import BASE, STUDIES, Setup
-from spon_plugin.study_tables import cells, columns, markdown, number, records
-from spon_plugin.tables import csv_text
+from spon_plugin.study_tables import cells, columns, markdown, records
+from spon_plugin.tables import csv_text, number
 from spon_plugin.text import leading_windows, mixed_windows, windows_digest
 
 PRECISION = "precision"

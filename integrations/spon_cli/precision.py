@@ -22,8 +22,7 @@ from spon_plugin.alpha_training import Teacher, train_alphas
 from spon_plugin.evaluation import evaluate, share_recovered
 from spon_plugin.progress import Progress
 from spon_plugin.rows import RowStore
-from spon_plugin.study_tables import number
-from spon_plugin.tables import markdown_table
+from spon_plugin.tables import markdown_table, number
 from spon_transformers.precision import FLOATS, check_precision, load_precision, weight_bytes
 
 FULL, OWN = "full", "own"

@@ -2,17 +2,14 @@
 """`spon ablate` and `spon analyze` on a tiny model."""
 
 import csv
-import io
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from tiny_models import make_byte_tokenizer, make_tiny_llama
 
-from spon_cli.main import main
 from spon_plugin import Adapter, SponFields, find_sites, read_adapter, write_adapter
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(600))
@@ -40,18 +37,6 @@ def adapter(tiny_model_dir, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("adapter") / "spon"
     write_adapter(made, directory)
     return directory
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """Run a command in this process; returns (exit code, standard output, standard error)."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["spon", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    return code, out.getvalue(), err.getvalue()
 
 
 def names(path: Path) -> list[str]:

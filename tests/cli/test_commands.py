@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
-import io
 import json
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from transformers import AutoModelForCausalLM
 
 import spon_cli
 import spon_plugin.adapter as adapter_module
-from spon_cli.main import main
 from spon_plugin import read_adapter, sparse_inputs, write_adapter
 from spon_plugin.evaluation import share_recovered
 from spon_plugin.recipe import preset
@@ -26,18 +24,6 @@ SMALL = ["--windows", "6", "--window", "32"]
 def text(tmp_path: Path) -> str:
     (tmp_path / "text.txt").write_text(TEXT)
     return str(tmp_path / "text.txt")
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """Run a command in this process; returns (exit code, standard output, standard error)."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["spon", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 import json
 
 import pytest
-from test_commands import TEXT, run
+from commands import run
+from test_commands import TEXT
 
 from spon_cli import compare
 

@@ -2,31 +2,18 @@
 """`spon report` on the result files of this repository, as lm-eval wrote them, and on altered copies."""
 
 import copy
-import io
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import commands
 import pytest
-
-from spon_cli.main import main
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "zero_shot"
 TASK = "openbookqa_local"
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    """`spon report` in this process; returns (exit code, standard output, standard error)."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["spon", "report", *map(str, arguments)])
-        patch.setenv("COLUMNS", "400")
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    return code, out.getvalue(), err.getvalue()
+    return commands.run("report", *arguments, COLUMNS="400")
 
 
 def rows(*arguments: object) -> dict[str, dict]:
