@@ -41,9 +41,8 @@ class Sensitivity(Sparsifier):
             statistics.dense_prefix,
             centers=centers,
         )
-        fitted = ThresholdFitted(
-            self.name, _linear_by_linear(statistics), sparsity, thresholds, centers, allocation="sensitivity"
-        )
+        alone = _linear_by_linear(statistics)
+        fitted = ThresholdFitted(self.name, alone, sparsity, thresholds, centers, "sensitivity", matched=True)
         fitted.scales = {path: RATE * float(thresholds[path].mean()) for path in fitted.modules}
         return fitted
 

@@ -25,6 +25,7 @@ class ThresholdFitted(Fitted):
         thresholds: site name -> float32 ``[1]`` or ``[in_features]``.
         site_centers: site name -> float32 ``[in_features]``; empty where the centre is 0.
         allocation: how the target was spread over the sites.
+        matched: whether the thresholds were brought to the target in the sparse model.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class ThresholdFitted(Fitted):
         thresholds: Mapping[str, Tensor],
         centers: Mapping[str, Tensor] | None = None,
         allocation: str = "uniform",
+        matched: bool = False,
     ) -> None:
         super().__init__(name, statistics, sparsity)
         self.thresholds = dict(thresholds)
@@ -42,7 +44,7 @@ class ThresholdFitted(Fitted):
         self.centers = {
             path: self.site_centers[site.name] for path, site in self.site_of.items() if site.name in self.site_centers
         }
-        self.allocation = allocation
+        self.allocation, self.matched = allocation, matched
         self._tokens = {"tokens": int(statistics.windows.numel()), "window": int(statistics.windows.shape[1])}
         self._tokens_sha256 = windows_digest(statistics.windows)
 
@@ -79,6 +81,7 @@ class ThresholdFitted(Fitted):
                 "method": self.name,
                 **self._tokens,
                 "tokens_sha256": self._tokens_sha256,
+                "matched": self.matched,
             },
         )
         thresholds = {path: self.thresholds[site.name].clone() for path, site in self.site_of.items()}

@@ -134,6 +134,8 @@ def test_methods_that_fit_the_format_save_and_run_as_adapters(model, fits, metho
 def test_sensitivity_is_what_calibrate_makes(model, fits):
     made = calibrate(model, find_sites(model), WINDOWS, WINDOWS, 0.5, "sensitivity")
     own = fits["sensitivity"].adapter()
+    assert own.fields.calibration["matched"] is made.fields.calibration["matched"] is True
+    assert fits["teal"].adapter().fields.calibration["matched"] is False
     for kind in ("thresholds", "centers"):
         ours, theirs = getattr(own, kind), getattr(made, kind)
         assert ours.keys() == theirs.keys()
