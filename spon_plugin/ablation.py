@@ -20,7 +20,7 @@ from spon_plugin.progress import Progress, no_progress
 from spon_plugin.recipe import Recipe
 from spon_plugin.rows import RowStore
 from spon_plugin.sites import Site
-from spon_plugin.sparsifiers import Fitted, Sparsifier, Statistics, get_sparsifier
+from spon_plugin.sparsifiers import SPARSIFIERS, Fitted, Sparsifier, Statistics, get_sparsifier
 
 DENSE = "dense"
 
@@ -99,9 +99,18 @@ class Ablation:
     _teacher: tuple[tuple[tuple[str, ...], int], Teacher] | None = field(default=None, init=False)
 
     def check(self, trials: Sequence[Trial]) -> None:
-        """Raise `SponError` for a method that does not exist, or texts that are shorter than a trial needs."""
-        get_sparsifier(self.method)
+        """Check what a run needs.
+
+        Raises:
+            SponError: there is no such method, or it does not cover every linear at every sparsity; a trial has fewer
+                windows than a step takes; or a text is shorter than a trial needs.
+        """
+        if not get_sparsifier(self.method).universal:
+            every = ", ".join(name for name, cls in SPARSIFIERS.items() if cls.universal)
+            raise SponError.of("method", self.method, f"one that covers every linear at every sparsity: {every}")
         for trial in trials:
+            if trial.recipe is not None and trial.recipe.windows < trial.recipe.batch_size:
+                raise SponError.of("windows", trial.recipe.windows, f"at least {trial.recipe.batch_size}, one step's")
             needs = [(self.window, self._calibration_windows(trial))]
             if trial.recipe is not None:
                 needs.append((trial.recipe.window, trial.recipe.windows))

@@ -104,13 +104,29 @@ class Bench:
 
         Returns:
             The dense row and the wanted ones, in order.
+
+        Raises:
+            SponError: an alpha names no linear, or there is less text than the recipe takes; before any work.
         """
+        self.check(wanted)
         rows = [store.kept(DENSE, lambda: {"method": DENSE, "texts": self._evaluate("dense", None)}, self.done)]
         for method in dict.fromkeys(key.method for key in wanted):
             mine = [key for key in wanted if key.method == method]
             fits = _Fits(self, get_sparsifier(method))
             rows += [store.kept(key.name, partial(self._measure, key, fits), self.done) for key in mine]
         return rows
+
+    def check(self, wanted: Sequence[Key]) -> None:
+        """Raise `SponError` for an alpha that names no linear, and for less text than the recipe takes."""
+        leaves = sorted({path.rpartition(".")[2] for site in self.sites for path in site.modules})
+        trained = [key.alpha for key in wanted if key.alpha not in (OFF, MEAN)]
+        for alpha in trained:
+            if alpha != ON and alpha not in leaves:
+                raise SponError.of("alpha", alpha, f"{OFF}, {MEAN}, {ON}, or one of {', '.join(leaves)}")
+        least = max(self.recipe.batch_size, self.recipe.windows)
+        if trained and len(self.training) < least:
+            remedy = "Use more text, or fewer windows, but not fewer than a step's."
+            raise SponError.of("training windows", len(self.training), f"at least {least}", remedy)
 
     def _measure(self, key: Key, fits: _Fits) -> dict[str, Any]:
         row: dict[str, Any] = {"method": key.method, "sparsity": key.sparsity, "alpha": key.alpha}
@@ -128,7 +144,8 @@ class Bench:
         row["texts"] = self._evaluate(f"{label}, alpha {key.alpha}: evaluating", fitted, added)
         seconds["evaluation"] = time.perf_counter() - start
         blocks = len(decoder_blocks(self.model))
-        row["extra_bytes_per_layer"] = fitted.extra_bytes(self.model, alphas=key.alpha != OFF) / blocks
+        carriers = {path for vectors in added.values() for path in vectors}
+        row["extra_bytes_per_layer"] = fitted.extra_bytes(self.model, carriers) / blocks
         row["seconds"] = seconds
         if losses:
             row["loss"] = losses

@@ -65,6 +65,8 @@ def perplexity(
     if windows.dim() != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
         raise SponError.of("windows", tuple(windows.shape), "at least one window of at least 2 tokens")
     first = 0 if protocol == "all-but-first" else dense_prefix_of(protocol, windows.shape[1])
+    if windows.shape[1] < first + 2:
+        raise SponError.of("windows", tuple(windows.shape), f"windows of at least {first + 2} tokens for {protocol}")
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for start in range(0, len(windows), batch_size):
@@ -198,7 +200,7 @@ def evaluate_fitted(
     prefix = dense_prefix_of(protocol, windows.shape[1])
     counter = SparsityCounter()
     with fitted.attach(model, counter=counter, **added) as tokens:
-        if not fitted.static:
+        if fitted.dense_prefix > 0:  # a static method leaves nothing dense
             tokens.dense_prefix = prefix
         row["perplexity"] = perplexity(model, windows, protocol, progress=progress)
     row["masked"] = fitted.masked_share(counter)

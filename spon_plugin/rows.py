@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from spon_plugin.errors import SponError
 
 SETTINGS = "settings.json"
+_HEAD = 64
 
 
 class RowStore:
@@ -89,3 +93,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the parameters' names, shapes and first numbers, to tell whether two runs had the same model."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        head = parameter.detach().flatten()[:_HEAD].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode() + head.numpy().tobytes())
+    return digest.hexdigest()

@@ -22,7 +22,8 @@ from spon_plugin.evaluation import PROTOCOLS
 from spon_plugin.files import check_new
 from spon_plugin.masking import check_sparsity
 from spon_plugin.recipe import Recipe
-from spon_plugin.rows import RowStore
+from spon_plugin.rows import RowStore, weights_digest
+from spon_plugin.sites import linear_inputs
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
 from spon_plugin.studies import BASE, STUDIES, Setup
 from spon_plugin.study_tables import cells, columns, markdown, records
@@ -43,10 +44,8 @@ def ablate_command(
     test: Annotated[list[Path] | None, typer.Option(help="A text to evaluate on; may repeat.")] = None,
     sparsity: options.Sparsity = 0.5,
     method: Annotated[str, typer.Option(help="One of " + ", ".join(SPARSIFIERS) + ".")] = "teal",
-    windows: Annotated[int | None, typer.Option(help=f"Training windows of a row.  [default: {BASE.windows}]")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help=f"Highest rate, relative to thresholds.  [default: {BASE.learning_rate}]")
-    ] = None,
+    windows: Annotated[int, typer.Option(help="Training windows of a row.")] = BASE.windows,
+    learning_rate: Annotated[float, typer.Option(help="Highest rate, relative to thresholds.")] = BASE.learning_rate,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = CALIBRATION_TOKENS,
     precisions: Annotated[
         str, typer.Option(help="For the study precision, the full one first.")
@@ -100,6 +99,8 @@ def ablate_command(
     sources = text_sources(text, dataset, part="train")
     held_out = text_sources(test, None, part="test")
     loaded = load(model, dtype)
+    if start is not None:
+        precision.check_adapter(start, linear_inputs(loaded.model), model, sparsity)
     setup = Setup(loaded.sites, tuple(s.name for s in sources), sparsity, calibration_tokens, recipe)
     studies = [STUDIES[name](setup) for name in names if name != PRECISION]
     tests = {s.name: leading_windows(loaded.tokenizer, s.text, window, max_tokens) for s in held_out}
@@ -107,10 +108,12 @@ def ablate_command(
     pools = _pools(loaded.tokenizer, sources, [*trials, setup.trial], setup, seed)
     settings = {
         "model": Path(model).name,
+        "weights": weights_digest(loaded.model),
         "method": method,
         "dtype": dtype,
         "seed": seed,
         "protocol": protocol,
+        "window": window,
         "tests": {name: windows_digest(rows) for name, rows in tests.items()},
         "training": windows_digest(pools[setup.texts, recipe.window]),
         "recipe": recipe.as_dict(),

@@ -34,7 +34,7 @@ def calibrate_command(
     text: options.Text = None,
     dataset: options.Dataset = None,
     alpha: Annotated[
-        str, typer.Option(help="none (plain TEAL), or mean (the control: E[x - S(x)], untrained).")
+        str, typer.Option(help=r"none (plain TEAL), or mean (the control: E\[x - S(x)], untrained).")
     ] = "none",
     match: options.Match = False,
     target_modules: options.Targets = None,
@@ -183,9 +183,16 @@ def _windows(tokenizer: Any, sources: Sequence[TextSource], settings: Settings) 
 
 
 def split_held_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All but the last windows ``[count, length]``, and those: `HELD_OUT_WINDOWS`, or a quarter of a few."""
-    held_out = min(HELD_OUT_WINDOWS, len(windows) // 4)
-    return (windows[:-held_out], windows[-held_out:]) if held_out else (windows, windows)
+    """All but the last windows ``[count, length]``, and those: `HELD_OUT_WINDOWS`, or a quarter of a few.
+
+    Raises:
+        SponError: there is one window only.
+    """
+    if len(windows) < 2:
+        expected = "at least two windows: one to calibrate on, one to measure the sparsity on"
+        raise SponError.of("text", f"{len(windows)} windows of {windows.shape[1]} tokens", expected, "Use more text.")
+    held_out = max(1, min(HELD_OUT_WINDOWS, len(windows) // 4))
+    return windows[:-held_out], windows[-held_out:]
 
 
 def summary(adapter: Adapter) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from spon_plugin.comparison import DENSE, MEAN, OFF, ON, QUICK, Bench, Key, by_k
 from spon_plugin.comparison_tables import SHARES, alpha_title, cells, markdown, mean, records
 from spon_plugin.evaluation import PROTOCOLS
 from spon_plugin.files import check_new
-from spon_plugin.rows import SETTINGS, RowStore
+from spon_plugin.rows import SETTINGS, RowStore, weights_digest
+from spon_plugin.sites import target_names
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
-from spon_plugin.tables import csv_text
+from spon_plugin.tables import csv_text, number
 from spon_plugin.text import leading_windows, mixed_windows, windows_digest
 
 DEFAULT_METHODS = [name for name in SPARSIFIERS if name != "teal-greedy"]
@@ -44,11 +45,11 @@ def compare_command(
     dataset: options.Dataset = None,
     test: Annotated[list[Path] | None, typer.Option(help="A text to evaluate on; may repeat.")] = None,
     target_modules: options.Targets = None,
-    windows: Annotated[int | None, typer.Option(help=f"Training windows per row.  [default: {QUICK.windows}]")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over them.  [default: 1]")] = None,
+    windows: Annotated[int, typer.Option(help="Training windows per row.")] = QUICK.windows,
+    epochs: Annotated[int, typer.Option(help="Passes over them.")] = QUICK.epochs,
     learning_rate: Annotated[
-        float | None, typer.Option(help=f"Highest rate, relative to thresholds.  [default: {QUICK.learning_rate}]")
-    ] = None,
+        float, typer.Option(help="Highest rate, relative to thresholds; sensitivity takes a third of it.")
+    ] = QUICK.learning_rate,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = CALIBRATION_TOKENS,
     window: options.Window = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each test text.")] = MAX_TOKENS,
@@ -85,12 +86,17 @@ def compare_command(
     loaded = load(model, dtype, options.split_names(target_modules))
     texts = [source.text for source in sources]
     training = mixed_windows(loaded.tokenizer, texts, recipe.window, recipe.windows, seed)
-    calibration = mixed_windows(loaded.tokenizer, texts, recipe.window, calibration_tokens // recipe.window, seed)
+    count = calibration_tokens // recipe.window
+    calibration = mixed_windows(loaded.tokenizer, texts, recipe.window, count, seed)
+    if len(calibration) < count:
+        raise SponError.of("calibration_tokens", calibration_tokens, f"at most {calibration.numel()}, all of the text")
     evaluated = {test.name: leading_windows(loaded.tokenizer, test.text, window, max_tokens) for test in tests}
     settings = {
         "model": Path(model).name,
+        "weights": weights_digest(loaded.model),
         "dtype": dtype,
-        "sites": len(loaded.sites),
+        "target_modules": target_names(loaded.sites, loaded.model),
+        "window": window,
         "seed": seed,
         "protocol": protocol,
         "texts": [source.name for source in sources],
@@ -138,7 +144,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     names = list(dense["texts"])
     columns = ["sparsity", "method", "alpha"]
     for name in names:
-        columns += [f"{name}\ndense {dense['texts'][name]['perplexity']:.2f}", *SHARES]
+        columns += [f"{name}\ndense {number(dense['texts'][name]['perplexity'])}", *SHARES]
     columns += ["masked", "bytes saved", "extra kB", "calib. s", "train s"]
     ordered = sorted(by_key(rows), key=lambda item: item[0].sparsity)
     show_table("Perplexity", columns, [cells(key, row, rows, names) for key, row in ordered])
@@ -165,6 +171,8 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     styles = {OFF: (":", "o"), **{a: ("-", "s^Dv"[i % 4]) for i, a in enumerate(x for x in alphas if x != OFF)}}
     for axes, name in zip(panels[0], names, strict=True):
         lowest = dense["texts"][name]["perplexity"]
+        if lowest is None:  # no scale without the dense model's
+            continue
         for index, method in enumerate(methods):
             for alpha in alphas:
                 points = sorted(
@@ -200,7 +208,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _perplexities(row: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {result['perplexity'] or float('nan'):.2f}" for name, result in row["texts"].items())
+    return ", ".join(f"{name} {number(result['perplexity'])}" for name, result in row["texts"].items())
 
 
 def _order(row: dict[str, Any]) -> tuple[int, float, int, str]:

@@ -15,12 +15,9 @@ AdapterDir = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter 
 Output = Annotated[Path, typer.Option("-o", "--output", help="The directory to make; it must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Sparsity = Annotated[float, typer.Option(help="Share of the linears' inputs to zero, in [0, 1).")]
-Allocation = Annotated[
-    str,
-    typer.Option(
-        help="uniform, greedy (TEAL's, within each block), or sensitivity (per channel, with centres; slowest, best)."
-    ),
-]
+_ALLOCATION = "uniform, greedy (TEAL's, within each block), or sensitivity (per channel, with centres; slowest, best)."
+Allocation = Annotated[str, typer.Option(help=_ALLOCATION)]
+AllocationOrNone = Annotated[str | None, typer.Option(help=_ALLOCATION, show_default="uniform")]
 Match = Annotated[
     bool,
     typer.Option(
@@ -33,10 +30,11 @@ Dataset = Annotated[
     typer.Option(help="A Hugging Face data set, as NAME:CONFIG@SPLIT (the last two may be left out); may repeat."),
 ]
 Targets = Annotated[
-    str | None, typer.Option("--target-modules", help="Comma-separated names of the linears to sparsify; default: all.")
+    str | None,
+    typer.Option("--target-modules", help="Comma-separated names of the linears to sparsify.", show_default="all"),
 ]
 DensePrefix = Annotated[
-    int | None, typer.Option(help="First positions of a sequence that stay dense; default: the format's.")
+    int | None, typer.Option(help="First positions of a sequence that stay dense.", show_default="the format's, 1")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; of the base model's weights.")]
 Window = Annotated[int, typer.Option(help="Tokens per window.")]

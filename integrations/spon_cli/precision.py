@@ -144,6 +144,22 @@ def check_precisions(precisions: Sequence[str]) -> None:
         check_precision(precision)
 
 
+def check_adapter(adapter: Adapter, inputs: Mapping[str, int], model: str, sparsity: float) -> None:
+    """Raise `SponError` unless an adapter fits the model, carries alphas and has the target of the study's own.
+
+    Args:
+        adapter: to take the place of one trained on the full-precision base.
+        inputs: module path -> in_features of the model's linears.
+        model: its name.
+        sparsity: the study's.
+    """
+    adapter.check_base(inputs, model)
+    if not adapter.alphas:
+        raise SponError.of("adapter", "one without alphas", "a trained one", "spon train it first.")
+    if adapter.fields.sparsity != sparsity:
+        raise SponError.of("sparsity", sparsity, f"{adapter.fields.sparsity}, the adapter's")
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Headings and lines."""
     head = ["weights", "MB", "adapter from"]

@@ -31,13 +31,30 @@ def text_sources(files: Sequence[Path] | None, datasets: Sequence[str] | None, p
         part: of the offline default: ``all``, ``train`` or ``test``.
 
     Raises:
-        SponError: a text is missing, unreadable or empty.
+        SponError: a text is missing, unreadable, empty, or named twice.
     """
-    sources = [TextSource(file.name, read_text(file)) for file in files or ()]
+    sources = [TextSource(name, read_text(file)) for name, file in zip(_names(files or ()), files or (), strict=True)]
     sources += [TextSource(name, _dataset_text(name)) for name in datasets or ()]
     if not sources:
         sources = [TextSource(OFFLINE if part == "all" else f"{OFFLINE} ({part} part)", offline_text(part))]
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise SponError.of("text", name, "each text once")
     return sources
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many as tell the files apart."""
+    paths = [file.absolute() for file in files]
+    names = []
+    for path in paths:
+        others = [other for other in paths if other != path]
+        parts = 1
+        while any(other.parts[-parts:] == path.parts[-parts:] for other in others) and parts < len(path.parts):
+            parts += 1
+        names.append("/".join(path.parts[-parts:]))
+    return names
 
 
 def _dataset_text(spec: str) -> str:

@@ -38,31 +38,42 @@ from spon_plugin.recipe import PRESETS, Recipe, preset
 from spon_plugin.sites import linear_inputs
 from spon_plugin.text import mixed_windows
 
+PRESET_S = "the preset's"
+
 
 def train_command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL|ADAPTER", help="A model to calibrate first, or an adapter to train further.")
     ],
     output: options.Output,
-    sparsity: Annotated[float | None, typer.Option(help="Share of inputs to zero, in [0, 1).  [default: 0.5]")] = None,
-    allocation: options.Allocation = "uniform",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of the linears' inputs to zero, in [0, 1).", show_default="0.5")
+    ] = None,
+    allocation: options.AllocationOrNone = None,
     match: options.Match = False,
     text: options.Text = None,
     dataset: options.Dataset = None,
     alpha_modules: Annotated[
-        str, typer.Option(help="Which linears carry an alpha: all, or comma-separated names such as down_proj.")
-    ] = "all",
+        str | None,
+        typer.Option(
+            help="Which linears carry an alpha: all, or comma-separated names such as down_proj.", show_default="all"
+        ),
+    ] = None,
     target_modules: options.Targets = None,
     preset_name: Annotated[str, typer.Option("--preset", help="The schedule: " + " or ".join(PRESETS) + ".")] = "fast",
-    windows: Annotated[int | None, typer.Option(help="Training windows in all.  [default: the preset's]")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens per window.  [default: the preset's]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per step.  [default: the preset's]")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the windows.  [default: the preset's]")] = None,
+    windows: Annotated[int | None, typer.Option(help="Training windows in all.", show_default=PRESET_S)] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window.", show_default=PRESET_S)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per step.", show_default=PRESET_S)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the windows.", show_default=PRESET_S)] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Highest rate; relative to thresholds for fast.  [default: the preset's]")
+        float | None,
+        typer.Option(
+            help="Highest rate; relative to thresholds for fast, and a third of it under sensitivity.",
+            show_default=PRESET_S,
+        ),
     ] = None,
     weight_decay: Annotated[
-        float | None, typer.Option(help="Pulls alphas towards zero; in the units of the rate.  [default: 0]")
+        float | None, typer.Option(help="Pulls alphas towards zero; in the units of the rate.", show_default="0")
     ] = None,
     dense_prefix: options.DensePrefix = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
@@ -89,23 +100,27 @@ def train_command(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
     )
-    check_choice("allocation", allocation, ALLOCATIONS)
+    check_choice("allocation", allocation or "uniform", ALLOCATIONS)
+    targets = options.split_names(target_modules)
+    carriers = "all" if alpha_modules == "all" else options.split_names(alpha_modules)
     start = read_adapter(model) if is_adapter(model) else None
-    if start is not None and sparsity not in (None, start.fields.sparsity):
-        raise SponError.of("sparsity", sparsity, f"{start.fields.sparsity}, the adapter's", "Or start from the model.")
+    if start is not None:
+        _check_continued(start, sparsity, allocation, dense_prefix, targets, carriers)
     target = check_sparsity(0.5 if sparsity is None else sparsity)
     work = work_directory(output, resume)
     sources = text_sources(text, dataset)
     base = model if start is None else base_of(start, model)
-    loaded = load(base, dtype, options.split_names(target_modules))
-    names = "all" if alpha_modules == "all" else options.split_names(alpha_modules) or []
-    settings = Settings(target, allocation, "zero", names, dense_prefix, recipe.window, seed=seed, match=match)
+    loaded = load(base, dtype, targets)
+    wanted = "all" if carriers is None else carriers
+    settings = Settings(
+        target, allocation or "uniform", "zero", wanted, dense_prefix, recipe.window, seed=seed, match=match
+    )
     with progress_bars() as stage:
         if start is None:
             adapter = calibrated(loaded, sources, settings, stage)
         else:
             start.check_base(linear_inputs(loaded.model), base)
-            adapter = _with_alphas(start, loaded, names)
+            adapter = _with_alphas(start, loaded, wanted)
             adapter.fields.calibration["matched"] = match or bool(start.fields.calibration.get("matched"))
         adapter, losses = train(loaded, adapter, sources, recipe, work, seed, gradient_checkpointing, stage)
     save(adapter, losses, output)
@@ -116,6 +131,34 @@ def train_command(
     show_sparsity(adapter)
     note(f"KL from {_ends(losses)['first']:.3f} to {_ends(losses)['last']:.3f} nats per token over {len(losses)} steps")
     note(f"Adapter written to {output}; the loss curve is in {output / 'loss.png'}")
+
+
+def _check_continued(
+    start: Adapter,
+    sparsity: float | None,
+    allocation: str | None,
+    dense_prefix: int | None,
+    targets: list[str] | None,
+    carriers: str | list[str] | None,
+) -> None:
+    """Raise `SponError` for an option that an adapter to train further has settled already."""
+    fields = start.fields
+    settled: list[tuple[str, Any, Any]] = [
+        ("sparsity", sparsity, fields.sparsity),
+        ("allocation", allocation, fields.allocation),
+        ("dense_prefix", dense_prefix, fields.dense_prefix),
+        ("target_modules", targets, start.peft.get("target_modules")),
+        ("alpha_modules", carriers, fields.alpha_modules if start.alphas else None),
+    ]
+    for field, value, kept in settled:
+        if value is None or kept is None:
+            continue
+        if _unordered(value) != _unordered(kept):
+            raise SponError.of(field, value, f"{kept}, the adapter's", "Or start from the model.")
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
 
 
 def work_directory(output: Path, resume: bool) -> Path:

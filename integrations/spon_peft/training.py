@@ -61,9 +61,10 @@ def train_adapter(
         The adapter with trained alphas, and the loss of every step.
 
     Raises:
-        SponError: the checkpoints in `work` are of another recipe, seed, adapter or text.
+        SponError: the checkpoints in `work` are of another recipe, seed, adapter, text or dtype of the base model.
     """
-    _check_plan(work, {**recipe.as_dict(), "seed": seed, "adapter": adapter.digest, "windows": windows_digest(windows)})
+    plan = {**recipe.as_dict(), "seed": seed, "adapter": adapter.digest, "windows": windows_digest(windows)}
+    _check_plan(work, {**plan, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")})
     start = work / "start"
     shutil.rmtree(start, ignore_errors=True)
     write_adapter(adapter, start)

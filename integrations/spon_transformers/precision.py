@@ -64,6 +64,8 @@ def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             source.name, dtype=DTYPES[dtype] or "auto", quantization_config=config
         )
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         groups = f", all in_features divisible by {_GROUP}" if precision == "torchao-int4" else ""
         raise SponError.of("model", name, f"a causal language model that can be quantized{groups} ({error})") from error
@@ -94,14 +96,17 @@ def _config(precision: str, dtype: torch.dtype) -> Any:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of parameters and buffers, packed as they are; torchao keeps a 4-bit entry in a byte on a CPU."""
-    kept = [*model.parameters(), *model.buffers()]
-    return sum(part.nbytes for tensor in kept for part in _parts(tensor))
+    """Bytes of parameters and buffers with their scales, as they lie; torchao keeps 4 bits in a byte on a CPU."""
+    kept = [part for tensor in (*model.parameters(), *model.buffers()) for part in _parts(tensor)]
+    # bitsandbytes' 8-bit scales move from the weight to the layer at the first pass.
+    kept += [module.state.SCB for module in model.modules() if hasattr(getattr(module, "state", None), "SCB")]
+    return sum(part.nbytes for part in kept if isinstance(part, torch.Tensor))
 
 
-def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that a tensor subclass, such as torchao's, is made of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in _parts(getattr(tensor, name))]
+def _parts(tensor: torch.Tensor) -> list[Any]:
+    """What a weight is made of: torchao's are tensor subclasses, bitsandbytes' carry their scales along."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in _parts(getattr(tensor, name))]
+    state = getattr(tensor, "quant_state", None)
+    return [tensor, getattr(tensor, "SCB", None), getattr(state, "absmax", None), getattr(state, "code", None)]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,10 +50,14 @@ class Sparsifier(ABC):
     Attributes:
         name: as `get_sparsifier` knows it.
         title: as tables show it.
+        static: whether it drops the same for every token, so that no position is dense, in calibration and in use.
+        universal: whether it covers every linear of any decoder at any sparsity.
     """
 
     name: str
     title: str
+    static = False
+    universal = True
 
     def calibrate(
         self,
@@ -69,12 +73,13 @@ class Sparsifier(ABC):
             model: a dense decoder.
             sites: from `find_sites`.
             windows: token ids, int64 ``[count, length]``, without padding.
-            dense_prefix: first positions of each window that are left out (attention sinks).
+            dense_prefix: first positions of each window that are left out (attention sinks); a static method sees all.
             progress: called after each forward pass.
 
         Raises:
             SponError: the windows are too short, or the method cannot be used on this model.
         """
+        dense_prefix = 0 if self.static else dense_prefix
         statistics = Statistics(list(sites), windows, dense_prefix, {s.name: MagnitudeHistogram() for s in sites})
         observers: dict[str, Observe] = {}
         for site in sites:
@@ -142,20 +147,18 @@ class Fitted(ABC):
         name: the method's.
         sites: of the whole model; the model-wide sparsity is a share of their weights.
         sparsity: the target.
-        dense_prefix: first positions of a sequence that stay dense; 0 where the method is `static`.
-        scales: module path -> magnitude below which a share `sparsity` of the layer's inputs lies: the unit of alpha's
-            learning rate (`Recipe.relative`), the same for every method.
+        dense_prefix: first positions of a sequence that stay dense; 0 where the method is static.
+        scales: module path -> the unit of alpha's learning rate (`Recipe.relative`): the magnitude below which a share
+            `sparsity` of the layer's inputs lies, unless the method says otherwise.
         modules: paths of the linears that the method sparsifies, which can carry an alpha.
         centers: module path -> float32 ``[in_features]``, what the method puts where it drops an entry; zero elsewhere.
     """
-
-    static = False
 
     def __init__(self, name: str, statistics: Statistics, sparsity: float) -> None:
         self.name = name
         self.sites = statistics.sites
         self.sparsity = check_sparsity(sparsity)
-        self.dense_prefix = 0 if self.static else statistics.dense_prefix
+        self.dense_prefix = statistics.dense_prefix
         quantiles = {site.name: statistics.histograms[site.name].quantile(sparsity) for site in self.sites}
         self.scales = {path: quantiles[site.name] for site in self.sites for path in site.modules}
         self.modules = tuple(self.scales)
@@ -210,7 +213,7 @@ class Fitted(ABC):
             biases: module path -> float32 ``[out_features]``, added as they are.
 
         Yields:
-            The token state of the run, whose `dense_prefix` may be changed between passes unless the method is static.
+            The token state of the run, whose `dense_prefix` may be changed between passes unless it is 0.
 
         Raises:
             SponError: an alpha or a bias belongs to a linear that the method does not sparsify.
@@ -242,18 +245,18 @@ class Fitted(ABC):
         """Numbers of the weight's dtype that a token reads beside the weights."""
         return 0
 
-    def extra_bytes(self, model: nn.Module, alphas: bool = False) -> int:
+    def extra_bytes(self, model: nn.Module, carriers: Collection[str] = ()) -> int:
         """Bytes that the method keeps beside the dense weights, over all blocks.
 
         Args:
             model: gives the dtype of the weights.
-            alphas: whether ``W alpha`` is added: a bias for every linear in `modules` that has none.
+            carriers: paths of the linears with an alpha, which becomes a bias where there is none yet.
         """
         size = next(model.parameters()).element_size()
         total = self.extra_reads * size + self.mask_bytes
         for path in self.modules:
             module: Any = model.get_submodule(path)
-            if (alphas or path in self.centers) and module.bias is None:
+            if (path in carriers or path in self.centers) and module.bias is None:
                 total += size * linear_features(module)[1]
         return total
 

@@ -133,7 +133,7 @@ class Cats(Sparsifier):
     cannot be reached. tau is the quantile of ``|act(gate(x))|`` per layer.
     """
 
-    name, title = "cats", "CATS"
+    name, title, universal = "cats", "CATS", False
 
     def output_observers(self, model: nn.Module, statistics: Statistics) -> dict[str, Observe]:
         """See `Sparsifier.output_observers`."""

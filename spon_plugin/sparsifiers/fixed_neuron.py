@@ -31,8 +31,6 @@ class FixedNeuronFitted(Fitted):
         keep: site name -> bool ``[in_features]``.
     """
 
-    static = True
-
     def __init__(self, name: str, statistics: Statistics, sparsity: float, keep: dict[str, Tensor]) -> None:
         super().__init__(name, statistics, sparsity)
         self.keep = keep
@@ -49,7 +47,7 @@ class FixedNeuron(Sparsifier):
     The weights' columns are gone for every token, the first included.
     """
 
-    name, title = "fixed-neuron", "fixed neurons"
+    name, title, static = "fixed-neuron", "fixed neurons", True
 
     def observer(self, model: nn.Module, site: Site, statistics: Statistics) -> Any:
         """See `Sparsifier.observer`."""

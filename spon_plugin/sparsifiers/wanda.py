@@ -54,8 +54,6 @@ class WandaFitted(Fitted):
         pruned: module path -> bool in the layout of the module's weight, True where the weight is zero.
     """
 
-    static = True
-
     def __init__(self, name: str, statistics: Statistics, sparsity: float, pruned: dict[str, Tensor]) -> None:
         super().__init__(name, statistics, sparsity)
         self.pruned = pruned
@@ -80,7 +78,7 @@ class Wanda(Sparsifier):
     by block and feeds each block the pruned ones' output. The weights are gone for every token, the first included.
     """
 
-    name, title = "wanda", "Wanda"
+    name, title, static = "wanda", "Wanda", True
 
     def observer(self, model: nn.Module, site: Site, statistics: Statistics) -> Any:
         """See `Sparsifier.observer`."""
@@ -105,7 +103,7 @@ class Wanda(Sparsifier):
 class Wanda24(Wanda):
     """Wanda's 2:4: two of every four neighbouring inputs go, which GPUs' sparse tensor cores can skip; 50% only."""
 
-    name, title = "wanda-2:4", "Wanda 2:4"
+    name, title, universal = "wanda-2:4", "Wanda 2:4", False
 
     def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> WandaFitted:
         """See `Sparsifier.at`."""

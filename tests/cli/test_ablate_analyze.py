@@ -11,6 +11,7 @@ from commands import run
 from tiny_models import make_byte_tokenizer, make_tiny_llama
 
 from spon_plugin import Adapter, SponFields, find_sites, read_adapter, write_adapter
+from spon_transformers.precision import load_precision, weight_bytes
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(600))
 SMALL = ["--windows", "2", "--calibration-tokens", "256", "--window", "32", "--max-tokens", "128"]
@@ -76,8 +77,9 @@ def test_ablate_keeps_rows_and_adds_studies(tiny_model_dir, texts, tmp_path):
     table = list(csv.DictReader((tmp_path / "out" / "halves.csv").open()))
     assert [row["blocks"] for row in table] == ["all blocks", "first half", "last half"]
     assert "| first half | SPON |" in (tmp_path / "out" / "halves.md").read_text()
-    code, _, err = run(*command, "--study", "halves", "--seed", "1", "-o", tmp_path / "out")
-    assert code == 2 and "seed: got 1, expected 0, as for the rows in" in " ".join(err.split())
+    for option, value in (("--seed", "1"), ("--window", "64")):
+        code, _, err = run(*command, "--study", "halves", option, value, "-o", tmp_path / "out")
+        assert code == 2 and f"{option[2:]}: got {value}, expected" in err and "as for the rows in" in err
 
 
 def test_ablate_shows_tables_of_numeric_studies(tiny_model_dir, texts, tmp_path):
@@ -123,6 +125,20 @@ def test_precision_compares_an_adapter_with_one_trained_on_the_base(texts, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "scales"),
+    [("int8", 4 * 2 * 384), ("int4", 4 * 2 * 20_736 // 64 + 14 * 4 * 16)],  # per output; per 64 weights, and 16 levels
+)
+def test_weight_bytes_count_the_scales_of_bitsandbytes(tiny_model_dir, precision, scales):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    model = load_precision(str(tiny_model_dir), precision)
+    packed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    for _ in range(2):  # 8-bit scales move at the first pass
+        assert weight_bytes(model) == packed + scales
+        model(input_ids=torch.arange(8)[None])
+
+
+@pytest.mark.slow
 def test_a_model_that_cannot_be_quantized_is_named(tiny_model_dir, texts, tmp_path):
     pytest.importorskip("torchao", reason="needs torchao")
     code, _, err = run("ablate", tiny_model_dir, "--text", texts[0], "--test", texts[1], *SMALL, "--study", "precision",
@@ -151,6 +167,25 @@ def test_precision_takes_a_given_adapter(tiny_model_dir, texts, adapter, tmp_pat
     measured = json.loads(run("eval", tiny_model_dir, *arguments, "--json")[1])["perplexity"]
     assert {name: row[name] for name in ("dense", "teal", "spon")} == measured
     assert not list((tmp_path / "out").glob("adapter-*"))
+
+
+def test_precision_refuses_an_adapter_that_does_not_fit_the_study(tiny_model_dir, texts, adapter, tmp_path):
+    masks = read_adapter(adapter)
+    masks.alphas, masks.fields.alpha_modules = {}, []
+    write_adapter(masks, tmp_path / "masks")
+    make_tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "other")
+    make_byte_tokenizer().save_pretrained(tmp_path / "other")
+    for model, given, arguments, message in (
+        (tiny_model_dir, tmp_path / "masks", [], "adapter: got 'one without alphas', expected a trained one"),
+        (tiny_model_dir, adapter, ["--sparsity", "0.6"], "sparsity: got 0.6, expected 0.5, the adapter's"),
+        (tmp_path / "other", adapter, [], "The adapter was made for"),
+    ):
+        study = ["--study", "precision", "--precisions", "float32", "--adapter", given, *arguments]
+        code, _, err = run(
+            "ablate", model, "--text", texts[0], "--test", texts[1], *SMALL, *study, "-o", tmp_path / "out"
+        )
+        assert code == 2 and message in " ".join(err.split()), err
+        assert not (tmp_path / "out").exists()
 
 
 def test_analyze_writes_tables_and_plots(tiny_model_dir, texts, adapter, tmp_path):
@@ -193,6 +228,11 @@ WRONG = {
     "no such method": (["ablate", "--method", "best"], "method: got 'best'"),
     "text too short": (["ablate", "--windows", "9999"], "Use more text."),
     "sparsity of one": (["ablate", "--sparsity", "1"], "sparsity: got 1.0"),
+    "one window a row": (["ablate", "--windows", "1"], "windows: got 1, expected at least 2"),
+    "a method that leaves linears dense": (
+        ["ablate", "--method", "cats"],
+        "method: got 'cats', expected one that covers",
+    ),
     "no calibration": (["ablate", "--calibration-tokens", "1"], "calibration_tokens: got 1"),
     "one prompt token": (["analyze", "--projection", "pca", "--max-length", "1"], "max_length: got 1"),
     "no such projection": (["analyze", "--projection", "umap"], "projection: got 'umap'"),

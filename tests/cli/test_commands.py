@@ -287,6 +287,18 @@ def test_merge_writes_a_checkpoint_with_the_adapter_in_it(spon, trained, tiny_mo
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
 
 
+def test_texts_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    from spon_cli.sources import text_sources
+
+    files = [tmp_path / "a" / "x" / "t.txt", tmp_path / "b" / "x" / "t.txt", tmp_path / "b" / "u.txt"]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(str(file))
+    sources = text_sources(files, None)
+    assert [source.name for source in sources] == ["a/x/t.txt", "b/x/t.txt", "u.txt"]
+    assert [source.text for source in sources] == [str(file) for file in files]
+
+
 def test_a_dataset_is_read_by_name_configuration_and_split(monkeypatch):
     import datasets
 
@@ -309,6 +321,7 @@ def wrong(tmp_path: Path, model: Path, text: str, trained: Path) -> dict[str, tu
     """Name -> (arguments, what the error must say)."""
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "one.txt").write_text("x" * 300)
     (tmp_path / "taken").mkdir()
     out = ["-o", tmp_path / "out"]
     train = ["train", model, "--text", text]
@@ -320,6 +333,10 @@ def wrong(tmp_path: Path, model: Path, text: str, trained: Path) -> dict[str, tu
         "text shorter than a window": (
             ["train", model, "--text", tmp_path / "short.txt", *out],
             "text: got '9 tokens', expected at least one window of 256 tokens",
+        ),
+        "text of one window": (
+            ["train", model, "--text", tmp_path / "one.txt", "--window", "256", *out],
+            "text: got '1 windows of 256 tokens', expected at least two windows",
         ),
         "missing text": (["train", model, "--text", tmp_path / "no.txt", *out], "No such file"),
         "missing data set": (["train", model, "--dataset", tmp_path / "no:such@split", *out], "dataset: got"),
@@ -336,6 +353,28 @@ def wrong(tmp_path: Path, model: Path, text: str, trained: Path) -> dict[str, tu
         "sparsity of another adapter": (
             ["train", trained, "--sparsity", "0.4", "--text", text, *out],
             "sparsity: got 0.4, expected 0.5, the adapter's",
+        ),
+        "allocation of another adapter": (
+            ["train", trained, "--allocation", "greedy", "--text", text, *out],
+            "allocation: got 'greedy', expected uniform, the adapter's",
+        ),
+        "dense prefix of another adapter": (
+            ["train", trained, "--dense-prefix", "3", "--text", text, *out],
+            "dense_prefix: got 3, expected 1, the adapter's",
+        ),
+        "targets of another adapter": (
+            ["train", trained, "--target-modules", "o_proj", "--text", text, *out],
+            "target_modules: got ['o_proj'], expected ['down_proj', ",
+        ),
+        "alphas of another adapter": (
+            ["train", trained, "--alpha-modules", "down_proj", "--text", text, *out],
+            "alpha_modules: got ['down_proj'], expected all, the adapter's",
+        ),
+        "no alpha module": ([*train, "--alpha-modules", ",", *out], "alpha_modules: got []"),
+        "a text twice": ([*train, "--text", text, *out], "text: got"),
+        "no position to predict": (
+            ["eval", model, "--adapter", trained, "--text", text, "--window", "2", "--protocol", "last-half"],
+            "expected windows of at least 3 tokens",
         ),
         "no such adapter": (["eval", model, "--adapter", tmp_path / "no", "--text", text], "adapter: got"),
         "no such protocol": (
@@ -359,6 +398,7 @@ WRONG = [
     "output exists",
     "empty text",
     "text shorter than a window",
+    "text of one window",
     "missing text",
     "missing data set",
     "missing model",
@@ -369,6 +409,13 @@ WRONG = [
     "zero windows",
     "no such dtype",
     "sparsity of another adapter",
+    "allocation of another adapter",
+    "dense prefix of another adapter",
+    "targets of another adapter",
+    "alphas of another adapter",
+    "no alpha module",
+    "a text twice",
+    "no position to predict",
     "no such adapter",
     "no such protocol",
     "window longer than the text",

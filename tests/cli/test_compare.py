@@ -4,6 +4,7 @@ import json
 import pytest
 from commands import run
 from test_commands import TEXT
+from tiny_models import make_byte_tokenizer, make_tiny_llama
 
 from spon_cli import compare
 
@@ -36,6 +37,35 @@ def test_compare_writes_tables_resumes_and_refuses_other_settings(tiny_model_dir
     assert code == 2 and "Choose another --output" in err
     code, _, err = run(*arguments, "--sparsity", "0.3", "--learning-rate", "0.5")
     assert code == 2 and "recipe" in err
+    for other in (["--window", "32"], ["--target-modules", "down_proj"]):
+        code, _, err = run(*arguments, "--sparsity", "0.3", *other)
+        assert code == 2 and other[0][2:].replace("-", "_") + ": got" in err
+
+
+def test_compare_refuses_rows_of_another_model(tiny_model_dir, texts, tmp_path):
+    make_tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / tiny_model_dir.name)
+    make_byte_tokenizer().save_pretrained(tmp_path / tiny_model_dir.name)
+    arguments = ["-o", tmp_path / "out", *texts, *SMALL, "--methods", "teal", "--alpha", "off", "--sparsity", "0.3"]
+    code, _, err = run("compare", tiny_model_dir, *arguments)
+    assert code == 0, err
+    code, _, err = run("compare", tmp_path / tiny_model_dir.name, *arguments)
+    assert code == 2 and "weights: got" in err
+
+
+def test_compare_refuses_a_text_that_is_too_short_for_the_calibration(tiny_model_dir, texts, tmp_path):
+    code, _, err = run("compare", tiny_model_dir, "-o", tmp_path / "out", *texts, "--calibration-tokens", "99999")
+    assert code == 2 and "calibration_tokens: got 99999, expected at most" in " ".join(err.split())
+
+
+def test_a_dense_model_that_diverges_gives_tables_all_the_same(tmp_path):
+    result = {"perplexity": None, "saved": 0.5, "masked": 0.5, "window": 4, "tokens": 4}
+    rows = [{"method": "dense", "texts": {"t": result}}]
+    rows.append({"method": "teal", "sparsity": 0.5, "alpha": "off", "texts": {"t": result}, "seconds": {}})
+    rows[1] |= {"extra_bytes_per_layer": 0.0, "seconds": {"calibration": 1.0}}
+    (tmp_path / "settings.json").write_text("{}")
+    compare.write_tables(rows, tmp_path)
+    compare.show(rows)
+    assert "dense diverged" in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,10 @@ def test_rows_are_what_the_parts_give(model, rows):
     assert set(off["seconds"]) == {"calibration", "evaluation"}
     assert set(mean["seconds"]) == {"calibration", "mean", "evaluation"}
     assert set(on["seconds"]) == {"calibration", "training", "evaluation"}
-    assert on["extra_bytes_per_layer"] > off["extra_bytes_per_layer"]
+    without, every, one = (row["extra_bytes_per_layer"] for row in (off, on, down))
+    assert one - without == 4 * 48 and every - without == 4 * sum(
+        module.out_features for name, module in model.model.layers[0].named_modules() if name.endswith("proj")
+    )
 
 
 def test_a_row_that_cannot_be_is_said_and_the_others_are_measured(rows):
@@ -63,6 +66,23 @@ def test_a_row_that_cannot_be_is_said_and_the_others_are_measured(rows):
     assert skipped.keys() == {("cats", 0.5), ("wanda-2:4", 0.3)}
     assert "leaves attention and gates dense" in skipped["cats", 0.5]
     assert len(rows) == 1 + len(WANTED)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "training", "message"),
+    [
+        ("dwon_proj", 4, "alpha: got 'dwon_proj', expected off, mean, on, or one of down_proj, gate_proj"),
+        ("all", 4, "alpha: got 'all', expected off, mean, on"),
+        ("on", 3, "training windows: got 3, expected at least 4. Use more text"),
+    ],
+    ids=["typo", "all", "short"],
+)
+def test_wrong_use_is_said_before_work(model, tmp_path, alpha, training, message):
+    small = bench(model)
+    small.training = WINDOWS[:training]
+    with pytest.raises(SponError, match=message):
+        small.run(keys(["teal"], [0.5], ["off", alpha]), RowStore(tmp_path, {}))
+    assert not list((tmp_path / "rows").iterdir())
 
 
 def test_an_interrupted_run_goes_on_and_ends_at_the_same_rows(model, rows, tmp_path):

@@ -66,8 +66,21 @@ def test_special_tokens_stay_dense_where_a_method_can(model, fits, method):
     alphas = {LAST: torch.randn(96)}
     with fits[method].attach(model, alphas):
         sparse = model(input_ids=WINDOWS).logits
-    assert torch.equal(sparse[:, 0], dense[:, 0]) is not fits[method].static
+    assert torch.equal(sparse[:, 0], dense[:, 0]) is not SPARSIFIERS[method].static
     assert not torch.allclose(sparse[:, 1], dense[:, 1], atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["wanda", "wanda-2:4", "fixed-neuron"])
+def test_static_methods_are_calibrated_on_every_position(model, method):
+    statistics = get_sparsifier(method).calibrate(model, find_sites(model), WINDOWS)
+    site = statistics.sites[0]
+    inputs = []
+    handle = model.get_submodule(site.modules[0]).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model(input_ids=WINDOWS)
+    handle.remove()
+    power = 1 if method == "fixed-neuron" else 2
+    torch.testing.assert_close(statistics.own[site.name].total, inputs[0].abs().pow(power).sum((0, 1)))
+    assert get_sparsifier(method).at(model, statistics, 0.5).dense_prefix == 0
 
 
 @pytest.mark.parametrize("method", SPARSIFIERS)
@@ -88,7 +101,7 @@ def test_alphas_gradient_is_that_of_a_bias_through_the_dense_weight(model, fits,
         y, logits = outputs_of(model, LAST)
         y.retain_grad()
         logits.square().sum().backward()
-    start = 0 if fits[method].static else 1
+    start = fits[method].dense_prefix
     expected = model.get_submodule(LAST).weight.t() @ y.grad[:, start:].sum((0, 1))
     torch.testing.assert_close(alpha.grad, expected, rtol=1e-3, atol=1e-3)
     assert expected.abs().max() > 1
@@ -98,7 +111,7 @@ def test_alphas_gradient_is_that_of_a_bias_through_the_dense_weight(model, fits,
 def test_the_mean_bias_is_what_the_output_misses(model, fits, method):
     biases = mean_biases(model, fits[method], WINDOWS)
     path = next(iter(fits[method].modules)) if method != "cats" else "model.layers.0.mlp.down_proj"
-    start = 0 if fits[method].static else 1
+    start = fits[method].dense_prefix
     dense, _ = outputs_of(model, path)
     with fits[method].attach(model, biases={path: biases[path]}):
         sparse, _ = outputs_of(model, path)
@@ -175,7 +188,7 @@ def test_conv1d(method):
     with fitted.attach(model, counter=counter, biases={path: biases[path]}):
         sparse, _ = outputs_of(model, path)
     assert fitted.masked_share(counter) == pytest.approx(0.5, abs=0.03)
-    start = 0 if fitted.static else 1
+    start = fitted.dense_prefix
     torch.testing.assert_close(sparse[:, start:].mean((0, 1)), dense[:, start:].mean((0, 1)), rtol=1e-3, atol=2e-4)
 
 
@@ -214,9 +227,10 @@ def test_extra_bytes_are_counted(model, fits):
     outputs = sum(linear_features(model.get_submodule(path))[1] for path in fits["teal"].modules)
     sites, vectors = 8, 2 * (48 * 3 + 96)
     assert fits["teal"].extra_bytes(model) == 4 * sites
-    assert fits["teal"].extra_bytes(model, alphas=True) == 4 * sites + 4 * outputs
+    assert fits["teal"].extra_bytes(model, fits["teal"].modules) == 4 * sites + 4 * outputs
+    assert fits["teal"].extra_bytes(model, [LAST]) == 4 * sites + 4 * 48
     assert fits["wina"].extra_bytes(model) == 4 * vectors
-    assert fits["scap"].extra_bytes(model) == fits["scap"].extra_bytes(model, alphas=True) == 4 * sites + 4 * outputs
+    assert fits["scap"].extra_bytes(model) == fits["scap"].extra_bytes(model, [LAST]) == 4 * sites + 4 * outputs
     inputs = sum(linear_features(model.get_submodule(path))[0] for path in fits["teal"].modules)
     assert fits["sensitivity"].extra_bytes(model) == 2 * 4 * inputs + 4 * outputs
     assert fits["larosa"].extra_bytes(model) == 4 * 2 * 48 * 48

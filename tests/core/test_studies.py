@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import make_tiny_llama
 
 from spon_plugin import SponError, find_sites
 from spon_plugin.ablation import DENSE, Ablation, Trial, plan
 from spon_plugin.evaluation import share_recovered
 from spon_plugin.recipe import Recipe
-from spon_plugin.rows import RowStore
+from spon_plugin.rows import RowStore, weights_digest
 from spon_plugin.studies import STUDIES, Setup
 from spon_plugin.study_tables import markdown, records, recovered
 from spon_plugin.tables import csv_text
@@ -201,6 +202,11 @@ def test_short_texts_and_unknown_methods_are_refused_before_work(tiny_llama, sit
         bench(tiny_llama, sites).run([setup.trial, long], store)
     with pytest.raises(SponError, match="method: got 'best'"):
         bench(tiny_llama, sites, method="best").run([setup.trial], store)
+    for method in ("cats", "wanda-2:4"):
+        with pytest.raises(SponError, match="expected one that covers every linear at every sparsity: teal, "):
+            bench(tiny_llama, sites, method=method).run([setup.trial], store)
+    with pytest.raises(SponError, match="windows: got 1, expected at least 2"):
+        bench(tiny_llama, sites).run([replace(setup.trial, recipe=replace(RECIPE, windows=1))], store)
     assert store.all() == []
 
 
@@ -234,3 +240,11 @@ def test_tables_say_what_the_rows_say(setup):
 )
 def test_share_recovered(dense, masks, other, share):
     assert share_recovered(dense, masks, other) == share
+
+
+def test_the_digest_of_a_models_weights_tells_models_apart(tiny_llama):
+    digest = weights_digest(tiny_llama)
+    assert digest == weights_digest(make_tiny_llama())
+    other = make_tiny_llama()
+    other.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    assert len({digest, weights_digest(other), weights_digest(make_tiny_llama(num_hidden_layers=1))}) == 3
