@@ -16,7 +16,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 from benchmarks.sparse_linear import DTYPES, device_name
-from spon_plugin import SparseLinear, fold_alpha, read_adapter
+from spon_plugin import Adapter, SparseLinear, read_adapter
+from spon_plugin.linear import fold_constant
 from spon_plugin.sites import find_sites
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -43,12 +44,15 @@ TURN = 8
 Step = Callable[[], object]
 
 
-def sparse_copy(model: nn.Module, thresholds: dict[str, torch.Tensor]) -> nn.Module:
+def sparse_copy(
+    model: nn.Module, thresholds: dict[str, torch.Tensor], centers: Mapping[str, torch.Tensor] | None = None
+) -> nn.Module:
     """`model` with sparse layers at `thresholds`; embeddings, norms and the head are shared with it.
 
     Args:
         model: the dense model.
-        thresholds: by module path, float32 ``[1]``.
+        thresholds: by module path, float32 ``[1]`` or ``[in_features]``.
+        centers: float32 ``[in_features]`` of those that have one; ``W center`` is for `with_biases` to add.
     """
     shared = {id(parameter): parameter for parameter in model.parameters()}
     sparse = copy.deepcopy(model, dict(shared))
@@ -58,6 +62,8 @@ def sparse_copy(model: nn.Module, thresholds: dict[str, torch.Tensor]) -> nn.Mod
         layer = SparseLinear(linear.in_features, linear.out_features, bias=False, device="meta")
         layer.weight, layer.bias = nn.Parameter(linear.weight.detach(), requires_grad=False), linear.bias
         layer.spon_threshold = threshold.to(linear.weight.device)
+        if centers and path in centers:
+            layer.spon_center = centers[path].to(linear.weight.device)
         layer.arrange_for_kernels()
         sparse.set_submodule(path, layer)
     return sparse
@@ -95,15 +101,15 @@ def quantile_thresholds(model: Any, sparsity: float, ids: torch.Tensor) -> dict[
     return thresholds
 
 
-def adapter_parts(model: Any, directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Thresholds and folded biases of a saved adapter, by module path."""
-    adapter = read_adapter(directory)
+def folded_biases(model: Any, adapter: Adapter, alphas: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Module path -> ``b + W (center + alpha)``, for the linears of an adapter that have a centre or an alpha."""
     biases = {}
-    for path, alpha in adapter.alphas.items():
+    for path in adapter.thresholds:
         linear = model.get_submodule(path)
-        folded = fold_alpha(linear, alpha)
-        biases[path] = folded if linear.bias is None else folded + linear.bias.float()
-    return dict(adapter.thresholds), biases
+        folded = fold_constant(linear, alphas.get(path), adapter.centers.get(path))
+        if folded is not None:
+            biases[path] = folded if linear.bias is None else folded + linear.bias.float()
+    return biases
 
 
 @torch.no_grad()
@@ -191,11 +197,14 @@ def main() -> None:
     print("| --- " + "| ---: " * 7 + "|")
     for sparsity in [None] if arguments.adapter else [float(value) for value in arguments.sparsity.split(",")]:
         if sparsity is None:
-            thresholds, biases = adapter_parts(dense, arguments.adapter)
+            adapter = read_adapter(arguments.adapter)
+            teal = sparse_copy(dense, adapter.thresholds, adapter.centers)
+            teal = with_biases(teal, folded_biases(dense, adapter, {}))
+            biases = folded_biases(dense, adapter, adapter.alphas)
         else:
             thresholds = quantile_thresholds(dense, sparsity, ids)
+            teal = sparse_copy(dense, thresholds)
             biases = {path: 1e-3 * torch.randn(dense.get_submodule(path).out_features) for path in thresholds}
-        teal = sparse_copy(dense, thresholds)
         seconds = measure({"dense": dense, "teal": teal, "spon": with_biases(teal, biases)}, ids, arguments.tokens)
         target = sparsity if sparsity is not None else read_adapter(arguments.adapter).fields.sparsity
         name = arguments.shape or Path(arguments.model).name

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # The zero-shot table of the SPON paper: the dense model, the adapter's masks alone (TEAL), and SPON; then one table and
-# one plot of them. Needs: pip install 'spon-plugin[lm-eval,cli]'
+# one plot of them. Needs, in a checkout: pip install -e '.[lm-eval,cli]'
 #
 #   examples/zero_shot.sh BASE ADAPTER OUTPUT              the paper's tasks and GSM8K, from the Hugging Face hub
 #   examples/zero_shot.sh BASE ADAPTER OUTPUT TASK_DIR     offline: the tasks of the lm-eval .yaml files in TASK_DIR

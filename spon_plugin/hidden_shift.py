@@ -152,5 +152,5 @@ def check_projection(method: str) -> None:
         try:
             import sklearn.manifold  # noqa: F401
         except ImportError as error:
-            remedy = "pip install 'spon-plugin[analyze]', or use pca."
+            remedy = "pip install scikit-learn, or use pca."
             raise SponError.of("projection", method, "pca, or scikit-learn installed", remedy) from error

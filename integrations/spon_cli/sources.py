@@ -61,7 +61,7 @@ def _dataset_text(spec: str) -> str:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise SponError.of("dataset", spec, "the datasets package", "pip install 'spon-plugin[datasets]'") from error
+        raise SponError.of("dataset", spec, "the datasets package", "pip install datasets") from error
     name, _, split = spec.partition("@")
     name, _, config = name.partition(":")
     try:
