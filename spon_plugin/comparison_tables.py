@@ -19,11 +19,11 @@ SHARES = ("of TEAL's gap", "at equal bytes")
 
 NOTES = (
     "`masked`: the share of the linears' weights that the method leaves unused on the text, R-Sparse's less its "
-    "factors; linears that it leaves dense count. `bytes saved`: the same, less what else the method reads (LaRoSA's "
-    "residual adapter). `of TEAL's gap`: (TEAL - row) / (TEAL - dense), TEAL without alpha at the same target. `at equal "
-    "bytes`: the same, TEAL where it saves as many bytes as the row does, between its own rows. `extra`: bytes beside "
-    "the dense weights, a layer: thresholds, rotations, factors, and the bias that alpha folds into. `mean`: "
-    "E[W x - method(x)] as a bias, not trained."
+    "factors; linears that it leaves dense count. `bytes saved`: the same, less what else the method reads "
+    "(LaRoSA's residual adapter). `of TEAL's gap`: (TEAL - row) / (TEAL - dense), TEAL without alpha at the same "
+    "target. `at equal bytes`: the same, TEAL where it saves as many bytes as the row does, between its own rows. "
+    "`extra`: bytes beside the dense weights, a layer: thresholds, rotations, factors, and the bias that alpha "
+    "folds into. `mean`: E[W x - method(x)] as a bias, not trained."
 )
 
 
