@@ -84,7 +84,10 @@ def _lines(study: Study, rows: Rows, tests: Sequence[str], file: Path) -> None:
                 low, high = axes.get_ylim()
                 axes.set(title=test, yscale="log" if low <= 0 or high > 5 * low else "linear")
             if study.log:
+                ticks = sorted({point.x for point in study.points if point.x is not None})
                 axes.set_xscale("log")
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+                axes.minorticks_off()
             axes.set(xlabel=study.axis, ylabel="share of the masks' gap recovered" if shares else "perplexity")
             axes.legend(fontsize=8)
         if shares:
