@@ -77,7 +77,7 @@ def test_pca_keeps_the_distances_of_flat_points():
 
 
 def test_tsne_is_reproducible():
-    pytest.importorskip("sklearn", reason="needs scikit-learn: pip install 'spon-plugin[analyze]'")
+    pytest.importorskip("sklearn", reason="needs scikit-learn: pip install scikit-learn")
     torch.manual_seed(0)
     points = torch.randn(12, 5)
     first = project(points, "tsne", seed=3)
@@ -87,7 +87,7 @@ def test_tsne_is_reproducible():
 
 def test_tsne_without_scikit_learn_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(SponError, match=r"pip install 'spon-plugin\[analyze\]', or use pca"):
+    with pytest.raises(SponError, match=r"pip install scikit-learn, or use pca"):
         project(torch.randn(4, 2), "tsne")
     with pytest.raises(SponError, match="expected one of tsne, pca"):
         project(torch.randn(4, 2), "umap")
