@@ -133,8 +133,14 @@ def calibrated(
     )
 
 
-def load(name: str, dtype: str, target_modules: Sequence[str] | None = None) -> Loaded:
+def load(name: str, dtype: str, target_modules: Sequence[str] | None = None, precision: str | None = None) -> Loaded:
     """Load a model and its tokenizer and find its input sites.
+
+    Args:
+        name: as the user gave it.
+        dtype: of the weights.
+        target_modules: names of the linears to sparsify; all by default.
+        precision: quantizes the linears, see `load_precision`.
 
     Raises:
         SponError: the model cannot be loaded, or a target is not one of its linears.
@@ -142,11 +148,12 @@ def load(name: str, dtype: str, target_modules: Sequence[str] | None = None) -> 
     from transformers.utils import logging
 
     from spon_transformers.loading import load_model, load_tokenizer
+    from spon_transformers.precision import load_precision
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # ours say what is going on
     tokenizer = load_tokenizer(name)
-    model = load_model(name, dtype)
+    model = load_model(name, dtype) if precision is None else load_precision(name, precision, dtype)
     return Loaded(name, dtype, model, tokenizer, find_sites(model, target_modules))
 
 

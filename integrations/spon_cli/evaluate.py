@@ -17,6 +17,7 @@ from spon_plugin import read_adapter
 from spon_plugin.evaluation import PROTOCOLS, Evaluation, evaluate, share_recovered
 from spon_plugin.sites import linear_inputs
 from spon_plugin.text import leading_windows
+from spon_transformers.precision import QUANTIZED, check_precision
 
 
 def eval_command(
@@ -34,6 +35,9 @@ def eval_command(
     ] = "all-but-first",
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 4,
     dtype: options.Dtype = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="Quantize the linears: " + ", ".join(QUANTIZED) + "; the rest is in --dtype.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Measure the perplexity of the dense model, of its masks alone (TEAL) and with alpha (SPON).
@@ -43,12 +47,17 @@ def eval_command(
     [dim]spon eval ./model --adapter spon50 --text wiki.test.txt --window 512 --max-tokens 16384[/dim]
 
     [dim]spon eval ./model --adapter sensitivity50 --baseline teal50 --text wiki.test.txt[/dim]
+
+    [dim]spon eval ./model --adapter spon50 --precision int4 --text wiki.test.txt[/dim]
     """
     check_choice("protocol", protocol, PROTOCOLS)
+    if precision is not None:
+        check_choice("precision", precision, QUANTIZED)
+        check_precision(precision)
     loaded_adapter = read_adapter(adapter)
     yardstick = None if baseline is None else read_adapter(baseline).without_alpha()
     sources = text_sources(text, dataset, part="test")
-    loaded = load(model, dtype)
+    loaded = load(model, dtype, precision=precision)
     for given in (loaded_adapter, yardstick):
         if given is not None:
             given.check_base(linear_inputs(loaded.model), model)

@@ -15,7 +15,8 @@ from spon_transformers.loading import DTYPES, load_model, model_source
 FLOATS = tuple(name for name in DTYPES if name != "auto")
 BNB = ("int8", "int4")
 TORCHAO = ("torchao-int8", "torchao-int4")
-PRECISIONS = (*FLOATS, *BNB, *TORCHAO)
+QUANTIZED = (*BNB, *TORCHAO)
+PRECISIONS = (*FLOATS, *QUANTIZED)
 _GROUP = 32
 
 

@@ -122,6 +122,12 @@ def test_precision_compares_an_adapter_with_one_trained_on_the_base(texts, tmp_p
     assert len(adapters) == len(levels) and all(len(found.alphas) == 14 for found in adapters)
     assert "precision.png" in names(tmp_path / "out")
     assert json.loads(run(*command)[1])["precision"] == rows
+    if package is not None:  # the same by `spon eval`
+        evaluation = ["eval", tmp_path / "model", "--adapter", next((tmp_path / "out").glob("adapter-float32-*"))]
+        evaluation += ["--text", texts[1], "--window", "32", "--max-tokens", "128", "--dtype", "float32", "--json"]
+        code, out, err = run(*evaluation, "--precision", levels[1])
+        assert code == 0, err
+        assert json.loads(out)["perplexity"] == {name: rows[1][name] for name in ("dense", "teal", "spon")}
 
 
 @pytest.mark.slow

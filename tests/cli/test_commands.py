@@ -377,6 +377,10 @@ def wrong(tmp_path: Path, model: Path, text: str, trained: Path) -> dict[str, tu
             "expected windows of at least 3 tokens",
         ),
         "no such adapter": (["eval", model, "--adapter", tmp_path / "no", "--text", text], "adapter: got"),
+        "no such precision": (
+            ["eval", model, "--adapter", trained, "--text", text, "--precision", "int3"],
+            "precision: got 'int3', expected one of int8, int4, torchao-int8, torchao-int4",
+        ),
         "no such protocol": (
             ["eval", model, "--adapter", trained, "--text", text, "--protocol", "first-half"],
             "protocol: got 'first-half', expected one of all-but-first, last-half",
@@ -417,6 +421,7 @@ WRONG = [
     "a text twice",
     "no position to predict",
     "no such adapter",
+    "no such precision",
     "no such protocol",
     "window longer than the text",
     "fewer tokens than a window",
