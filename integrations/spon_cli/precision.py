@@ -28,7 +28,8 @@ from spon_transformers.precision import FLOATS, check_precision, load_precision,
 FULL, OWN = "full", "own"
 NOTES = (
     "Thresholds and alphas from the full-precision base (the first row), or from the base they run on. int8, int4: "
-    "bitsandbytes' LLM.int8() and NF4 for the linears of the decoder blocks, the rest in the precision of the first "
+    "bitsandbytes' LLM.int8() and NF4 for the linears of the decoder blocks; torchao-int8, torchao-int4: torchao's "
+    "weight-only integers, symmetric, a scale per output and per 32 inputs; the rest in the precision of the first "
     "row. `recovered`: (TEAL - SPON) / (TEAL - dense) at that precision."
 )
 
