@@ -12,6 +12,7 @@ from spon_plugin.ablation import DENSE
 from spon_plugin.studies import Point, Study
 from spon_plugin.study_tables import Rows, recovered
 
+_LEVEL_LABELS = 6
 COLORS = {"dense": "0.5", "TEAL": "tab:orange", "SPON": "tab:blue"}
 
 
@@ -49,7 +50,8 @@ def _value(study: Study, point: Point, rows: Rows, test: str) -> float | None:
 
 
 def _bars(study: Study, rows: Rows, tests: Sequence[str], file: Path) -> None:
-    with figure(file, width=max(6.5, 1.6 * len(study.points))) as (axes,):
+    many = len(study.points) > _LEVEL_LABELS
+    with figure(file, width=12 if many else max(6.5, 1.6 * len(study.points))) as (axes,):
         step = 0.8 / len(tests)
         for index, test in enumerate(tests):
             places = [place + (index - (len(tests) - 1) / 2) * step for place in range(len(study.points))]
@@ -57,6 +59,10 @@ def _bars(study: Study, rows: Rows, tests: Sequence[str], file: Path) -> None:
             axes.bar(places, values, step, label=test)
         axes.axhline(0, color="0.4", linewidth=0.8)
         axes.set_xticks(range(len(study.points)), [point.label for point in study.points], fontsize=8)
+        if many:
+            axes.tick_params("x", rotation=30)
+            for label in axes.get_xticklabels():
+                label.set(ha="right", rotation_mode="anchor")
         axes.set(title=study.title, xlabel=study.axis, ylabel="share of the masks' perplexity gap recovered")
         axes.legend(fontsize=8)
 
