@@ -200,7 +200,7 @@ def evaluate_fitted(
     prefix = dense_prefix_of(protocol, windows.shape[1])
     counter = SparsityCounter()
     with fitted.attach(model, counter=counter, **added) as tokens:
-        if fitted.dense_prefix > 0:  # a static method leaves nothing dense
+        if not fitted.static:
             tokens.dense_prefix = prefix
         row["perplexity"] = perplexity(model, windows, protocol, progress=progress)
     row["masked"] = fitted.masked_share(counter)

@@ -35,6 +35,7 @@ class Statistics:
         dense_prefix: first positions of each window that were left out.
         histograms: site name -> magnitudes of the site's input.
         own: site name -> what the method itself collected.
+        static: whether the method is, see `Sparsifier`.
     """
 
     sites: list[Site]
@@ -42,6 +43,7 @@ class Statistics:
     dense_prefix: int
     histograms: dict[str, MagnitudeHistogram]
     own: dict[str, Any] = field(default_factory=dict)
+    static: bool = False
 
 
 class Sparsifier(ABC):
@@ -80,7 +82,8 @@ class Sparsifier(ABC):
             SponError: the windows are too short, or the method cannot be used on this model.
         """
         dense_prefix = 0 if self.static else dense_prefix
-        statistics = Statistics(list(sites), windows, dense_prefix, {s.name: MagnitudeHistogram() for s in sites})
+        histograms = {site.name: MagnitudeHistogram() for site in sites}
+        statistics = Statistics(list(sites), windows, dense_prefix, histograms, static=self.static)
         observers: dict[str, Observe] = {}
         for site in sites:
             own = self.observer(model, site, statistics)
@@ -147,6 +150,7 @@ class Fitted(ABC):
         name: the method's.
         sites: of the whole model; the model-wide sparsity is a share of their weights.
         sparsity: the target.
+        static: whether the method is, see `Sparsifier`.
         dense_prefix: first positions of a sequence that stay dense; 0 where the method is static.
         scales: module path -> the unit of alpha's learning rate (`Recipe.relative`): the magnitude below which a share
             `sparsity` of the layer's inputs lies, unless the method says otherwise.
@@ -158,7 +162,7 @@ class Fitted(ABC):
         self.name = name
         self.sites = statistics.sites
         self.sparsity = check_sparsity(sparsity)
-        self.dense_prefix = statistics.dense_prefix
+        self.static, self.dense_prefix = statistics.static, statistics.dense_prefix
         quantiles = {site.name: statistics.histograms[site.name].quantile(sparsity) for site in self.sites}
         self.scales = {path: quantiles[site.name] for site in self.sites for path in site.modules}
         self.modules = tuple(self.scales)
@@ -213,7 +217,7 @@ class Fitted(ABC):
             biases: module path -> float32 ``[out_features]``, added as they are.
 
         Yields:
-            The token state of the run, whose `dense_prefix` may be changed between passes unless it is 0.
+            The token state of the run, whose `dense_prefix` may be changed between passes unless the method is static.
 
         Raises:
             SponError: an alpha or a bias belongs to a linear that the method does not sparsify.

@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from spon_plugin import SponError, find_sites, fold_alpha, read_adapter, sparse_inputs, write_adapter
 from spon_plugin.calibration import calibrate
+from spon_plugin.evaluation import evaluate_fitted, perplexity
 from spon_plugin.linear import linear_features
 from spon_plugin.sparse_inputs import SparsityCounter
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
@@ -240,3 +241,11 @@ def test_extra_bytes_are_counted(model, fits):
     total = sum(site.weights for site in fits["larosa"].sites)
     net = fits["larosa"].masked_share(counter) - 2 * 48 * 48 / total
     assert fits["larosa"].read_share(counter) == pytest.approx(1 - net)
+
+
+@pytest.mark.parametrize(("method", "agree"), [("teal", False), ("wanda", True)])
+def test_the_protocol_says_what_is_dense_however_a_method_was_calibrated(model, method, agree):
+    whole = get_sparsifier(method).fit(model, find_sites(model), WINDOWS, 0.5, dense_prefix=0)
+    evaluated = evaluate_fitted(model, whole, WINDOWS, "all-but-first")["perplexity"]
+    with whole.attach(model):
+        assert (evaluated == perplexity(model, WINDOWS)) is agree
