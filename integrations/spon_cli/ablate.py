@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import Tensor
 
 from spon_cli import options, precision
 from spon_cli.calibrate import check_choice, load
@@ -167,9 +166,7 @@ def _precision(
     return rows
 
 
-def _pools(
-    tokenizer: Any, sources: Sequence[TextSource], trials: Sequence[Trial], setup: Setup, seed: int
-) -> dict[tuple[tuple[str, ...], int], Tensor]:
+def _pools(tokenizer: Any, sources: Sequence[TextSource], trials: Sequence[Trial], setup: Setup, seed: int) -> Pools:
     """The windows of every mix of texts and every length that a trial takes from, as many tokens of each."""
     texts = {source.name: source.text for source in sources}
     base = setup.recipe.window

@@ -33,7 +33,8 @@ def text_sources(files: Sequence[Path] | None, datasets: Sequence[str] | None, p
     Raises:
         SponError: a text is missing, unreadable, empty, or named twice.
     """
-    sources = [TextSource(name, read_text(file)) for name, file in zip(_names(files or ()), files or (), strict=True)]
+    files = files or ()
+    sources = [TextSource(name, read_text(file)) for name, file in zip(_names(files), files, strict=True)]
     sources += [TextSource(name, _dataset_text(name)) for name in datasets or ()]
     if not sources:
         sources = [TextSource(OFFLINE if part == "all" else f"{OFFLINE} ({part} part)", offline_text(part))]

@@ -38,7 +38,7 @@ from spon_plugin.recipe import PRESETS, Recipe, preset
 from spon_plugin.sites import linear_inputs
 from spon_plugin.text import mixed_windows
 
-PRESET_S = "the preset's"
+_OF_THE_PRESET = "the preset's"
 
 
 def train_command(
@@ -61,15 +61,15 @@ def train_command(
     ] = None,
     target_modules: options.Targets = None,
     preset_name: Annotated[str, typer.Option("--preset", help="The schedule: " + " or ".join(PRESETS) + ".")] = "fast",
-    windows: Annotated[int | None, typer.Option(help="Training windows in all.", show_default=PRESET_S)] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens per window.", show_default=PRESET_S)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per step.", show_default=PRESET_S)] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the windows.", show_default=PRESET_S)] = None,
+    windows: Annotated[int | None, typer.Option(help="Training windows in all.", show_default=_OF_THE_PRESET)] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window.", show_default=_OF_THE_PRESET)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per step.", show_default=_OF_THE_PRESET)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the windows.", show_default=_OF_THE_PRESET)] = None,
     learning_rate: Annotated[
         float | None,
         typer.Option(
             help="Highest rate; relative to thresholds for fast, and a third of it under sensitivity.",
-            show_default=PRESET_S,
+            show_default=_OF_THE_PRESET,
         ),
     ] = None,
     weight_decay: Annotated[

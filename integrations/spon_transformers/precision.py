@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 from typing import Any
 
@@ -29,8 +29,11 @@ def check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise SponError.of("precision", precision, "one of " + ", ".join(PRECISIONS))
     for names, package in ((BNB, "bitsandbytes"), (TORCHAO, "torchao")):
-        if precision in names and importlib.util.find_spec(package) is None:
-            raise SponError.of("precision", precision, f"{package} installed", f"pip install {package}")
+        if precision in names:
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                raise SponError.of("precision", precision, f"{package} installed", f"pip install {package}") from error
 
 
 def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:

@@ -317,6 +317,16 @@ def test_a_dataset_is_read_by_name_configuration_and_split(monkeypatch):
     assert asked == [("org/name", "raw", "test", True), ("org/name", None, "train", True)]
 
 
+# Options that an adapter to train further has settled.
+SETTLED = {
+    "sparsity": ("--sparsity", "0.4", "sparsity: got 0.4, expected 0.5, the adapter's"),
+    "allocation": ("--allocation", "greedy", "allocation: got 'greedy', expected uniform, the adapter's"),
+    "dense prefix": ("--dense-prefix", "3", "dense_prefix: got 3, expected 1, the adapter's"),
+    "targets": ("--target-modules", "o_proj", "target_modules: got ['o_proj'], expected ['down_proj', "),
+    "alphas": ("--alpha-modules", "down_proj", "alpha_modules: got ['down_proj'], expected all, the adapter's"),
+}
+
+
 def wrong(tmp_path: Path, model: Path, text: str, trained: Path) -> dict[str, tuple[list[object], str]]:
     """Name -> (arguments, what the error must say)."""
     (tmp_path / "empty.txt").write_text("\n")
@@ -350,26 +360,10 @@ def wrong(tmp_path: Path, model: Path, text: str, trained: Path) -> dict[str, tu
         "no such allocation": ([*train, "--allocation", "best", *out], "allocation: got 'best'"),
         "zero windows": ([*train, "--windows", "0", *out], "windows: got 0, expected a positive number"),
         "no such dtype": ([*train, "--dtype", "int3", *out], "dtype: got 'int3'"),
-        "sparsity of another adapter": (
-            ["train", trained, "--sparsity", "0.4", "--text", text, *out],
-            "sparsity: got 0.4, expected 0.5, the adapter's",
-        ),
-        "allocation of another adapter": (
-            ["train", trained, "--allocation", "greedy", "--text", text, *out],
-            "allocation: got 'greedy', expected uniform, the adapter's",
-        ),
-        "dense prefix of another adapter": (
-            ["train", trained, "--dense-prefix", "3", "--text", text, *out],
-            "dense_prefix: got 3, expected 1, the adapter's",
-        ),
-        "targets of another adapter": (
-            ["train", trained, "--target-modules", "o_proj", "--text", text, *out],
-            "target_modules: got ['o_proj'], expected ['down_proj', ",
-        ),
-        "alphas of another adapter": (
-            ["train", trained, "--alpha-modules", "down_proj", "--text", text, *out],
-            "alpha_modules: got ['down_proj'], expected all, the adapter's",
-        ),
+        **{
+            f"{what} of another adapter": (["train", trained, option, value, "--text", text, *out], message)
+            for what, (option, value, message) in SETTLED.items()
+        },
         "no alpha module": ([*train, "--alpha-modules", ",", *out], "alpha_modules: got []"),
         "a text twice": ([*train, "--text", text, *out], "text: got"),
         "no position to predict": (
