@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 
 from benchmarks.sparse_linear import DTYPES, device_name
 from spon_plugin import Adapter, SparseLinear, read_adapter
-from spon_plugin.linear import fold_constant
-from spon_plugin.sites import find_sites
+from spon_plugin.decoder.sites import find_sites
+from spon_plugin.layers.fold import fold_constant
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3-8b": {

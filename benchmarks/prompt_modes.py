@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from spon_cli import options
 from spon_cli.calibrate import load
 from spon_plugin import Adapter, read_adapter, sparse_inputs
-from spon_plugin.text import leading_windows, read_text
+from spon_plugin.calibration.text import leading_windows, read_text
 
 
 @torch.no_grad()

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.sparse_linear import DTYPES, device_name
 from benchmarks.timing import copies_for, interleaved_medians
+from spon_plugin.calibration.text import leading_windows, read_text
+from spon_plugin.decoder.sites import Site, find_sites
 from spon_plugin.kernels import sparse_linear
-from spon_plugin.sites import Site, find_sites
-from spon_plugin.text import leading_windows, read_text
 
 WINDOW = 128
 

@@ -22,7 +22,7 @@ import torch
 import typer
 
 from spon_cli.sources import text_sources
-from spon_plugin.text import offline_text
+from spon_plugin.calibration.text import offline_text
 from spon_transformers.loading import load_model, load_tokenizer
 
 

@@ -26,8 +26,9 @@ import torch
 
 from benchmarks.timing import copies_for, median_seconds
 from spon_plugin import SponError
-from spon_plugin.kernels import configs, gemm
-from spon_plugin.kernels.configs import DTYPES, KERNELS, Device, Launch, Shape
+from spon_plugin.kernels import gemm
+from spon_plugin.kernels.triton import configs
+from spon_plugin.kernels.triton.configs import DTYPES, KERNELS, Device, Launch, Shape
 
 AXES: dict[str, tuple[int, ...]] = {
     "splits": (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 48, 64),
@@ -162,7 +163,7 @@ def cuda_timer(
         threshold = x.abs().float().flatten().quantile(sparsity).view(1)
 
         def sparse(launch: Launch) -> float:
-            kernel = import_module(f"spon_plugin.kernels.triton_{launch.kernel}").sparse_linear
+            kernel = import_module(f"spon_plugin.kernels.triton.{launch.kernel}").sparse_linear
             if launch != launch.fitted(in_features, out_features):
                 return float("inf")
             try:

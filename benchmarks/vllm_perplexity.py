@@ -23,8 +23,8 @@ from torch import Tensor
 from spon_cli import options
 from spon_cli.calibrate import load
 from spon_plugin import Adapter, read_adapter, sparse_inputs, write_adapter
-from spon_plugin.evaluation import perplexity
-from spon_plugin.text import leading_windows, read_text
+from spon_plugin.calibration.text import leading_windows, read_text
+from spon_plugin.studies.evaluation import perplexity
 
 
 def vllm_perplexity(llm: Any, windows: Tensor) -> float:

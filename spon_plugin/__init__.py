@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """SPON: input sparsification with spontaneous neurons, free of any host framework."""
 
-from spon_plugin.adapter import Adapter, read_adapter, write_adapter
+from spon_plugin.adapter.config import SponFields
+from spon_plugin.adapter.directory import Adapter, read_adapter, write_adapter
+from spon_plugin.decoder.sites import Site, find_sites
+from spon_plugin.decoder.sparse_inputs import SparsityCounter, sparse_inputs
 from spon_plugin.errors import SponError
-from spon_plugin.fields import SponFields
-from spon_plugin.linear import SparseConv1D, SparseLinear, fold_alpha
+from spon_plugin.layers.fold import fold_alpha
+from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
 from spon_plugin.masking import keep_mask, sparsify
-from spon_plugin.sites import Site, find_sites
-from spon_plugin.sparse_inputs import SparsityCounter, sparse_inputs
 
 __version__ = "0.1.0.dev0"
 

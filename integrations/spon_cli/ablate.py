@@ -16,18 +16,18 @@ from spon_cli.output import note, row_bars, show_json, show_table
 from spon_cli.sources import TextSource, text_sources
 from spon_cli.study_plots import plot_study
 from spon_plugin import Adapter, SponError, read_adapter
-from spon_plugin.ablation import DENSE, Ablation, Pools, Trial, describe, plan
-from spon_plugin.evaluation import PROTOCOLS
+from spon_plugin.calibration.text import leading_windows, mixed_windows, windows_digest
+from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new
 from spon_plugin.masking import check_sparsity
-from spon_plugin.recipe import Recipe
-from spon_plugin.rows import RowStore, weights_digest
-from spon_plugin.sites import linear_inputs
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
-from spon_plugin.studies import BASE, STUDIES, Setup
-from spon_plugin.study_tables import cells, columns, markdown, records
-from spon_plugin.tables import csv_text, number
-from spon_plugin.text import leading_windows, mixed_windows, windows_digest
+from spon_plugin.studies.ablation import DENSE, Ablation, Pools, Trial, describe, plan
+from spon_plugin.studies.evaluation import PROTOCOLS
+from spon_plugin.studies.plan import BASE, STUDIES, Setup
+from spon_plugin.studies.plan_tables import cells, columns, markdown, records
+from spon_plugin.studies.rows import RowStore, weights_digest
+from spon_plugin.studies.tables import csv_text, number
+from spon_plugin.training.recipe import Recipe
 
 PRECISION = "precision"
 NAMES = (*STUDIES, PRECISION)

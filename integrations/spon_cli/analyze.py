@@ -19,9 +19,12 @@ from spon_cli.output import note, progress_bars, show_json, show_table
 from spon_cli.sources import text_sources
 from spon_cli.study_plots import plot_points, plot_shift
 from spon_plugin import Adapter, SponError, read_adapter, sparse_inputs
-from spon_plugin.alpha_statistics import AlphaStatistics, alpha_statistics
+from spon_plugin.calibration.text import mixed_windows, read_text, token_ids
+from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new, new_directory
-from spon_plugin.hidden_shift import (
+from spon_plugin.progress import Progress
+from spon_plugin.studies.alpha_statistics import AlphaStatistics, alpha_statistics
+from spon_plugin.studies.hidden_shift import (
     PROJECTIONS,
     block_outputs,
     check_projection,
@@ -31,10 +34,7 @@ from spon_plugin.hidden_shift import (
     prompt_means,
     relative_distance,
 )
-from spon_plugin.progress import Progress
-from spon_plugin.sites import linear_inputs
-from spon_plugin.tables import csv_text, markdown_table
-from spon_plugin.text import mixed_windows, read_text, token_ids
+from spon_plugin.studies.tables import csv_text, markdown_table
 
 SHIFT = ("variant", "block", "distance", "cka")
 NOTES = (

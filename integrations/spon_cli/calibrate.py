@@ -15,12 +15,12 @@ from spon_cli import options
 from spon_cli.output import note, percent, progress_bars, show_json, show_table
 from spon_cli.sources import TextSource, text_sources
 from spon_plugin import Adapter, Site, SponError, __version__, find_sites, write_adapter
-from spon_plugin.calibration import calibrate
-from spon_plugin.fields import ALLOCATIONS, SponFields
+from spon_plugin.adapter.config import ALLOCATIONS, SponFields
+from spon_plugin.calibration.text import mixed_windows
 from spon_plugin.files import check_new
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress
-from spon_plugin.text import mixed_windows
+from spon_plugin.sparsifiers.calibrate import calibrate
 
 CALIBRATION_TOKENS = 16384
 HELD_OUT_WINDOWS = 4
@@ -86,7 +86,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to calibrate; see `spon_plugin.calibration.calibrate`.
+    """How to calibrate; see `spon_plugin.sparsifiers.calibrate.calibrate`.
 
     Attributes:
         window: tokens per calibration window.

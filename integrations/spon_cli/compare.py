@@ -16,15 +16,15 @@ from spon_cli.calibrate import check_choice, load
 from spon_cli.output import note, row_bars, show_json, show_table
 from spon_cli.sources import text_sources
 from spon_plugin import SponError
-from spon_plugin.comparison import DENSE, MEAN, OFF, ON, QUICK, Bench, Key, by_key, keys
-from spon_plugin.comparison_tables import SHARES, alpha_title, cells, markdown, mean, records
-from spon_plugin.evaluation import PROTOCOLS
+from spon_plugin.calibration.text import leading_windows, mixed_windows, windows_digest
+from spon_plugin.decoder.sites import target_names
 from spon_plugin.files import check_new
-from spon_plugin.rows import SETTINGS, RowStore, weights_digest
-from spon_plugin.sites import target_names
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
-from spon_plugin.tables import csv_text, number
-from spon_plugin.text import leading_windows, mixed_windows, windows_digest
+from spon_plugin.studies.comparison import DENSE, MEAN, OFF, ON, QUICK, Bench, Key, by_key, keys
+from spon_plugin.studies.comparison_tables import SHARES, alpha_title, cells, markdown, mean, records
+from spon_plugin.studies.evaluation import PROTOCOLS
+from spon_plugin.studies.rows import SETTINGS, RowStore, weights_digest
+from spon_plugin.studies.tables import csv_text, number
 
 DEFAULT_METHODS = [name for name in SPARSIFIERS if name != "teal-greedy"]
 CALIBRATION_TOKENS, MAX_TOKENS = 8192, 6144

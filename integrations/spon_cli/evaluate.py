@@ -14,9 +14,9 @@ from spon_cli.calibrate import check_choice, load
 from spon_cli.output import percent, progress_bars, show_json, show_table
 from spon_cli.sources import TextSource, text_sources
 from spon_plugin import read_adapter
-from spon_plugin.evaluation import PROTOCOLS, Evaluation, evaluate, share_recovered
-from spon_plugin.sites import linear_inputs
-from spon_plugin.text import leading_windows
+from spon_plugin.calibration.text import leading_windows
+from spon_plugin.decoder.sites import linear_inputs
+from spon_plugin.studies.evaluation import PROTOCOLS, Evaluation, evaluate, share_recovered
 from spon_transformers.precision import QUANTIZED, check_precision
 
 

@@ -11,8 +11,8 @@ from spon_cli import options
 from spon_cli.calibrate import base_of, summary
 from spon_cli.output import note, progress_bars, show_json
 from spon_plugin import read_adapter
+from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new, new_directory
-from spon_plugin.sites import linear_inputs
 
 
 def merge_command(

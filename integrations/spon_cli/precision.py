@@ -17,12 +17,12 @@ from torch import Tensor
 
 from spon_cli.study_plots import COLORS, figure
 from spon_plugin import Adapter, SponError, find_sites, read_adapter, write_adapter
-from spon_plugin.ablation import Ablation, Trial
-from spon_plugin.alpha_training import Teacher, train_alphas
-from spon_plugin.evaluation import evaluate, share_recovered
 from spon_plugin.progress import Progress
-from spon_plugin.rows import RowStore
-from spon_plugin.tables import markdown_table, number
+from spon_plugin.studies.ablation import Ablation, Trial
+from spon_plugin.studies.evaluation import evaluate, share_recovered
+from spon_plugin.studies.rows import RowStore
+from spon_plugin.studies.tables import markdown_table, number
+from spon_plugin.training.loop import Teacher, train_alphas
 from spon_transformers.precision import FLOATS, check_precision, load_precision, weight_bytes
 
 FULL, OWN = "full", "own"

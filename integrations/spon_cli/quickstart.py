@@ -16,11 +16,11 @@ from spon_cli.output import note, out, progress_bars, show_json
 from spon_cli.smollm2 import smollm2_gguf
 from spon_cli.sources import text_sources
 from spon_cli.train import save, train
-from spon_plugin.evaluation import evaluate
+from spon_plugin.calibration.text import leading_windows
 from spon_plugin.files import check_new, new_directory
 from spon_plugin.masking import check_sparsity
-from spon_plugin.recipe import preset
-from spon_plugin.text import leading_windows
+from spon_plugin.studies.evaluation import evaluate
+from spon_plugin.training.recipe import preset
 
 
 def quickstart_command(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from spon_plugin.calibration.text import offline_text, read_text
 from spon_plugin.errors import SponError
-from spon_plugin.text import offline_text, read_text
 
 OFFLINE = "pydoc_data.topics"
 _DATASET_CHARACTERS = 20_000_000

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spon_plugin.ablation import DENSE
-from spon_plugin.studies import Point, Study
-from spon_plugin.study_tables import Rows, recovered
+from spon_plugin.studies.ablation import DENSE
+from spon_plugin.studies.plan import Point, Study
+from spon_plugin.studies.plan_tables import Rows, recovered
 
 _LEVEL_LABELS = 6
 COLORS = {"dense": "0.5", "TEAL": "tab:orange", "SPON": "tab:blue"}

@@ -29,14 +29,14 @@ from spon_cli.calibrate import (
 from spon_cli.output import Bar, note, progress_bars, show_json
 from spon_cli.sources import TextSource, text_sources
 from spon_plugin import Adapter, SponError, read_adapter
-from spon_plugin.adapter import is_adapter, save_adapter_files
-from spon_plugin.calibration import settle
-from spon_plugin.fields import ALLOCATIONS, carries_alpha
+from spon_plugin.adapter.config import ALLOCATIONS, carries_alpha
+from spon_plugin.adapter.directory import is_adapter, save_adapter_files
+from spon_plugin.calibration.text import mixed_windows
+from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new, new_directory
 from spon_plugin.masking import check_sparsity
-from spon_plugin.recipe import PRESETS, Recipe, preset
-from spon_plugin.sites import linear_inputs
-from spon_plugin.text import mixed_windows
+from spon_plugin.sparsifiers.calibrate import settle
+from spon_plugin.training.recipe import PRESETS, Recipe, preset
 
 _OF_THE_PRESET = "the preset's"
 

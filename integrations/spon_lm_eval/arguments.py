@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spon_plugin.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
+from spon_plugin.adapter.directory import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from spon_plugin.errors import SponError
 from spon_plugin.masking import TOKEN_MODES
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from spon_lm_eval.layers import SparseLayer, SparseModel
+from spon_plugin.decoder.sites import Site
 from spon_plugin.masking import keep_mask
-from spon_plugin.sites import Site
 
 
 @dataclass

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from spon_lm_eval.arguments import SponArguments
+from spon_plugin.decoder.sites import Site, find_sites
+from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
-from spon_plugin.linear import SparseConv1D, SparseLinear, linear_features
-from spon_plugin.sites import Site, find_sites
-from spon_plugin.tokens import DenseTokens
+from spon_plugin.layers.kinds import linear_features
+from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
 
 
 @dataclass(frozen=True)

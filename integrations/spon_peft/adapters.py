@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from spon_peft.layer import SponLayer
-from spon_plugin.adapter import (
+from spon_plugin.adapter.config import CENTER_MODULES, CHANNEL_MODULES, SponFields
+from spon_plugin.adapter.directory import (
     ALPHA,
     CENTER,
     KEY_PREFIX,
@@ -24,7 +25,6 @@ from spon_plugin.adapter import (
     read_config,
 )
 from spon_plugin.errors import SponError
-from spon_plugin.fields import CENTER_MODULES, CHANNEL_MODULES, SponFields
 
 if TYPE_CHECKING:
     from spon_peft.config import SponConfig

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from spon_plugin.adapter import PEFT_TYPE
+from spon_plugin.adapter.config import CENTER_MODULES, CHANNEL_MODULES, SponFields, check_modules
+from spon_plugin.adapter.directory import PEFT_TYPE
 from spon_plugin.errors import SponError
-from spon_plugin.fields import CENTER_MODULES, CHANNEL_MODULES, SponFields, check_modules
 
 
 @dataclass
@@ -35,7 +35,7 @@ class SponConfig(SponFields, PeftConfig):
         init_weights: True starts as a no-op (threshold, centre and alpha 0); False draws them at random, for tests.
 
     Raises:
-        SponError: a field is wrong; see `spon_plugin.adapter.check_fields`.
+        SponError: a field is wrong; see `spon_plugin.adapter.directory.check_fields`.
     """
 
     target_modules: list[str] | set[str] | str | None = field(

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from spon_peft.config import SponConfig
 from spon_peft.tokens import AdapterTokens
+from spon_plugin.adapter.config import carries_alpha, names_module
 from spon_plugin.errors import SponError
-from spon_plugin.fields import carries_alpha, names_module
-from spon_plugin.linear import SparseConv1D, SparseLinear, add_alpha, is_conv1d, is_linear, linear_features
+from spon_plugin.layers.fold import add_alpha, weight_product
+from spon_plugin.layers.kinds import is_conv1d, is_linear, linear_features
+from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
 from spon_plugin.masking import choose_rows, sparse_deviation
-from spon_plugin.product import weight_product
 
 
 class SponLayer(BaseTunerLayer):

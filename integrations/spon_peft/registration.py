@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
-from spon_plugin.adapter import PEFT_TYPE
+from spon_plugin.adapter.directory import PEFT_TYPE
 
 
 def add_member(cls: type[enum.Enum], name: str, value: str) -> enum.Enum:

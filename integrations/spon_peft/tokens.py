@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spon_peft.config import SponConfig
-from spon_plugin.tokens import Attachment, DenseTokens, dense_tokens
+from spon_plugin.decoder.tokens import Attachment, DenseTokens, dense_tokens
 
 
 class AdapterTokens(DenseTokens):

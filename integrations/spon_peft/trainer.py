@@ -15,9 +15,9 @@ from transformers import Trainer
 
 from spon_peft.layer import SponLayer
 from spon_peft.tokens import AdapterTokens
-from spon_plugin.distillation import kl_divergence
+from spon_plugin.decoder.head import OutputHead, backbone_hidden, find_head
 from spon_plugin.errors import SponError
-from spon_plugin.head import OutputHead, backbone_hidden, find_head
+from spon_plugin.training.distillation import kl_divergence
 
 _NOT_FOR_THE_MODEL = ("labels", "shift_labels", "num_items_in_batch")
 

@@ -21,11 +21,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from spon_peft.adapters import collect_adapter, injected_layers
 from spon_peft.trainer import SponTrainer
-from spon_plugin.adapter import Adapter, write_adapter
+from spon_plugin.adapter.directory import Adapter, write_adapter
+from spon_plugin.calibration.sensitivity import RATE
+from spon_plugin.calibration.text import windows_digest
 from spon_plugin.errors import SponError
-from spon_plugin.recipe import Recipe
-from spon_plugin.sensitivity import RATE
-from spon_plugin.text import windows_digest
+from spon_plugin.training.recipe import Recipe
 
 Losses = list[dict[str, float]]
 """One row per optimizer step: ``step``, ``loss`` (nats per token), ``grad_norm`` (before clipping)."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from spon_plugin.adapter import Adapter
+    from spon_plugin.adapter.directory import Adapter
 
 __all__ = ["QUANT_METHOD", "mark_merged", "register"]
 

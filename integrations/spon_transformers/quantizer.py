@@ -2,8 +2,8 @@
 """The transformers quantization method "spon": how `from_pretrained` builds a merged model.
 
 `config.json` says which linears are sparse and at which threshold; the weights file holds the folded biases, and the
-thresholds per channel and centres of linears that have them (see `spon_plugin.merged`). The conventions are those of
-`transformers/quantizers/quantizer_bitnet.py`.
+thresholds per channel and centres of linears that have them (see `spon_plugin.adapter.merged`). The conventions are
+those of `transformers/quantizers/quantizer_bitnet.py`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spon_plugin.adapter import CENTER, THRESHOLD, Adapter
-from spon_plugin.errors import SponError
-from spon_plugin.fields import CENTER_MODULES, FORMAT_VERSION, SponFields, short_names
-from spon_plugin.linear import SparseConv1D, SparseLinear, follow_tokens, is_conv1d, is_linear, linear_features
-from spon_plugin.merged import (
+from spon_plugin.adapter.config import CENTER_MODULES, FORMAT_VERSION, SponFields, short_names
+from spon_plugin.adapter.directory import CENTER, THRESHOLD, Adapter
+from spon_plugin.adapter.merged import (
     FIELD,
     centered_modules,
     check_thresholds,
@@ -29,7 +27,10 @@ from spon_plugin.merged import (
     holds_dense_biases,
     read_fields,
 )
-from spon_plugin.tokens import DenseTokens
+from spon_plugin.decoder.tokens import DenseTokens
+from spon_plugin.errors import SponError
+from spon_plugin.layers.kinds import is_conv1d, is_linear, linear_features
+from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear, follow_tokens
 from spon_transformers import QUANT_METHOD
 
 if TYPE_CHECKING:  # while peft is imported, transformers registers us before it can import this

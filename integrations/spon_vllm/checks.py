@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
-from spon_plugin.adapter import read_adapter
+from spon_plugin.adapter.directory import read_adapter
+from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.errors import SponError
-from spon_plugin.sites import linear_inputs
 from spon_vllm.settings import Settings
 
 logger = init_logger("vllm.spon")

@@ -13,8 +13,8 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from spon_plugin.adapter import read_adapter
-from spon_plugin.sites import is_expert
+from spon_plugin.adapter.directory import read_adapter
+from spon_plugin.decoder.sites import is_expert
 from spon_vllm import QUANT_METHOD
 from spon_vllm.checks import check_centers, check_fit, check_shards
 from spon_vllm.linear import Masks, SponLinearMethod

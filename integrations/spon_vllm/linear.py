@@ -23,9 +23,9 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, PerTensorS
 from vllm.model_executor.utils import set_weight_attrs
 
 import spon_vllm.ops  # noqa: F401 (registers torch.ops.spon_vllm)
+from spon_plugin.adapter.merged import check_vector
 from spon_plugin.errors import SponError
-from spon_plugin.linear import add_alpha, probe
-from spon_plugin.merged import check_vector
+from spon_plugin.layers.fold import add_alpha, probe
 from spon_vllm.checks import check_centers
 from spon_vllm.report import Coverage
 from spon_vllm.settings import Settings

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.kernels import cpu, cuda, gemm
+from spon_plugin.kernels import gemm
 from spon_plugin.kernels.arguments import Thresholds, check_arguments, check_threshold
+from spon_plugin.kernels.cpu import kernel as cpu
+from spon_plugin.kernels.triton import launch as cuda
 from spon_plugin.masking import keep_mask, sparsify
 
 # The largest batch of the CPU kernel. Beyond it hardly an input is masked in all rows, and a GEMM reuses each weight.

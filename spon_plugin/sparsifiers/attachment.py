@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.decoder.sites import Site
+from spon_plugin.decoder.sparse_inputs import SparsityCounter
+from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
+from spon_plugin.layers.fold import weight_product
 from spon_plugin.masking import choose_rows
-from spon_plugin.product import weight_product
-from spon_plugin.sites import Site
-from spon_plugin.sparse_inputs import SparsityCounter
 from spon_plugin.sparsifiers.base import Fitted
-from spon_plugin.tokens import DenseTokens
 
 
 class _SiteInput:

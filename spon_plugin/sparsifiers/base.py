@@ -12,17 +12,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spon_plugin.adapter import Adapter
+from spon_plugin.adapter.config import SponFields
+from spon_plugin.adapter.directory import Adapter
+from spon_plugin.calibration.histogram import MagnitudeHistogram
+from spon_plugin.calibration.streaming import Observe, counted_rows, stream_inputs
+from spon_plugin.decoder.sites import Site, module_weights
+from spon_plugin.decoder.sparse_inputs import SparsityCounter
+from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
-from spon_plugin.fields import SponFields
-from spon_plugin.histogram import MagnitudeHistogram
-from spon_plugin.linear import is_conv1d, linear_features
+from spon_plugin.layers.kinds import is_conv1d, linear_features
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
-from spon_plugin.sites import Site, module_weights
-from spon_plugin.sparse_inputs import SparsityCounter
-from spon_plugin.streaming import Observe, counted_rows, stream_inputs
-from spon_plugin.tokens import DenseTokens
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.decoder.sites import Site
 from spon_plugin.masking import zero_dropped
-from spon_plugin.sites import Site
 from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.decoder.sites import Site
 from spon_plugin.errors import SponError
 from spon_plugin.masking import zero_dropped
-from spon_plugin.sites import Site
 from spon_plugin.sparsifiers.base import Sparsifier, Statistics
 from spon_plugin.sparsifiers.topk import TopKFitted, top_k_mask
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spon_plugin.linear import is_conv1d
-from spon_plugin.product import weight_product
+from spon_plugin.calibration.streaming import Observe, counted_rows, stream_inputs
+from spon_plugin.decoder.sites import Site
+from spon_plugin.layers.fold import weight_product
+from spon_plugin.layers.kinds import is_conv1d
 from spon_plugin.progress import Progress, no_progress
-from spon_plugin.sites import Site
 from spon_plugin.sparsifiers.base import Fitted
-from spon_plugin.streaming import Observe, counted_rows, stream_inputs
 
 
 @torch.no_grad()
@@ -23,8 +23,8 @@ def mean_biases(
 ) -> dict[str, Tensor]:
     """What each linear's output misses on average, over dense activations.
 
-    For input masks this is ``W E[x - S(x)]``, the `mean_alphas` of `spon_plugin.statistics`; as a bias it also exists
-    for methods that change the weight or add a remainder, because all of them are linear in ``x`` and ``S(x)``.
+    For input masks this is ``W E[x - S(x)]``, the `calibration.measurement.mean_alphas`; as a bias it also exists for
+    methods that change the weight or add a remainder, because all of them are linear in ``x`` and ``S(x)``.
 
     Args:
         model: the dense decoder.

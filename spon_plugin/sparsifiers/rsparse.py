@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.linear import linear_features
-from spon_plugin.sites import Site, module_weights
-from spon_plugin.sparse_inputs import SparsityCounter
+from spon_plugin.decoder.sites import Site, module_weights
+from spon_plugin.decoder.sparse_inputs import SparsityCounter
+from spon_plugin.layers.kinds import linear_features
 from spon_plugin.sparsifiers.base import Sparsifier, Statistics, readable_weight
 from spon_plugin.sparsifiers.thresholds import ThresholdFitted, column_norms
 from spon_plugin.sparsifiers.wina import ScoreHistogram

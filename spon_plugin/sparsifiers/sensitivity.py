@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thresholds and centres per channel, from the Fisher information of the output: `spon_plugin.sensitivity`."""
+"""Thresholds and centres per channel, from the output's Fisher information: `spon_plugin.calibration.sensitivity`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from spon_plugin.calibration.sensitivity import RATE, collect_samples, match_sparsity, solve
 from spon_plugin.progress import Progress
-from spon_plugin.sensitivity import RATE, collect_samples, match_sparsity, solve
 from spon_plugin.sparsifiers.base import Sparsifier, Statistics
 from spon_plugin.sparsifiers.thresholds import ThresholdFitted
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from spon_plugin.allocation import allocate_greedy
-from spon_plugin.calibration import GREEDY_TOKENS
+from spon_plugin.calibration.allocation import allocate_greedy
 from spon_plugin.sparsifiers.base import Sparsifier, Statistics
+from spon_plugin.sparsifiers.calibrate import GREEDY_TOKENS
 from spon_plugin.sparsifiers.thresholds import ThresholdFitted
 
 
@@ -30,7 +30,7 @@ class Teal(Sparsifier):
 
 
 class TealGreedy(Sparsifier):
-    """TEAL with its block-wise greedy allocation (algorithm 1); see `spon_plugin.allocation.allocate_greedy`."""
+    """TEAL with its block-wise greedy allocation (algorithm 1); see `calibration.allocation.allocate_greedy`."""
 
     name, title = "teal-greedy", "TEAL, greedy"
 

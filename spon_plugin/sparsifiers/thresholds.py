@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.adapter import Adapter
-from spon_plugin.fields import SponFields
+from spon_plugin.adapter.config import SponFields
+from spon_plugin.adapter.directory import Adapter
+from spon_plugin.calibration.text import windows_digest
+from spon_plugin.decoder.sites import Site
 from spon_plugin.masking import deviation, keep_mask, zero_dropped
-from spon_plugin.sites import Site
 from spon_plugin.sparsifiers.base import Fitted, Statistics, readable_weight
-from spon_plugin.text import windows_digest
 
 
 class ThresholdFitted(Fitted):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.decoder.sites import Site
+from spon_plugin.decoder.sparse_inputs import SparsityCounter
 from spon_plugin.errors import SponError
-from spon_plugin.linear import is_conv1d
-from spon_plugin.sites import Site
-from spon_plugin.sparse_inputs import SparsityCounter
+from spon_plugin.layers.kinds import is_conv1d
 from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics, readable_weight
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.histogram import MagnitudeHistogram
-from spon_plugin.sites import Site
+from spon_plugin.calibration.histogram import MagnitudeHistogram
+from spon_plugin.decoder.sites import Site
 from spon_plugin.sparsifiers.base import Sparsifier, Statistics
 from spon_plugin.sparsifiers.thresholds import ThresholdFitted, column_norms
 

@@ -11,10 +11,10 @@ from commands import run
 from transformers import AutoModelForCausalLM
 
 import spon_cli
-import spon_plugin.adapter as adapter_module
+import spon_plugin.adapter.directory as adapter_module
 from spon_plugin import read_adapter, sparse_inputs, write_adapter
-from spon_plugin.evaluation import share_recovered
-from spon_plugin.recipe import preset
+from spon_plugin.studies.evaluation import share_recovered
+from spon_plugin.training.recipe import preset
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(600))
 SMALL = ["--windows", "6", "--window", "32"]

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spon_plugin import SparseLinear, SponError
-from spon_plugin.kernels import cpu, op, reference, sparse_linear
+from spon_plugin.kernels import op, reference, sparse_linear
+from spon_plugin.kernels.cpu import kernel as cpu
 
 OPERATOR = torch.ops.spon.sparse_linear.default
 SHARDS = {"one": (None, (1,)), "channels": (None, (12,)), "shards": ([4, 6], (2,)), "both": ([4, 6], (2, 12))}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spon_plugin import Adapter, SponFields, find_sites, write_adapter
-from spon_plugin.sites import target_names
+from spon_plugin.decoder.sites import target_names
 
 # A name below lm_eval: a folder of tests alone would pass for a package called so.
 pytest.importorskip("lm_eval.api", reason="needs lm-eval: pip install 'spon-plugin[lm-eval]'")

@@ -22,7 +22,7 @@ import spon_lm_eval
 from spon_lm_eval.model import SponHFLM
 from spon_plugin import Adapter, SparsityCounter, SponError, SponFields, find_sites, read_adapter, sparse_inputs
 from spon_plugin import write_adapter as write
-from spon_plugin.sites import linear_inputs, module_weights, target_names
+from spon_plugin.decoder.sites import linear_inputs, module_weights, target_names
 
 CONTEXTS = ["The capital of France is", "Two and two", "A much longer question, with more words in it than the others?"]
 CHOICES = [" Paris", " four", " no", " a", "."]

@@ -9,7 +9,7 @@ from spon_models import ids, logits, sparse, tiny
 
 from spon_peft import SponConfig, collect_adapter
 from spon_plugin import Adapter, SponError, SponFields, read_adapter, write_adapter
-from spon_plugin.adapter import read_config
+from spon_plugin.adapter.directory import read_config
 
 
 def test_defaults_are_those_of_the_core():

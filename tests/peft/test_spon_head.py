@@ -4,7 +4,7 @@ import torch
 import transformers
 from spon_models import COMMON, LLAMA, ids
 
-from spon_plugin.head import OutputHead, find_head
+from spon_plugin.decoder.head import OutputHead, find_head
 
 HEADS = {
     "Gemma2ForCausalLM": {"final_logit_softcapping": 2.0, "head_dim": 8},

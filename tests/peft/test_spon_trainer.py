@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from spon_peft import SponConfig, SponLayer, SponTrainer, collect_adapter
 from spon_plugin import SponError, sparse_inputs
-from spon_plugin.distillation import kl_reference
+from spon_plugin.training.distillation import kl_reference
 
 
 def student(dtype=torch.float32, kind="llama", **config):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import spon_transformers
 from spon_peft import SponConfig, collect_adapter
 from spon_plugin import SparseConv1D, SparseLinear, SponError
-from spon_plugin.kernels import cpu
+from spon_plugin.kernels.cpu import kernel as cpu
 from spon_transformers.quantizer import SponHfQuantizer, SponQuantizationConfig
 
 LLAMA = dict(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from spon_peft import SponConfig, collect_adapter
 from spon_plugin import SparseConv1D, SparseLinear, SponError, sparse_inputs
-from spon_plugin.kernels import cpu
+from spon_plugin.kernels.cpu import kernel as cpu
 
 LLAMA = dict(
     vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
@@ -143,7 +143,7 @@ def test_generation_takes_the_kernel_and_gives_the_same(tmp_path, monkeypatch):
 
 
 def test_a_rounded_vector_is_refused():
-    from spon_plugin.merged import check_vector
+    from spon_plugin.adapter.merged import check_vector
 
     check_vector(Q, "spon_center", torch.zeros(16), 16)
     with pytest.raises(SponError, match=f"{Q}.spon_center: got torch.bfloat16, expected torch.float32"):

@@ -17,7 +17,7 @@ from engines import (
 from transformers import AutoTokenizer
 
 from spon_plugin import write_adapter
-from spon_plugin.text import offline_text
+from spon_plugin.calibration.text import offline_text
 
 pytestmark = pytest.mark.slow
 

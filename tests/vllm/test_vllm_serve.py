@@ -19,7 +19,7 @@ from openai import OpenAI
 
 from benchmarks.vllm_perplexity import references, vllm_perplexity
 from spon_plugin import read_adapter, write_adapter
-from spon_plugin.text import leading_windows, offline_text
+from spon_plugin.calibration.text import leading_windows, offline_text
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter directory: `adapter_config.json` + `adapter_model.safetensors`, strictly read, atomically written.
+
+The one definition of the format. PEFT, vLLM, lm-eval and the command line all come here, so vLLM reads an adapter
+without PEFT installed. The files are those of any PEFT adapter; the tensors are
+
+    base_model.model.<module path>.spon_threshold    float32 [1] or, per channel, [in_features]; one for every
+                                                     sparsified linear
+    base_model.model.<module path>.spon_alpha        float32 [in_features], one for every linear in `alpha_modules`
+    base_model.model.<module path>.spon_center       float32 [in_features], for those linears that mask by the distance
+                                                     from a centre; none where it is 0
+
+Two fields of the config say which linears have a threshold per channel (`channel_modules`) and which a centre
+(`center_modules`), so that PEFT can make layers of the right shape from the config alone. They follow from the tensors;
+each is written where there are such linears.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spon_plugin.adapter.config import (
+    CENTER_MODULES,
+    CHANNEL_MODULES,
+    SponFields,
+    carries_alpha,
+    check_modules,
+    names_module,
+    short_names,
+)
+from spon_plugin.errors import SponError
+from spon_plugin.files import new_directory
+
+PEFT_TYPE = "SPON"
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+ALPHA, THRESHOLD, CENTER = "spon_alpha", "spon_threshold", "spon_center"
+KINDS = (ALPHA, THRESHOLD, CENTER)
+
+
+@dataclass
+class Adapter:
+    """One adapter in memory.
+
+    Attributes:
+        fields: SPON's part of the config.
+        thresholds: module path -> float32 ``[1]`` or ``[in_features]``.
+        alphas: module path -> float32 ``[in_features]``; only for linears that carry one.
+        peft: PEFT's part of the config (`base_model_name_or_path`, `target_modules`, ...), kept as read.
+        centers: module path -> float32 ``[in_features]``; only for linears that have one.
+    """
+
+    fields: SponFields
+    thresholds: dict[str, Tensor]
+    alphas: dict[str, Tensor]
+    peft: dict[str, Any] = field(default_factory=dict)
+    centers: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def base_model(self) -> str | None:
+        """The base model's name or path, as the config has it."""
+        return self.peft.get("base_model_name_or_path")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over what changes the function: every tensor, `tokens` and `dense_prefix`."""
+        sha = hashlib.sha256(f"{self.fields.tokens}:{self.fields.dense_prefix}".encode())
+        for key, tensor in sorted(self.tensors().items()):
+            sha.update(key.encode() + b"\0")
+            sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The content of the safetensors file: key -> tensor."""
+        out = {f"{KEY_PREFIX}{module}.{THRESHOLD}": t for module, t in self.thresholds.items()}
+        out.update({f"{KEY_PREFIX}{module}.{ALPHA}": a for module, a in self.alphas.items()})
+        out.update({f"{KEY_PREFIX}{module}.{CENTER}": c for module, c in self.centers.items()})
+        return out
+
+    def config(self) -> dict[str, Any]:
+        """The content of `adapter_config.json`."""
+        own = {f.name: getattr(self.fields, f.name) for f in fields(SponFields)}
+        vectors = {CHANNEL_MODULES: self.channel_modules, CENTER_MODULES: self.center_modules}
+        peft = {name: value for name, value in self.peft.items() if name not in vectors}
+        return {**peft, **own, **{name: value for name, value in vectors.items() if value}, "peft_type": PEFT_TYPE}
+
+    @property
+    def channel_modules(self) -> str | list[str]:
+        """Which linears have a threshold per channel: ``"all"``, or names that fit them alone."""
+        return short_names((m for m, threshold in self.thresholds.items() if threshold.numel() > 1), self.thresholds)
+
+    @property
+    def center_modules(self) -> str | list[str]:
+        """Which linears have a centre: ``"all"``, or names that fit them alone."""
+        return short_names(self.centers, self.thresholds)
+
+    def without_alpha(self) -> Adapter:
+        """The same masks without spontaneous activations: the TEAL of this adapter, or its WINA or SCAP."""
+        teal = SponFields(**{f.name: getattr(self.fields, f.name) for f in fields(SponFields)})
+        teal.alpha_modules = []
+        return Adapter(teal, dict(self.thresholds), {}, dict(self.peft), dict(self.centers))
+
+    def check(self) -> None:
+        """Raise `SponError` if a field is wrong or a tensor is missing, extra, of a wrong shape or dtype, or bad."""
+        self.fields.check()
+        if not self.thresholds:
+            raise SponError.of("adapter", "no thresholds", "at least one sparsified linear")
+        for kind, own, name in ((ALPHA, self.alphas, "an alpha"), (CENTER, self.centers, "a centre")):
+            for module in own.keys() - self.thresholds.keys():
+                raise SponError.of(
+                    f"{module}.{kind}", f"{name} without a threshold", f"{module}.{THRESHOLD} in the same file"
+                )
+        for module, threshold in self.thresholds.items():
+            key = f"{module}.{THRESHOLD}"
+            vector = threshold.dim() == 1 and threshold.numel() > 0
+            _check_tensor(key, threshold, "[1] or [in_features]", vector)
+            if float(threshold.min()) < 0:
+                raise SponError.of(key, float(threshold.min()), "a threshold >= 0")
+            key = f"{module}.{ALPHA}"
+            expected = carries_alpha(module, self.fields.alpha_modules)
+            if expected and module not in self.alphas:
+                raise SponError.of(key, "no such tensor", f"one, as alpha_modules is {self.fields.alpha_modules!r}")
+            if not expected and module in self.alphas:
+                raise SponError.of(key, "an alpha", f"none, as alpha_modules is {self.fields.alpha_modules!r}")
+            if expected:
+                _check_tensor(key, self.alphas[module], "[in_features]", self.alphas[module].dim() == 1)
+            if module in self.centers:
+                center = self.centers[module]
+                _check_tensor(f"{module}.{CENTER}", center, "[in_features]", center.dim() == 1)
+            self._check_lengths(module)
+
+    def _check_lengths(self, module: str) -> None:
+        vectors = self._vectors(module)
+        for key, vector in vectors[1:]:
+            first, length = vectors[0][0], vectors[0][1].numel()
+            if vector.numel() != length:
+                expected = f"shape ({length},), the length of {first}"
+                remedy = "A threshold may have shape (1,), too." if key.endswith(THRESHOLD) else ""
+                raise SponError.of(key, tuple(vector.shape), expected, remedy)
+
+    def _vectors(self, module: str) -> list[tuple[str, Tensor]]:
+        """The tensors of a linear whose length is in_features, with their names."""
+        stores = ((ALPHA, self.alphas), (CENTER, self.centers), (THRESHOLD, self.thresholds))
+        found = [(kind, own[module]) for kind, own in stores if module in own]
+        return [(f"{module}.{kind}", tensor) for kind, tensor in found if kind != THRESHOLD or tensor.numel() > 1]
+
+    def check_announced(self, config: Mapping[str, Any]) -> None:
+        """Check that a config announces the thresholds per channel and the centres that there are, and no others.
+
+        Args:
+            config: holds `channel_modules` and `center_modules`, either of which may be left out.
+
+        Raises:
+            SponError: names the tensor.
+        """
+        for name in (CHANNEL_MODULES, CENTER_MODULES):
+            modules = config.get(name, [])
+            check_modules(name, modules)
+            for module, threshold in self.thresholds.items():
+                announced = names_module(modules, module)
+                found = module in self.centers if name == CENTER_MODULES else threshold.numel() > 1
+                if found == announced:
+                    continue
+                kind = CENTER if name == CENTER_MODULES else THRESHOLD
+                what = "centre" if name == CENTER_MODULES else "threshold per channel"
+                received = f"a {what}" if found else f"no {what}"
+                expected = f"{'one' if announced else 'none'}, as {name} is {modules!r}"
+                raise SponError.of(f"{module}.{kind}", received, expected)
+
+    def check_base(self, in_features: Mapping[str, int], base: str = "the base model") -> None:
+        """Check that the adapter fits a base model.
+
+        Args:
+            in_features: module path -> in_features, of every linear in the model.
+            base: the model's name, for the error.
+
+        Raises:
+            SponError: an alpha, a centre or a vector of thresholds has another length than its layer's input, or a
+                layer does not exist.
+        """
+        remedy = f"The adapter was made for {self.base_model!r}; load that model."
+        for module in (module for module in self.thresholds if module in in_features):
+            for key, vector in self._vectors(module):
+                if vector.numel() != in_features[module]:
+                    expected = f"shape ({in_features[module]},) for {base}"
+                    raise SponError.of(key, tuple(vector.shape), expected, remedy)
+        missing = [module for module in self.thresholds if module not in in_features]
+        if missing:
+            raise SponError.of(
+                "adapter", f"{len(missing)} sparsified layers such as {missing[0]}", f"linears that {base} has", remedy
+            )
+
+
+def _check_tensor(key: str, tensor: Tensor, shape: str, shape_is_right: bool) -> None:
+    if tensor.dtype != torch.float32:
+        raise SponError.of(key, tensor.dtype, "torch.float32")
+    if not shape_is_right:
+        raise SponError.of(key, tuple(tensor.shape), f"shape {shape}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise SponError.of(key, "NaN or infinity", "finite values", "The adapter is broken; make it again.")
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether `path` is a directory with a SPON adapter's config in it."""
+    try:
+        config = json.loads((Path(path) / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("peft_type") == PEFT_TYPE
+
+
+def read_config(path: str | Path) -> tuple[SponFields, dict[str, Any]]:
+    """Read and check `adapter_config.json`.
+
+    Returns:
+        SPON's fields, and every other field as read.
+
+    Raises:
+        SponError: the file is missing, is not JSON, is of another PEFT type, or a field is wrong.
+    """
+    file = Path(path) / CONFIG_NAME
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SponError.of("adapter", str(path), f"a directory with {CONFIG_NAME} in it ({error.strerror})") from error
+    except ValueError as error:
+        raise SponError.of(str(file), str(error), "valid JSON") from error
+    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise SponError.of(f"{file}: peft_type", kind, repr(PEFT_TYPE), "Is this another kind of adapter?")
+    names = [f.name for f in fields(SponFields)]
+    for name in ("format_version", "sparsity", "alpha_modules"):
+        if name not in config:
+            raise SponError.of(f"{file}: {name}", "no such field", "one")
+    own = SponFields(**{name: config[name] for name in names if name in config})
+    own.check()
+    return own, {k: v for k, v in config.items() if k not in names and k != "peft_type"}
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read an adapter directory and check everything that can be checked without the base model.
+
+    Args:
+        path: a local directory.
+
+    Raises:
+        SponError: a file is missing, truncated or malformed, a field is wrong, or a tensor is missing, extra, of a
+            wrong shape or dtype, not finite, or a negative threshold. The message names it.
+    """
+    own, peft = read_config(path)
+    file = Path(path) / WEIGHTS_NAME
+    if not file.is_file():
+        raise SponError.of("adapter", str(path), f"a directory with {WEIGHTS_NAME} in it")
+    thresholds: dict[str, Tensor] = {}
+    alphas: dict[str, Tensor] = {}
+    centers: dict[str, Tensor] = {}
+    read = {ALPHA: alphas, THRESHOLD: thresholds, CENTER: centers}
+    saved = tuple(peft.get("modules_to_save") or ())
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                module, _, kind = key.removeprefix(KEY_PREFIX).rpartition(".")
+                if key.startswith(KEY_PREFIX) and module and kind in KINDS:
+                    read[kind][module] = tensors.get_tensor(key)
+                elif not any(f".{name}." in f".{key}" for name in saved):
+                    expected = f"keys {KEY_PREFIX}<module>.{'|'.join(KINDS)}"
+                    raise SponError.of(f"{file}: {key}", "an unknown tensor", expected)
+    except (SafetensorError, OSError) as error:
+        raise SponError.of(
+            str(file), str(error), "a whole safetensors file", "It is truncated or damaged; copy or make it again."
+        ) from error
+    announced = {name: peft.pop(name) for name in (CHANNEL_MODULES, CENTER_MODULES) if name in peft}
+    adapter = Adapter(own, thresholds, alphas, peft, centers)
+    adapter.check()
+    adapter.check_announced(announced)
+    return adapter
+
+
+def write_adapter(adapter: Adapter, path: str | Path, overwrite: bool = False) -> Path:
+    """Check `adapter` and write it as a directory, whole or not at all.
+
+    The files are written under a temporary name beside `path` and renamed at the end. The same adapter gives the same
+    bytes.
+
+    Args:
+        adapter: what to write.
+        path: the directory to make.
+        overwrite: replace an existing adapter directory.
+
+    Raises:
+        SponError: the adapter is not sound, or `path` exists (and `overwrite` is False, or it is not an adapter).
+        OSError: the disk is full or not writable; nothing is left at `path`.
+    """
+    adapter.check()
+    with new_directory(path, overwrite=is_adapter(path) if overwrite else False) as directory:
+        save_adapter_files(adapter, directory)
+    return Path(path)
+
+
+def save_adapter_files(adapter: Adapter, directory: Path) -> None:
+    """Write the two files into an existing `directory`, as they are. Most callers want `write_adapter`."""
+    # Copies: the linears of a site may hold one vector among them, and safetensors takes no tensor twice.
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in sorted(adapter.tensors().items())}
+    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+    text = json.dumps(adapter.config(), indent=2, sort_keys=True, default=_plain)
+    (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, str):  # str enums
+        return str(value.value) if hasattr(value, "value") else str(value)
+    raise TypeError(f"{type(value).__name__} is not a JSON value")

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a merged checkpoint's `quantization_config` says, for every host that reads one.
+
+A threshold stands there as a number, because loading a checkpoint in bfloat16 may round those among its tensors; where
+a linear has a threshold per channel it is null, and the tensor `spon_threshold` of that linear counts. The linears in
+`center_modules` have a tensor `spon_center`. The biases are the folded ones; where tokens stay dense the checkpoint
+holds the dense model's beside them. All these tensors are float32, the biases of the dtype of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spon_plugin.adapter.config import CENTER_MODULES, SponFields, check_modules, names_module
+from spon_plugin.adapter.directory import THRESHOLD
+from spon_plugin.errors import SponError
+
+FIELD = "quantization_config"
+"""What errors call the object."""
+
+
+def read_fields(stored: Mapping[str, Any]) -> SponFields:
+    """The adapter's fields that a merged checkpoint keeps; others have their defaults.
+
+    Args:
+        stored: the object as JSON has it. Without `dense_prefix` every token is masked.
+
+    Raises:
+        SponError: one of them is wrong, or the format is of another version or of none.
+    """
+    fields = SponFields(
+        sparsity=stored.get("sparsity", SponFields.sparsity),
+        tokens=stored.get("tokens", SponFields.tokens),
+        dense_prefix=stored.get("dense_prefix", 0),
+    )
+    fields.format_version = stored.get("format_version")  # type: ignore[assignment]
+    fields.check()
+    return fields
+
+
+def check_thresholds(thresholds: Any) -> dict[str, float | None]:
+    """The thresholds: module path -> number, or None for one per channel.
+
+    Raises:
+        SponError: there are none, or one of them is neither null nor a finite number >= 0.
+    """
+    if not isinstance(thresholds, dict) or not thresholds:
+        raise SponError.of(f"{FIELD}: thresholds", thresholds, "module paths with their thresholds")
+    for path, value in thresholds.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and (not number or not math.isfinite(value) or value < 0):
+            raise SponError.of(f"{FIELD}: threshold of {path}", value, "a finite number >= 0, or null for a vector")
+    return dict(thresholds)
+
+
+def centered_modules(center_modules: Any, thresholds: Iterable[str]) -> set[str]:
+    """Which of the sparse linears have a centre.
+
+    Args:
+        center_modules: as `spon_plugin.Adapter.center_modules`; None for none.
+        thresholds: paths of the sparse linears.
+
+    Raises:
+        SponError: `center_modules` is neither ``"all"`` nor a list of names.
+    """
+    modules = [] if center_modules is None else center_modules
+    check_modules(f"{FIELD}: {CENTER_MODULES}", modules)
+    return {path for path in thresholds if names_module(modules, path)}
+
+
+def check_vector(path: str, name: str, vector: Tensor, in_features: int) -> None:
+    """Check a `spon_threshold` or `spon_center` tensor of a checkpoint, once it is loaded.
+
+    Raises:
+        SponError: it is not float32 ``[in_features]``, not finite, or a negative threshold.
+    """
+    field = f"{path}.{name}"
+    if tuple(vector.shape) != (in_features,):
+        raise SponError.of(field, tuple(vector.shape), f"shape ({in_features},), the layer's in_features")
+    if vector.dtype != torch.float32:
+        raise SponError.of(field, vector.dtype, "torch.float32", "A rounded threshold is another mask.")
+    if not bool(torch.isfinite(vector).all()) or (name == THRESHOLD and bool((vector < 0).any())):
+        expected = "finite values >= 0" if name == THRESHOLD else "finite values"
+        raise SponError.of(field, "other values", expected, "The checkpoint is broken; merge again.")
+
+
+def holds_dense_biases(dense_prefix: int, tokens: str) -> bool:
+    """Whether some tokens of the model stay dense, so that the checkpoint has `spon_dense_bias` tensors."""
+    return dense_prefix > 0 or tokens != "all"

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming statistics of the sites' inputs: magnitudes, what a mask drops, how much it drops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from spon_plugin.calibration.histogram import MagnitudeHistogram
+from spon_plugin.calibration.streaming import Observe, counted_rows, stream_inputs, window_batches
+from spon_plugin.decoder.sites import Site, module_weights
+from spon_plugin.decoder.sparse_inputs import SparsityCounter, sparse_inputs
+from spon_plugin.masking import sparsify
+from spon_plugin.progress import Progress, no_progress
+
+
+@torch.no_grad()
+def collect_histograms(
+    model: nn.Module,
+    sites: Sequence[Site],
+    windows: Tensor,
+    dense_prefix: int = 1,
+    batch_size: int = 4,
+    progress: Progress = no_progress,
+) -> dict[str, MagnitudeHistogram]:
+    """Run the dense model and count the magnitudes of every site's input.
+
+    Memory does not depend on the number of tokens.
+
+    Args:
+        model: a dense decoder.
+        sites: from `find_sites`.
+        windows: token ids, int64 ``[count, length]``, without padding.
+        dense_prefix: positions at the start of each window that are not counted (attention sinks).
+        batch_size: windows per forward pass.
+        progress: called after each pass.
+
+    Returns:
+        Site name -> histogram.
+
+    Raises:
+        SponError: there are no windows, or none has a position after the prefix.
+    """
+    histograms = {site.name: MagnitudeHistogram() for site in sites}
+
+    def observe(histogram: MagnitudeHistogram) -> Observe:
+        return lambda x, special: histogram.update(counted_rows(x, special))
+
+    observers = {site.modules[0]: observe(histograms[site.name]) for site in sites}
+    stream_inputs(model, observers, windows, dense_prefix, batch_size, progress)
+    return histograms
+
+
+@torch.no_grad()
+def measure_sparsity(
+    model: nn.Module,
+    sites: Sequence[Site],
+    thresholds: Mapping[str, Tensor],
+    windows: Tensor,
+    alphas: Mapping[str, Tensor] | None = None,
+    dense_prefix: int = 1,
+    batch_size: int = 4,
+    centers: Mapping[str, Tensor] | None = None,
+) -> tuple[float, dict[str, float]]:
+    """The sparsity that thresholds achieve in the sparse model itself; use tokens that calibration did not see.
+
+    Args:
+        model: a dense decoder.
+        sites: from `find_sites`.
+        thresholds: module path -> float32 ``[1]`` or ``[in_features]``.
+        windows: token ids ``[count, length]``.
+        alphas: module path -> float32 ``[in_features]``, for some of the linears.
+        dense_prefix: positions at the start of each window that stay dense and are not counted.
+        batch_size: windows per forward pass.
+        centers: module path -> float32 ``[in_features]``, for some of the linears.
+
+    Returns:
+        The model-wide share, linears weighted by their weights, and the share per module path.
+    """
+    counter = SparsityCounter()
+    with sparse_inputs(model, thresholds, alphas, dense_prefix, counter, centers):
+        device = next(model.parameters()).device
+        for _, batch in window_batches(windows, batch_size):
+            model(input_ids=batch.to(device))
+    return counter.overall(module_weights(sites)), counter.per_module()
+
+
+@torch.no_grad()
+def mean_alphas(
+    model: nn.Module,
+    sites: Sequence[Site],
+    thresholds: Mapping[str, Tensor],
+    windows: Tensor,
+    dense_prefix: int = 1,
+    batch_size: int = 4,
+    centers: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """``alpha = E[x - S(x)]`` over dense activations: a bias without training, the control of every SPON table.
+
+    Args:
+        model: a dense decoder.
+        sites: from `find_sites`.
+        thresholds: module path -> float32 ``[1]`` or ``[in_features]``.
+        windows: token ids ``[count, length]``.
+        dense_prefix: positions at the start of each window that are not counted.
+        batch_size: windows per forward pass.
+        centers: module path -> float32 ``[in_features]``, for some of the linears.
+
+    Returns:
+        Module path -> float32 ``[in_features]``.
+    """
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+
+    def observe(path: str) -> Observe:
+        def update(x: Tensor, special: Tensor | None) -> None:
+            x = counted_rows(x, special)
+            center = centers[path].to(x.device) if centers and path in centers else None
+            dropped = (x - sparsify(x, thresholds[path].to(x.device), None, center)).float().sum(0).cpu()
+            sums[path] = sums.get(path, torch.zeros_like(dropped)) + dropped
+            rows[path] = rows.get(path, 0) + x.shape[0]
+
+        return update
+
+    # Every linear by itself: those of a site read one tensor, but each may have its own mask.
+    stream_inputs(model, {path: observe(path) for path in module_weights(sites)}, windows, dense_prefix, batch_size)
+    return {path: total / rows[path] for path, total in sums.items()}

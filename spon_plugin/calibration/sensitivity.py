@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thresholds and centres per channel from how much the model's output feels each channel of each linear's input.
+
+Setting entry `x_i` of a linear's input to `c_i` moves the output by ``KL ~ f_i (x_i - c_i)^2 / 2``, where `f_i` is the
+diagonal of the Fisher information: the mean squared gradient of ``log p(y)`` by `x_i`, `y` drawn from the model itself
+(optimal brain damage, LeCun et al. 1989, on activations). It saves the `o` weights that the linear has per entry.
+Dropping what costs least per weight, at a price `lambda` per weight that is the same in the whole model, means
+
+    drop where f_i (x_i - c_i)^2 < lambda o,    so    threshold_i = sqrt(lambda o / f_i),
+
+which spreads the target over layers, linears and channels at once. Given the thresholds, the best `c_i` is the mean of
+the entries that are dropped, which depends on `c_i`: it is found by iteration (Lloyd), from zero and from the median.
+The linears of a site share it, so that a layer which fuses them can subtract it once.
+
+The quadratic form holds for small errors, and half of a model's inputs is not small: taken literally it overdoes the
+differences. So thresholds are the geometric mean (`BLEND`) of these and TEAL's uniform ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spon_plugin.calibration.measurement import measure_sparsity
+from spon_plugin.calibration.streaming import check_windows, counted_rows, stream_inputs, window_batches
+from spon_plugin.decoder.sites import Site, module_weights
+from spon_plugin.decoder.tokens import DenseTokens
+from spon_plugin.masking import check_sparsity
+from spon_plugin.progress import Progress, no_progress
+
+BLEND = 0.5
+RATE = 1 / 3
+"""The part of a schedule's learning rate that alphas want under these centres, which are the means already: a whole one
+made SmolLM2-135M worse for the first ten steps at 50%, and left it 4% behind after forty."""
+SAMPLE_ROWS = 2048
+MATCH_TOKENS = 4096
+# A channel that the calibration text never moved is not free: its sensitivity counts as at least this share of the
+# linear's mean.
+_FLOOR = 1e-3
+_TINY = torch.finfo(torch.float32).tiny
+_CENTER_STEPS = 8
+_ROUNDS = 2
+_BISECTIONS = 20
+
+
+@dataclass
+class SiteSample:
+    """What the thresholds of a site's linears are made from.
+
+    Attributes:
+        rows: inputs ``[n, in_features]`` of the dense model, float32, on the CPU.
+        fisher: module path -> float32 ``[in_features]``, the mean squared gradient of the log-likelihood by the input.
+        outputs: module path -> out_features: how many weights an entry of the input meets.
+    """
+
+    rows: Tensor
+    fisher: dict[str, Tensor]
+    outputs: dict[str, int]
+
+
+def collect_samples(
+    model: nn.Module,
+    sites: Sequence[Site],
+    windows: Tensor,
+    dense_prefix: int = 1,
+    seed: int = 0,
+    max_rows: int = SAMPLE_ROWS,
+    progress: Progress = no_progress,
+) -> list[SiteSample]:
+    """Run the dense model forward and backward over some text.
+
+    Args:
+        model: a dense decoder that maps ``input_ids=`` to an object with ``logits``.
+        sites: from `find_sites`.
+        windows: token ids, int64 ``[count, length]``, without padding.
+        dense_prefix: first positions of each window that are not counted.
+        seed: of the sampled tokens.
+        max_rows: tokens whose inputs are kept, spread over the text.
+        progress: called after each window.
+
+    Returns:
+        A sample for every site, in order.
+
+    Raises:
+        SponError: there are no windows, or none has a position after the prefix.
+    """
+    fisher = collect_fisher(model, sites, windows, dense_prefix, seed, progress)
+    every = -(-windows[:, dense_prefix:].numel() // max_rows)
+    rows: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+
+    def observe(kept: list[Tensor]) -> Any:
+        return lambda x, special: kept.append(counted_rows(x, special)[::every].float().cpu())
+
+    stream_inputs(model, {site.modules[0]: observe(rows[site.name]) for site in sites}, windows, dense_prefix)
+    samples = []
+    for site in sites:
+        outputs = {p: n // site.in_features for p, n in zip(site.modules, site.module_weights, strict=True)}
+        samples.append(SiteSample(torch.cat(rows[site.name]), {p: fisher[p] for p in site.modules}, outputs))
+    return samples
+
+
+def collect_fisher(
+    model: nn.Module,
+    sites: Sequence[Site],
+    windows: Tensor,
+    dense_prefix: int = 1,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> dict[str, Tensor]:
+    """The diagonal of the output's Fisher information by every linear's input, averaged over tokens.
+
+    Args:
+        model: as for `collect_samples`.
+        sites: from `find_sites`.
+        windows: token ids ``[count, length]``.
+        dense_prefix: first positions of each window that are not counted.
+        seed: of the sampled tokens.
+        progress: called after each window.
+
+    Returns:
+        Module path -> float32 ``[in_features]``, on the CPU.
+
+    Raises:
+        SponError: there are no windows, or none has a position after the prefix.
+    """
+    check_windows(windows, dense_prefix)
+    sums: dict[str, Tensor] = {}
+    tokens = DenseTokens(dense_prefix)
+    handles: list[Any] = [tokens.attach(model)]
+
+    def watch(path: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            special = tokens.rows(args[0])
+
+            def add(gradient: Tensor) -> None:
+                squares = counted_rows(gradient, special).float().square().sum(0).cpu()
+                sums[path] = sums.get(path, torch.zeros_like(squares)) + squares
+
+            own = args[0].view_as(args[0])  # the linears of a site read one tensor; each has its own gradient here
+            own.register_hook(add)
+            return (own, *args[1:])
+
+        return hook
+
+    def differentiable(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output if output.requires_grad else output.requires_grad_()
+
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    try:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                handles.append(module.register_forward_hook(differentiable))
+        for path in module_weights(sites):
+            handles.append(model.get_submodule(path).register_forward_pre_hook(watch(path)))
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        for done, batch in window_batches(windows, 1):
+            with torch.enable_grad():
+                logits = model(input_ids=batch.to(device), use_cache=False).logits.flatten(0, 1).float()
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
+                F.cross_entropy(logits, drawn, reduction="sum").backward()
+            progress(done, len(windows))
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+        for handle in handles:
+            handle.remove()
+    return {path: total / windows[:, dense_prefix:].numel() for path, total in sums.items()}
+
+
+def solve(
+    samples: Sequence[SiteSample], sparsity: float, blend: float = BLEND
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Thresholds and centres that leave a share `sparsity` of the weights unused, on the samples.
+
+    Args:
+        samples: from `collect_samples`.
+        sparsity: the target, in [0, 1).
+        blend: 0 for TEAL's uniform thresholds, 1 for those of the quadratic form, their geometric mean between.
+
+    Returns:
+        Module path -> thresholds, and module path -> centres, each float32 ``[in_features]``; the linears of a site
+        have the same centres.
+
+    Raises:
+        SponError: the target lies outside [0, 1).
+    """
+    check_sparsity(sparsity)
+    centers = [torch.zeros(sample.rows.shape[1]) for sample in samples]
+    if sparsity == 0:
+        nothing = {path: torch.zeros_like(f) for sample in samples for path, f in sample.fisher.items()}
+        return nothing, {path: zero.clone() for path, zero in nothing.items()}
+    shapes = [_log_shapes(sample, sparsity, blend) for sample in samples]
+    level = _level(samples, shapes, centers, sparsity)
+    for _ in range(_ROUNDS):  # centres bring entries below the thresholds, which then fall
+        for index, (sample, shape) in enumerate(zip(samples, shapes, strict=True)):
+            thresholds = [(log + level).exp() for log in shape.values()]
+            centers[index] = best_centers(sample.rows, thresholds, list(sample.fisher.values()))
+        level = _level(samples, shapes, centers, sparsity)
+    return (
+        {path: (log + level).exp() for shape in shapes for path, log in shape.items()},
+        {path: center.clone() for sample, center in zip(samples, centers, strict=True) for path in sample.fisher},
+    )
+
+
+def _log_shapes(sample: SiteSample, sparsity: float, blend: float) -> dict[str, Tensor]:
+    """The logarithms of a site's thresholds by module path, up to the constant that all sites share."""
+    magnitudes = sample.rows.abs().flatten()
+    uniform = magnitudes.kthvalue(max(1, int(sparsity * magnitudes.numel()))).values.clamp(min=_TINY).log()
+    shapes = {}
+    for path, fisher in sample.fisher.items():
+        floored = fisher.clamp(min=max(_FLOOR * float(fisher.mean()), _TINY))
+        shapes[path] = (1 - blend) * uniform + blend * 0.5 * (sample.outputs[path] / floored).log()
+    return shapes
+
+
+def _level(
+    samples: Sequence[SiteSample], shapes: Sequence[Mapping[str, Tensor]], centers: Sequence[Tensor], sparsity: float
+) -> float:
+    """The constant at which the target is met, by bisection over logarithms of distance over threshold."""
+    excess = [
+        ((sample.rows - center).abs().clamp(min=_TINY).log() - log, sample.outputs[path])
+        for sample, shape, center in zip(samples, shapes, centers, strict=True)
+        for path, log in shape.items()
+    ]
+    total = sum(outputs * e.shape[1] for e, outputs in excess)
+    low, high = min(float(e.min()) for e, _ in excess), max(float(e.max()) for e, _ in excess)
+    for _ in range(_BISECTIONS):
+        level = (low + high) / 2
+        met = sum(outputs * e.shape[1] * float((e <= level).float().mean()) for e, outputs in excess)
+        low, high = (level, high) if met < sparsity * total else (low, level)
+    return (low + high) / 2
+
+
+def best_centers(rows: Tensor, thresholds: Sequence[Tensor], importance: Sequence[Tensor]) -> Tensor:
+    """Per channel, the `c` with the least ``E[sum_l f_l min((x - c)^2, threshold_l^2)]`` that Lloyd's iteration finds.
+
+    Args:
+        rows: ``[n, in_features]``, the input that all linears share.
+        thresholds: ``[in_features]`` of each linear.
+        importance: ``f_l``, ``[in_features]`` of each linear.
+
+    Returns:
+        ``[in_features]``.
+    """
+    best = least = None
+    for center in (torch.zeros(rows.shape[1]), rows.median(0).values):
+        for _ in range(_CENTER_STEPS):
+            distance = (rows - center).abs()
+            near = sum(f * (distance <= t).to(rows.dtype) for t, f in zip(thresholds, importance, strict=True))
+            assert isinstance(near, Tensor)
+            weight = near.sum(0)
+            center = torch.where(weight > 0, (rows * near).sum(0) / weight.clamp(min=_TINY), center)
+        squares = (rows - center).square()
+        parts = [f * squares.minimum(t.square()).mean(0) for t, f in zip(thresholds, importance, strict=True)]
+        cost = torch.stack(parts).sum(0)
+        if best is None or least is None:
+            best, least = center, cost
+        else:
+            best, least = torch.where(cost < least, center, best), cost.minimum(least)
+    assert best is not None
+    return best
+
+
+def match_sparsity(
+    model: nn.Module,
+    sites: Sequence[Site],
+    thresholds: Mapping[str, Tensor],
+    windows: Tensor,
+    sparsity: float,
+    dense_prefix: int = 1,
+    alphas: Mapping[str, Tensor] | None = None,
+    centers: Mapping[str, Tensor] | None = None,
+    tolerance: float = 0.002,
+    passes: int = 4,
+) -> dict[str, Tensor]:
+    """Multiply all thresholds by one factor, so that the sparse model itself achieves the target.
+
+    Thresholds made on the dense model's inputs miss it by a point or two: the sparse model's inputs are others.
+    The first `MATCH_TOKENS` tokens are measured on.
+
+    Args:
+        model: the dense model.
+        sites: from `find_sites`.
+        thresholds: module path -> float32 ``[1]`` or ``[in_features]``.
+        windows: token ids ``[count, length]`` to measure on.
+        sparsity: the target.
+        dense_prefix: positions at the start of each window that stay dense.
+        alphas: module path -> float32 ``[in_features]``, for some of the linears.
+        centers: likewise.
+        tolerance: how near is near enough.
+        passes: over the windows, at most.
+
+    Returns:
+        Module path -> thresholds.
+    """
+    windows = windows[: max(1, MATCH_TOKENS // windows.shape[1])]
+    factor, slope = 0.0, 1 / 3  # in logarithms; a third of a point per percent is usual around one half
+    before: tuple[float, float] | None = None
+    for _ in range(passes):
+        current = {path: threshold * torch.tensor(factor).exp() for path, threshold in thresholds.items()}
+        achieved, _ = measure_sparsity(model, sites, current, windows, alphas, dense_prefix, centers=centers)
+        if abs(achieved - sparsity) <= tolerance:
+            return current
+        if before is not None and factor != before[0]:
+            slope = min(1.0, max(0.1, (achieved - before[1]) / (factor - before[0])))
+        before = (factor, achieved)
+        factor += (sparsity - achieved) / slope
+    return {path: threshold * torch.tensor(factor).exp() for path, threshold in thresholds.items()}

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Input sites: the sets of linears in a decoder that read the same tensor.
+
+q, k and v read one tensor, gate and up another; a mask belongs to the tensor, so thresholds are calibrated per site.
+Sites are found by running a few tokens through the model and watching which linears receive the same input, so no
+table of architectures is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spon_plugin.errors import SponError
+from spon_plugin.layers.kinds import is_linear, linear_features
+
+
+@dataclass(frozen=True)
+class Site:
+    """A set of linears that read the same tensor.
+
+    Attributes:
+        name: path of the block and role, as ``model.layers.0.attn_in``.
+        role: ``attn_in``, ``attn_out``, ``mlp_in`` or ``mlp_out``; numbered where a block has more of a kind.
+        block: path of the decoder block.
+        modules: paths of the linears, in the order in which the model calls them.
+        in_features: length of the shared input.
+        module_weights: number of weights of each linear.
+    """
+
+    name: str
+    role: str
+    block: str
+    modules: tuple[str, ...]
+    in_features: int
+    module_weights: tuple[int, ...]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that the linears hold together."""
+        return sum(self.module_weights)
+
+
+def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The repeated blocks of a decoder: the members of the outermost `ModuleList` that holds most weights in linears.
+
+    Returns:
+        ``(path, block)`` in order.
+
+    Raises:
+        SponError: the model has no list of blocks with linears in them.
+    """
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            weights = sum(
+                features[0] * features[1] for features in (linear_features(m) for m in module.modules() if is_linear(m))
+            )
+            if weights and (best is None or weights > best[0]):
+                best = (weights, path, module)
+    if best is None:
+        raise SponError.of("model", type(model).__name__, "a decoder: a list of blocks with linear layers in them")
+    _, path, blocks = best
+    return [(f"{path}.{index}" if path else str(index), block) for index, block in enumerate(blocks)]
+
+
+def find_sites(model: nn.Module, target_modules: Sequence[str] | None = None, example: Any = None) -> list[Site]:
+    """Find the input sites of a decoder.
+
+    Linears outside the blocks (`lm_head`, embeddings), MoE experts and routers, and linears that the example does not
+    reach are left out, so they stay dense.
+
+    Args:
+        model: a decoder, with its weights.
+        target_modules: names of linears to cover, a whole path or its end (``["down_proj"]``); all by default.
+        example: keyword arguments for one forward pass; four token ids by default.
+
+    Raises:
+        SponError: a target names no linear in the blocks, or names something that is not a linear.
+    """
+    blocks = decoder_blocks(model)
+    linears = {
+        f"{path}.{name}": module
+        for path, block in blocks
+        for name, module in block.named_modules()
+        if is_linear(module) and not is_expert(name)
+    }
+    if target_modules is not None:
+        linears = _select(model, linears, target_modules)
+    with _watch_inputs(linears) as seen:
+        device = next(model.parameters()).device
+        kwargs = example if example is not None else {"input_ids": torch.arange(4, device=device)[None]}
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            model(**kwargs)
+        model.train(training)
+    return [site for path, _ in blocks for site in _sites_of_block(path, linears, seen)]
+
+
+def is_expert(path: str) -> bool:
+    """Whether a module path belongs to a mixture of experts: experts and routers are left dense."""
+    return any(word in part for part in path.lower().split(".") for word in ("expert", "router")) or any(
+        path.lower().endswith(end) for end in ("mlp.gate", "moe.gate", "block_sparse_moe.gate")
+    )
+
+
+def module_weights(sites: Iterable[Site]) -> dict[str, int]:
+    """Module path -> number of weights; a site's linears share its input, so they split by their outputs."""
+    return {path: count for site in sites for path, count in zip(site.modules, site.module_weights, strict=True)}
+
+
+def linear_inputs(model: nn.Module) -> dict[str, int]:
+    """Module path -> in_features, of every linear in `model`; for `Adapter.check_base`."""
+    return {name: linear_features(m)[0] for name, m in model.named_modules() if is_linear(m)}
+
+
+def target_names(sites: Iterable[Site], model: nn.Module) -> list[str]:
+    """The shortest `target_modules` for PEFT that names exactly the linears of `sites`.
+
+    Last names (``q_proj``) where they match nothing else in the model, whole paths otherwise.
+    """
+    wanted = {module for site in sites for module in site.modules}
+    leaves = sorted({module.rpartition(".")[2] for module in wanted})
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
+    return leaves if matched == wanted else sorted(wanted)
+
+
+def _select(model: nn.Module, linears: dict[str, nn.Module], targets: Sequence[str]) -> dict[str, nn.Module]:
+    def matches(path: str, target: str) -> bool:
+        return path == target or path.endswith("." + target)
+
+    for target in targets:
+        if any(matches(path, target) for path in linears):
+            continue
+        other = [(p, type(m).__name__) for p, m in model.named_modules() if matches(p, target)]
+        names = ", ".join(sorted({path.rpartition(".")[2] for path in linears}))
+        if other:
+            raise SponError.of(
+                "target_modules", target, f"linears of the decoder's blocks ({names}), not {other[0][1]}"
+            )
+        raise SponError.of("target_modules", target, f"names of linears in the model: {names}")
+    return {path: module for path, module in linears.items() if any(matches(path, t) for t in targets)}
+
+
+@contextmanager
+def _watch_inputs(linears: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Yield a dict that fills with path -> input tensor, in call order, while the model runs."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(path: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.setdefault(path, args[0])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(path)) for path, module in linears.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sites_of_block(block: str, linears: dict[str, nn.Module], seen: dict[str, Tensor]) -> list[Site]:
+    groups: dict[tuple[int, int], list[str]] = {}
+    for path, x in seen.items():
+        if path.startswith(block + "."):
+            # The inputs are all still referenced, so two that start at one address are one tensor (or views of it).
+            groups.setdefault((x.data_ptr(), x.numel()), []).append(path)
+    kinds = ["attn" if "attn" in paths[0] or "attention" in paths[0] else "mlp" for paths in groups.values()]
+    sites = []
+    for index, (kind, paths) in enumerate(zip(kinds, groups.values(), strict=True)):
+        role = f"{kind}_{_place(kinds[:index].count(kind), kinds.count(kind))}"
+        features = [linear_features(linears[path]) for path in paths]
+        weights = tuple(i * o for i, o in features)
+        sites.append(Site(f"{block}.{role}", role, block, tuple(paths), features[0][0], weights))
+    return sites
+
+
+def _place(index: int, count: int) -> str:
+    if index == 0:
+        return "in"
+    return "out" if index == count - 1 else f"mid{index}"

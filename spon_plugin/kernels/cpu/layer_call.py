@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sparse_linear` for the layers of a model that decodes on a CPU, with a layer's arguments checked once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spon_plugin.kernels.cpu import kernel as cpu
+from spon_plugin.kernels.op import CPU_ROWS, is_plain
+
+
+class LayerCall:
+    """Calls the CPU kernel for one layer.
+
+    A decoding step passes hundreds of layers, and the small ones are done in less time than their arguments take to
+    check. What does not depend on x is therefore settled at the first call, and again whenever the layer's tensors lie
+    elsewhere. Copies and pickles of the layer settle for themselves.
+    """
+
+    __slots__ = ("_addresses", "_call", "_tensors")
+
+    def __init__(self) -> None:
+        self._tensors: tuple[Any, ...] = ()
+        self._addresses: tuple[int, int, int] = (0, 0, 0)
+        self._call: cpu.Prepared | None = None
+
+    def __reduce__(self) -> tuple[type[LayerCall], tuple[()]]:
+        return LayerCall, ()
+
+    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """The output of `layer` for `x` ``[..., in_features]``; None where `sparse_linear` itself has to be called.
+
+        Args:
+            layer: has a `weight_t` ``[in_features, out_features]``, a `bias` or None, and a `spon_threshold`.
+            x: its input.
+        """
+        # Past the lookups of `nn.Module`, each of which takes half a microsecond.
+        parameters = layer._parameters
+        weight, bias, threshold = parameters["weight"], parameters["bias"], layer._buffers["spon_threshold"]
+        assert weight is not None and threshold is not None
+        if not is_plain(x, weight, bias) or torch.is_autocast_enabled("cpu"):
+            return None
+        addresses = (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), threshold.data_ptr())
+        if addresses != self._addresses:
+            # Held, so that while the kernel knows an address nothing else can lie there.
+            self._tensors = (weight, bias, threshold)
+            self._call = cpu.prepare(layer.weight_t, threshold, bias)  # type: ignore[arg-type]
+            self._addresses = addresses  # last: another Python thread may be reading
+        call = self._call
+        if call is None or x.dtype is not call.dtype or not x.is_cpu or x.shape[-1:] != (call.in_features,):
+            return None
+        batch = x.numel() // call.in_features
+        return call(x, batch) if 0 < batch <= CPU_ROWS else None

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""The compaction kernel: list the kept channels on the device, then gather exactly those weight rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spon_plugin.kernels.triton.common import (
+    FLOAT_OPTIONS,
+    Problem,
+    add_products,
+    empty_sums,
+    load_kept,
+    load_rows,
+    load_weight_rows,
+    locate,
+    store_sums,
+)
+from spon_plugin.kernels.triton.configs import Launch
+
+CHUNK = 1024
+
+
+def sparse_linear(
+    x: Tensor,
+    weight_t: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shard_sizes: Sequence[int] | None = None,
+    launch: Launch,
+) -> Tensor:
+    """``y = S(x) weight_t + bias`` in two launches, or three where the list is split.
+
+    The first lists, per shard, the channels that some row keeps, in ascending order, and the rows' values there. The
+    list is then divided evenly among the programs, so that the mask's shape cannot unbalance them. How long the list is
+    stays on the device: no grid and no scratch depends on it, so the call can be captured in a CUDA graph.
+    Deterministic, without atomics.
+
+    Args:
+        x: as in `reference.sparse_linear`, at most `MAX_ROWS` rows in all.
+        weight_t: likewise.
+        threshold: likewise.
+        bias: likewise.
+        shard_sizes: likewise.
+        launch: block sizes and splits (`configs.choose`).
+
+    Returns:
+        ``[..., out_features]`` in `x.dtype`.
+
+    Raises:
+        SponError: see `Problem.of`.
+    """
+    problem = Problem.of(x, weight_t, threshold, bias, shard_sizes, launch)
+    with problem.on_device():
+        channels, values, counts = _lists(problem)
+        sums, early_bias = problem.sums()
+        _gather[problem.grid](
+            channels,
+            values,
+            counts,
+            problem.weight_t,
+            early_bias,
+            sums,
+            problem.rows,
+            problem.in_features,
+            **problem.constants(_gather),
+        )
+        return problem.finish(sums).view(*x.shape[:-1], -1)
+
+
+def _lists(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """List the kept channels on the device.
+
+    Returns:
+        Per shard the kept channels, int32 ``[shards, in_features]``; the rows' values there, ``[shards, rows,
+        in_features]`` in `x.dtype`, zero where a row masks what another keeps; and how long the lists are, int32
+        ``[shards]``. Beyond its length a list is uninitialised.
+    """
+    shards = len(problem.sizes)
+    device = problem.x.device
+    channels = torch.empty((shards, problem.in_features), dtype=torch.int32, device=device)
+    values = torch.empty((shards, *problem.x.shape), dtype=problem.x.dtype, device=device)
+    counts = torch.empty(shards, dtype=torch.int32, device=device)
+    chunks = triton.cdiv(problem.in_features, CHUNK)
+    _list_kept[(chunks, shards)](
+        problem.x,
+        problem.threshold,
+        channels,
+        values,
+        counts,
+        problem.rows,
+        problem.in_features,
+        problem.x.stride(0),
+        PER_CHANNEL=problem.per_channel,
+        BLOCK_ROWS=problem.block_rows,
+        BLOCK=CHUNK,
+        num_warps=4 if problem.rows == 1 else 8,
+        **FLOAT_OPTIONS,
+    )
+    return channels, values, counts
+
+
+@triton.jit
+def _list_kept(
+    x,
+    threshold,
+    kept_channels,
+    kept_values,
+    counts,
+    row_count,
+    in_features,
+    stride_row,
+    PER_CHANNEL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """List the kept channels of one chunk, behind those of the chunks before it.
+
+    Each program counts the earlier chunks itself: `x` is some kilobytes in the L2 cache, and reading it again is
+    cheaper than a second launch or a chain of programs that wait for each other.
+    """
+    chunk = tl.program_id(0)
+    shard = tl.program_id(1)
+    lanes = tl.arange(0, BLOCK)
+    earlier = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, chunk * BLOCK, BLOCK):
+        _, active = load_kept(
+            x, threshold, shard, start + lanes, row_count, in_features, stride_row, PER_CHANNEL, BLOCK_ROWS
+        )
+        earlier += active.to(tl.int32)
+    before = tl.sum(earlier, axis=0)
+
+    channels = chunk * BLOCK + lanes
+    value, active = load_kept(
+        x, threshold, shard, channels, row_count, in_features, stride_row, PER_CHANNEL, BLOCK_ROWS
+    )
+    ones = active.to(tl.int32)
+    places = before + tl.cumsum(ones, axis=0) - ones
+    tl.store(kept_channels + shard * in_features + places, channels, mask=active)
+    lists = kept_values + shard * row_count * in_features
+    value = value.to(kept_values.dtype.element_ty)
+    if BLOCK_ROWS == 1:
+        tl.store(lists + places, value, mask=active)
+    else:
+        rows = tl.arange(0, BLOCK_ROWS)
+        within = (rows < row_count)[:, None] & active[None, :]
+        tl.store(lists + rows[:, None] * in_features + places[None, :], value, mask=within)
+    if chunk == tl.num_programs(0) - 1:
+        tl.store(counts + shard, before + tl.sum(ones, axis=0))
+
+
+@triton.jit
+def _gather(
+    kept_channels,
+    kept_values,
+    counts,
+    weight_t,
+    bias,
+    out,
+    row_count,
+    in_features,
+    SIZES: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One block of columns over one of SPLITS equal parts of its shard's list."""
+    split = tl.program_id(1)
+    shard, first, end = locate(tl.program_id(0), SIZES, BLOCK_OUT, ALIGN)
+    columns = first + tl.arange(0, BLOCK_OUT)
+    count = tl.load(counts + shard)
+    part = (count + SPLITS - 1) // SPLITS
+    stop = tl.minimum((split + 1) * part, count)
+    lists = kept_values + shard * row_count * in_features
+    sums = empty_sums(BLOCK_ROWS, BLOCK_IN, BLOCK_OUT)
+    for start in range(split * part, stop, BLOCK_IN):
+        places = start + tl.arange(0, BLOCK_IN)
+        listed = places < stop
+        channels = tl.load(kept_channels + shard * in_features + places, mask=listed, other=0)
+        value = load_rows(lists, in_features, row_count, places, listed, BLOCK_ROWS)
+        weight = load_weight_rows(weight_t, channels, listed, columns, end, OUT)
+        sums = add_products(sums, value, weight, BLOCK_ROWS, WIDEN)
+    store_sums(sums, out, bias, split, row_count, columns, end, OUT, BLOCK_ROWS)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which GPU kernel runs a shape, and how it is launched: data in `configs/`, one JSON file per device.
+
+Nothing is tuned at import, at the first call or in a CUDA graph's capture. ``python -m benchmarks.tune_sparse_linear``
+measures a device and writes its file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spon_plugin.errors import SponError
+
+FORMAT_VERSION = 1
+DIRECTORY = Path(__file__).parents[1] / "configs"
+DEFAULT = "default"
+KERNELS = ("dense_mask", "compaction")
+# More rows than that never go to a sparse kernel: hardly any channel is masked by all of them.
+MAX_ROWS = 16
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a sparse kernel is launched.
+
+    Attributes:
+        kernel: "dense_mask" or "compaction".
+        block_in: channels that a program loads at once, a power of two of at least 16 (the tensor cores' depth).
+        block_out: columns of a program, a power of two of at least 16.
+        splits: programs that share the channels of one block of columns; more than one adds a launch that sums up.
+        num_warps: warps of a program, a power of two.
+        num_stages: depth of the software pipeline.
+    """
+
+    kernel: str
+    block_in: int
+    block_out: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+    def fitted(self, in_features: int, out_features: int) -> Launch:
+        """The same without blocks wider than the columns, or splits that no channel is left for."""
+        block_out = min(self.block_out, max(16, next_power_of_two(out_features)))
+        splits = max(1, min(self.splits, -(-in_features // self.block_in)))
+        return Launch(self.kernel, self.block_in, block_out, splits, self.num_warps, self.num_stages)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What to do with a linear layer of one shape.
+
+    Attributes:
+        source: which of `Device.sources` the values come from.
+        dtypes: the dtypes of weights that this was chosen for.
+        in_features: channels.
+        out_features: columns.
+        crossover: the largest number of rows at which a sparse kernel beats the masked dense GEMM; 0 for none.
+        launches: by the largest number of rows that a launch serves, ascending; reaches `crossover`.
+    """
+
+    source: str
+    dtypes: tuple[str, ...]
+    in_features: int
+    out_features: int
+    crossover: int
+    launches: Mapping[int, Launch]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A file of `configs/`.
+
+    Attributes:
+        sources: by a label, where values come from: a measurement (device, versions, sparsity), or reasoning.
+        shapes: the shapes chosen for; others take the nearest.
+    """
+
+    sources: Mapping[str, str]
+    shapes: tuple[Shape, ...]
+
+
+def next_power_of_two(value: int) -> int:
+    """The smallest power of two that is not below `value` (at least 1)."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+@lru_cache(maxsize=4096)
+def choose(device: str, dtype: torch.dtype, in_features: int, out_features: int, rows: int) -> Launch | None:
+    """How to run a shape on a device.
+
+    Args:
+        device: the device's name, as `torch.cuda.get_device_name` gives it.
+        dtype: float32, bfloat16 or float16.
+        in_features: channels of the layer.
+        out_features: its columns.
+        rows: number of rows of `x`.
+
+    Returns:
+        The launch, or None where the masked dense GEMM is faster: above the crossover of the nearest shape.
+
+    Raises:
+        SponError: the device's file is damaged.
+    """
+    shape = nearest(shapes_of(device, dtype), in_features, out_features)
+    if rows > shape.crossover:
+        return None
+    return next(launch for most, launch in shape.launches.items() if rows <= most)
+
+
+def shapes_of(device: str, dtype: torch.dtype) -> list[Shape]:
+    """The shapes known for a device and dtype; the default file's where the device's own has none of that dtype."""
+    for path in (file_of(device), DIRECTORY / f"{DEFAULT}.json"):
+        shapes = [shape for shape in read(path).shapes if dtype in {DTYPES[name] for name in shape.dtypes}]
+        if shapes:
+            return shapes
+    raise SponError.of("dtype", dtype, f"one of {', '.join(DTYPES)}")
+
+
+def nearest(shapes: list[Shape], in_features: int, out_features: int) -> Shape:
+    """The shape whose two dimensions differ by the smallest factor in all; the first of equals."""
+
+    def distance(shape: Shape) -> float:
+        return abs(math.log(shape.in_features / in_features)) + abs(math.log(shape.out_features / out_features))
+
+    return min(shapes, key=distance)
+
+
+@lru_cache(maxsize=64)
+def file_of(device: str, directory: Path = DIRECTORY) -> Path:
+    """The file for a device name: the one whose name's words all occur in it, the most words first; or the default.
+
+    ``nvidia_h100.json`` serves "NVIDIA H100 80GB HBM3" unless there is an ``nvidia_h100_80gb_hbm3.json``.
+    """
+    words = set(words_of(device))
+    named = [path for path in sorted(directory.glob("*.json")) if words.issuperset(path.stem.split("_"))]
+    return max(named, key=lambda path: path.stem.count("_"), default=directory / f"{DEFAULT}.json")
+
+
+def words_of(device: str) -> list[str]:
+    """The words of a device name: "NVIDIA A100-SXM4-80GB" has nvidia, a100, sxm4 and 80gb."""
+    return re.findall(r"[a-z0-9]+", device.lower())
+
+
+@lru_cache(maxsize=64)
+def read(path: Path) -> Device:
+    """Read a file of `configs/`, strictly.
+
+    Raises:
+        SponError: naming the key that is unknown, missing or of a wrong value.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SponError.of(str(path), str(error), "a readable JSON file") from error
+    return parse(data, path.name)
+
+
+def parse(data: Any, name: str) -> Device:
+    """Check a parsed file; `name` is what errors call it.
+
+    Raises:
+        SponError: see `read`.
+    """
+    _keys(data, {"format_version", "sources", "shapes"}, name)
+    if data["format_version"] != FORMAT_VERSION:
+        raise SponError.of(f"{name}: format_version", data["format_version"], str(FORMAT_VERSION))
+    sources = data["sources"]
+    if not isinstance(sources, dict) or not all(isinstance(text, str) and text for text in sources.values()):
+        raise SponError.of(f"{name}: sources", sources, "an object that says, by label, where values come from")
+    if not isinstance(data["shapes"], list) or not data["shapes"]:
+        raise SponError.of(f"{name}: shapes", data["shapes"], "a list of at least one shape")
+    shapes = [_shape(shape, f"{name}: shapes[{i}]") for i, shape in enumerate(data["shapes"])]
+    for i, shape in enumerate(shapes):
+        if shape.source not in sources:
+            raise SponError.of(f"{name}: shapes[{i}].source", shape.source, f"one of {', '.join(sources)}")
+    return Device(sources, tuple(shapes))
+
+
+def _shape(data: Any, name: str) -> Shape:
+    _keys(data, {field.name for field in fields(Shape)}, name)
+    dtypes = data["dtypes"]
+    if not isinstance(dtypes, list) or not dtypes or not all(dtype in DTYPES for dtype in dtypes):
+        raise SponError.of(f"{name}.dtypes", dtypes, f"a list of {', '.join(DTYPES)}")
+    if not isinstance(data["source"], str):
+        raise SponError.of(f"{name}.source", data["source"], "a label of the file's sources")
+    for key in ("in_features", "out_features"):
+        _integer(data[key], f"{name}.{key}", 1)
+    crossover = _integer(data["crossover"], f"{name}.crossover", 0, MAX_ROWS)
+    if not isinstance(data["launches"], dict):
+        raise SponError.of(f"{name}.launches", data["launches"], "launches by their largest number of rows")
+    launches = {}
+    for rows, launch in data["launches"].items():
+        if not rows.isdecimal():
+            raise SponError.of(f"{name}.launches", rows, "a number of rows")
+        launches[int(rows)] = _launch(launch, f"{name}.launches[{rows}]")
+    if max(launches, default=0) < crossover:
+        raise SponError.of(f"{name}.launches", sorted(launches), f"a launch for every batch up to {crossover}")
+    launches = dict(sorted(launches.items()))
+    return Shape(data["source"], tuple(dtypes), data["in_features"], data["out_features"], crossover, launches)
+
+
+def _launch(data: Any, name: str) -> Launch:
+    _keys(data, {field.name for field in fields(Launch)}, name)
+    if data["kernel"] not in KERNELS:
+        raise SponError.of(f"{name}.kernel", data["kernel"], f"one of {', '.join(KERNELS)}")
+    limits = {"block_in": (16, 1024), "block_out": (16, 4096), "splits": (1, 256), "num_warps": (1, 32)}
+    for key, (least, most) in limits.items():
+        value = _integer(data[key], f"{name}.{key}", least, most)
+        if key != "splits" and value != next_power_of_two(value):
+            raise SponError.of(f"{name}.{key}", value, "a power of two")
+    _integer(data["num_stages"], f"{name}.num_stages", 1, 8)
+    return Launch(**data)
+
+
+def _keys(data: Any, expected: set[str], name: str) -> None:
+    if not isinstance(data, dict):
+        raise SponError.of(name, data, "an object")
+    for key in sorted(data.keys() ^ expected):
+        problem = "an unknown key" if key in data else "no such key"
+        raise SponError.of(f"{name}: {key}", problem, f"exactly the keys {', '.join(sorted(expected))}")
+
+
+def _integer(value: Any, name: str, least: int, most: int | None = None) -> int:
+    if type(value) is not int or value < least or (most is not None and value > most):
+        upper = "" if most is None else f" and at most {most}"
+        raise SponError.of(name, value, f"an integer of at least {least}{upper}")
+    return value

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration: from a dense model and some text to an adapter with thresholds (alpha zero: plain TEAL)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from spon_plugin.adapter.config import ALLOCATIONS, SponFields, carries_alpha
+from spon_plugin.adapter.directory import Adapter
+from spon_plugin.calibration.allocation import allocate_greedy, thresholds_at
+from spon_plugin.calibration.measurement import collect_histograms, mean_alphas, measure_sparsity
+from spon_plugin.calibration.sensitivity import collect_samples, match_sparsity, solve
+from spon_plugin.calibration.text import windows_digest
+from spon_plugin.decoder.sites import Site, find_sites, module_weights, target_names
+from spon_plugin.errors import SponError
+from spon_plugin.masking import check_sparsity
+from spon_plugin.progress import Progress, no_progress
+
+GREEDY_TOKENS = 1024
+
+
+def calibrate(
+    model: nn.Module,
+    sites: Sequence[Site],
+    windows: Tensor,
+    held_out: Tensor,
+    sparsity: float,
+    allocation: str = "uniform",
+    alpha: Literal["none", "zero", "mean"] = "none",
+    alpha_modules: str | list[str] = "all",
+    dense_prefix: int | None = None,
+    source: dict[str, Any] | None = None,
+    base_model: str | None = None,
+    match: bool = False,
+    stage: Callable[[str], Progress] = lambda _name: no_progress,
+) -> Adapter:
+    """Find the thresholds of an adapter and measure the sparsity they achieve.
+
+    Args:
+        model: a dense decoder.
+        sites: what to sparsify, from `find_sites`.
+        windows: token ids ``[count, length]`` to calibrate on.
+        held_out: token ids ``[count, length]`` that were not calibrated on, for the achieved sparsity.
+        sparsity: the target, in [0, 1).
+        allocation: ``uniform``, TEAL's ``greedy``, or ``sensitivity``: thresholds and centres per channel, see
+            `spon_plugin.calibration.sensitivity`.
+        alpha: ``none`` (plain TEAL), ``zero`` (alphas to be trained) or ``mean`` (the control without training).
+        alpha_modules: which linears carry an alpha; ignored for ``none``.
+        dense_prefix: first positions of a sequence that stay dense; the format's default if None.
+        source: where the text came from, kept in the adapter's `calibration` field.
+        base_model: kept as `base_model_name_or_path`.
+        match: hold the target in the sparse model itself, which quantiles of the dense model's inputs miss by a point
+            or two, see `match_sparsity`; ``sensitivity`` always does.
+        stage: gives the progress callback of each stage by its name.
+
+    Raises:
+        SponError: a value is wrong, or `alpha_modules` names no sparsified linear.
+    """
+    check_sparsity(sparsity)
+    if allocation not in ALLOCATIONS:
+        raise SponError.of("allocation", allocation, "one of " + ", ".join(ALLOCATIONS))
+    modules = list(module_weights(sites))
+    if alpha == "none":
+        alpha_modules = []
+    elif not any(carries_alpha(module, alpha_modules) for module in modules):
+        names = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
+        raise SponError.of("alpha_modules", alpha_modules, f'"all" or names of sparsified linears: {names}')
+    fields = SponFields(sparsity=float(sparsity), allocation=allocation, alpha_modules=alpha_modules)
+    if dense_prefix is not None:
+        fields.dense_prefix = dense_prefix
+    fields.check()
+    prefix = fields.dense_prefix
+    centers: dict[str, Tensor] = {}
+    if allocation == "sensitivity":
+        samples = collect_samples(model, sites, windows, prefix, progress=stage("Calibrating"))
+        thresholds, centers = solve(samples, sparsity)
+    else:
+        histograms = collect_histograms(model, sites, windows, prefix, progress=stage("Calibrating"))
+        share: float | dict[str, float] = sparsity
+        if allocation == "greedy":
+            count = max(1, GREEDY_TOKENS // windows.shape[1])
+            share = allocate_greedy(
+                model, sites, histograms, windows[:count], sparsity, dense_prefix=prefix, progress=stage("Allocating")
+            )
+        thresholds = thresholds_at(sites, histograms, share)
+    match = match or allocation == "sensitivity"
+    if match:
+        thresholds = match_sparsity(model, sites, thresholds, windows, sparsity, prefix, centers=centers)
+    alphas: dict[str, Tensor] = {}
+    if alpha != "none":
+        carriers = [module for module in modules if carries_alpha(module, alpha_modules)]
+        means = mean_alphas(model, sites, thresholds, windows, prefix, centers=centers) if alpha == "mean" else {}
+        inputs = {path: site.in_features for site in sites for path in site.modules}
+        alphas = {path: means.get(path, torch.zeros(inputs[path])) for path in carriers}
+    fields.calibration = {
+        **(source or {}),
+        "tokens": int(windows.numel()),
+        "window": int(windows.shape[1]),
+        "tokens_sha256": windows_digest(windows),
+        "matched": match,
+        **_achieved(model, sites, held_out, thresholds, alphas, centers, prefix),
+    }
+    peft = {
+        "base_model_name_or_path": base_model,
+        "target_modules": target_names(sites, model),
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+    }
+    return Adapter(fields, thresholds, alphas, peft, centers)
+
+
+def settle(model: nn.Module, adapter: Adapter, windows: Tensor, held_out: Tensor) -> Adapter:
+    """An adapter after its alphas were trained: they lift activations above the thresholds, so it achieves less.
+
+    The sparsity is measured anew. Thresholds that were matched to the target in the sparse model are brought back to
+    it, all by one factor.
+
+    Args:
+        model: the dense model.
+        adapter: with its trained alphas.
+        windows: token ids ``[count, length]``, such as those trained on; see `match_sparsity`.
+        held_out: others, to measure on.
+
+    Raises:
+        SponError: the adapter's linears are not in the model.
+    """
+    sites, prefix = find_sites(model, sorted(adapter.thresholds)), adapter.fields.dense_prefix
+    thresholds, alphas, centers = adapter.thresholds, adapter.alphas, adapter.centers
+    if adapter.fields.calibration.get("matched"):
+        target = adapter.fields.sparsity
+        thresholds = match_sparsity(model, sites, thresholds, windows, target, prefix, alphas, centers)
+    measured = _achieved(model, sites, held_out, thresholds, alphas, centers, prefix)
+    fields = replace(adapter.fields, calibration={**adapter.fields.calibration, **measured})
+    return replace(adapter, fields=fields, thresholds=thresholds)
+
+
+def _achieved(
+    model: nn.Module,
+    sites: Sequence[Site],
+    held_out: Tensor,
+    thresholds: Mapping[str, Tensor],
+    alphas: Mapping[str, Tensor],
+    centers: Mapping[str, Tensor],
+    dense_prefix: int,
+) -> dict[str, Any]:
+    """What the `calibration` field says of the achieved sparsity: of the model, and of each site."""
+    achieved, per_module = measure_sparsity(
+        model, sites, thresholds, held_out, alphas or None, dense_prefix, centers=centers
+    )
+    return {
+        "held_out_tokens": int(held_out.numel()),
+        "achieved_sparsity": round(achieved, 4),
+        "sites": {
+            site.name: {
+                "modules": [path.removeprefix(site.block + ".") for path in site.modules],
+                "weights": site.weights,
+                "achieved_sparsity": round(_of_site(site, per_module), 4),
+            }
+            for site in sites
+        },
+    }
+
+
+def _of_site(site: Site, per_module: dict[str, float]) -> float:
+    """A site's share: its linears have one mask, or each its own, and count by their weights."""
+    pairs = zip(site.modules, site.module_weights, strict=True)
+    return sum(per_module[path] * count for path, count in pairs) / site.weights

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparsification methods side by side, with and without alpha, under one protocol: the paper's table 1."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from spon_plugin.decoder.sites import Site, decoder_blocks
+from spon_plugin.errors import SponError
+from spon_plugin.masking import check_sparsity
+from spon_plugin.progress import Progress, no_progress
+from spon_plugin.sparsifiers import Fitted, Sparsifier, Statistics, get_sparsifier
+from spon_plugin.sparsifiers.mean_bias import mean_biases
+from spon_plugin.studies.evaluation import dense_prefix_of, evaluate_fitted
+from spon_plugin.studies.rows import RowStore
+from spon_plugin.training.loop import Teacher, loss_ends, train_alphas
+from spon_plugin.training.recipe import Recipe
+
+OFF, MEAN, ON = "off", "mean", "on"
+DENSE = "dense"
+MEAN_TOKENS = 4096
+
+# The default of `spon compare`: a minute a row for SmolLM2-135M on two cores, so rows are to be compared with each
+# other; `spon train` trains seven times as long.
+QUICK = Recipe(windows=40, window=256, batch_size=2, epochs=1, learning_rate=0.015)
+
+
+@dataclass(frozen=True)
+class Key:
+    """Which row.
+
+    Attributes:
+        method: name of a sparsifier.
+        sparsity: the target.
+        alpha: ``off``; ``mean``, the bias measured without training; ``on``, trained for every linear that the method
+            covers; or the name of the linears that carry a trained alpha, such as ``down_proj``.
+    """
+
+    method: str
+    sparsity: float
+    alpha: str
+
+    @property
+    def name(self) -> str:
+        """Of the row's file."""
+        return f"{self.method}-{100 * self.sparsity:g}-{self.alpha}"
+
+
+def keys(methods: Sequence[str], sparsities: Sequence[float], alphas: Sequence[str]) -> list[Key]:
+    """Every row of a table, in the order in which they are measured.
+
+    Raises:
+        SponError: a list is empty, a method is unknown, or a sparsity lies outside [0, 1).
+    """
+    for field_name, values in (("methods", methods), ("sparsity", sparsities), ("alpha", alphas)):
+        if not values:
+            raise SponError.of(field_name, "nothing", "at least one")
+    for method in methods:
+        get_sparsifier(method)
+    shares = [check_sparsity(sparsity) for sparsity in sparsities]
+    return list(dict.fromkeys(Key(m, s, a) for m in methods for s in shares for a in alphas))
+
+
+@dataclass
+class Bench:
+    """What the rows of a table have in common.
+
+    Attributes:
+        model: the dense model.
+        sites: from `find_sites`.
+        calibration: token ids ``[count, length]`` to calibrate on.
+        training: token ids ``[count, length]`` to train alphas on.
+        tests: name -> token ids ``[count, length]`` to evaluate on.
+        recipe: the schedule of every trained row.
+        protocol: see `evaluation.dense_prefix_of`.
+        seed: of the order of the training windows.
+        stage: gives the progress callback of each piece of work by its name.
+        done: called with every row when it is there, and whether it had been before.
+    """
+
+    model: nn.Module
+    sites: list[Site]
+    calibration: Tensor
+    training: Tensor
+    tests: Mapping[str, Tensor]
+    recipe: Recipe = QUICK
+    protocol: str = "all-but-first"
+    seed: int = 0
+    stage: Callable[[str], Progress] = lambda _name: no_progress
+    done: Callable[[dict[str, Any], bool], None] = lambda _row, _old: None
+    _teacher: Teacher | None = field(default=None, init=False)
+
+    def run(self, wanted: Sequence[Key], store: RowStore) -> list[dict[str, Any]]:
+        """Measure every row that `store` does not have, the dense one first.
+
+        A row that a method cannot give (a sparsity beyond its reach, a model it does not fit) says so in ``skipped``
+        and the run goes on.
+
+        Returns:
+            The dense row and the wanted ones, in order.
+
+        Raises:
+            SponError: an alpha names no linear, or there is less text than the recipe takes; before any work.
+        """
+        self.check(wanted)
+        rows = [store.kept(DENSE, lambda: {"method": DENSE, "texts": self._evaluate("dense", None)}, self.done)]
+        for method in dict.fromkeys(key.method for key in wanted):
+            mine = [key for key in wanted if key.method == method]
+            fits = _Fits(self, get_sparsifier(method))
+            rows += [store.kept(key.name, partial(self._measure, key, fits), self.done) for key in mine]
+        return rows
+
+    def check(self, wanted: Sequence[Key]) -> None:
+        """Raise `SponError` for an alpha that names no linear, and for less text than the recipe takes."""
+        leaves = sorted({path.rpartition(".")[2] for site in self.sites for path in site.modules})
+        trained = [key.alpha for key in wanted if key.alpha not in (OFF, MEAN)]
+        for alpha in trained:
+            if alpha != ON and alpha not in leaves:
+                raise SponError.of("alpha", alpha, f"{OFF}, {MEAN}, {ON}, or one of {', '.join(leaves)}")
+        least = max(self.recipe.batch_size, self.recipe.windows)
+        if trained and len(self.training) < least:
+            remedy = "Use more text, or fewer windows, but not fewer than a step's."
+            raise SponError.of("training windows", len(self.training), f"at least {least}", remedy)
+
+    def _measure(self, key: Key, fits: _Fits) -> dict[str, Any]:
+        row: dict[str, Any] = {"method": key.method, "sparsity": key.sparsity, "alpha": key.alpha}
+        label = f"{key.method} {key.sparsity:.0%}"
+        try:
+            fitted = fits.at(key.sparsity, label)
+            start = time.perf_counter()
+            added, losses = self._added(fitted, key.alpha, label)
+        except SponError as error:
+            return {**row, "skipped": str(error)}
+        seconds = {"calibration": fits.seconds[key.sparsity]}
+        if key.alpha != OFF:
+            seconds["mean" if key.alpha == MEAN else "training"] = time.perf_counter() - start
+        start = time.perf_counter()
+        row["texts"] = self._evaluate(f"{label}, alpha {key.alpha}: evaluating", fitted, added)
+        seconds["evaluation"] = time.perf_counter() - start
+        blocks = len(decoder_blocks(self.model))
+        carriers = {path for vectors in added.values() for path in vectors}
+        row["extra_bytes_per_layer"] = fitted.extra_bytes(self.model, carriers) / blocks
+        row["seconds"] = seconds
+        if losses:
+            row["loss"] = losses
+        return row
+
+    def _added(self, fitted: Fitted, alpha: str, label: str) -> tuple[dict[str, Any], dict[str, float]]:
+        """What is attached beside the method, and the ends of the loss curve."""
+        if alpha == OFF:
+            return {}, {}
+        if alpha == MEAN:
+            windows = self.calibration[: max(1, MEAN_TOKENS // self.calibration.shape[1])]
+            biases = mean_biases(self.model, fitted, windows, progress=self.stage(f"{label}: mean bias"))
+            return {"biases": biases}, {}
+        if self._teacher is None:
+            self._teacher = Teacher(self.model, self.training, progress=self.stage("Dense model on the training text"))
+        alphas, losses = train_alphas(
+            self.model,
+            fitted,
+            self._teacher,
+            self.recipe,
+            "all" if alpha == ON else [alpha],
+            self.seed,
+            self.stage(f"{label}, alpha {alpha}: training"),
+        )
+        return {"alphas": alphas}, loss_ends(losses)
+
+    def _evaluate(
+        self, label: str, fitted: Fitted | None, added: Mapping[str, Any] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        return {
+            name: evaluate_fitted(self.model, fitted, windows, self.protocol, self.stage(label), **(added or {}))
+            for name, windows in self.tests.items()
+        }
+
+
+class _Fits:
+    """One method's fits: the calibration text is read once, when the first row asks."""
+
+    def __init__(self, bench: Bench, sparsifier: Sparsifier) -> None:
+        self.bench, self.sparsifier = bench, sparsifier
+        self.seconds: dict[float, float] = {}
+        self._statistics: Statistics | SponError | None = None
+        self._pass = 0.0
+        self._last: tuple[float, Fitted] | None = None
+
+    def at(self, sparsity: float, label: str) -> Fitted:
+        """The method at that sparsity; the last one is kept."""
+        if self._last is not None and self._last[0] == sparsity:
+            return self._last[1]
+        start = time.perf_counter()
+        if self._statistics is None:
+            try:
+                prefix = dense_prefix_of("all-but-first", self.bench.calibration.shape[1])
+                self._statistics = self.sparsifier.calibrate(
+                    self.bench.model,
+                    self.bench.sites,
+                    self.bench.calibration,
+                    prefix,
+                    self.bench.stage(f"{self.sparsifier.name}: calibrating"),
+                )
+            except SponError as error:
+                self._statistics = error
+            self._pass = time.perf_counter() - start
+            start = time.perf_counter()
+        if isinstance(self._statistics, SponError):
+            raise self._statistics
+        self.bench.stage(f"{label}: fitting")
+        fitted = self.sparsifier.at(self.bench.model, self._statistics, sparsity)
+        self.seconds[sparsity] = self._pass + time.perf_counter() - start
+        self._last = (sparsity, fitted)
+        return fitted
+
+
+def by_key(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Key, Mapping[str, Any]]]:
+    """The measured rows other than the dense one, with their keys."""
+    for row in rows:
+        if row["method"] != DENSE and "skipped" not in row:
+            yield Key(row["method"], row["sparsity"], row["alpha"]), row

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from spon_plugin import SparsityCounter, sparse_inputs
+from spon_plugin.decoder.tokens import DenseTokens, dense_tokens
+
+IDS = torch.arange(24).view(2, 12) * 7 % 255 + 1
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def test_a_layer_under_masks_computes_the_formula(tiny_llama):
+    layer, seen = tiny_llama.get_submodule(DOWN), {}
+    alpha, threshold = torch.randn(96), torch.tensor([0.2])
+    before = layer.register_forward_pre_hook(lambda _m, args: seen.update(x=args[0].clone()))
+    with sparse_inputs(tiny_llama, {DOWN: threshold}, {DOWN: alpha}, dense_prefix=2):
+        after = layer.register_forward_hook(lambda _m, _args, y: seen.update(y=y))
+        tiny_llama(input_ids=IDS)
+    before.remove()
+    after.remove()
+    x = seen["x"]
+    dense = x @ layer.weight.t()
+    sparse = torch.where(x.abs() > 0.2, x, 0) @ layer.weight.t() + layer.weight @ alpha
+    torch.testing.assert_close(seen["y"][:, :2], dense[:, :2])
+    torch.testing.assert_close(seen["y"][:, 2:], sparse[:, 2:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_alpha", [False, True], ids=["no-alpha", "alpha"])
+@pytest.mark.parametrize("per_channel", [False, True], ids=["scalar", "vector"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_centres_and_thresholds_per_channel_compute_the_formula(tiny_llama, dtype, per_channel, with_alpha):
+    layer, seen = tiny_llama.to(dtype).get_submodule(DOWN), {}
+    alpha, center = torch.randn(96) * with_alpha, torch.randn(96) * 0.2
+    threshold = torch.rand(96) * 0.4 if per_channel else torch.tensor([0.2])
+    before = layer.register_forward_pre_hook(lambda _m, args: seen.update(x=args[0].clone()))
+    counter = SparsityCounter()
+    alphas = {DOWN: alpha} if with_alpha else None
+    with sparse_inputs(tiny_llama, {DOWN: threshold}, alphas, 2, counter, {DOWN: center}):
+        after = layer.register_forward_hook(lambda _m, _args, y: seen.update(y=y))
+        tiny_llama(input_ids=IDS)
+    before.remove()
+    after.remove()
+    x, weight = seen["x"].double(), layer.weight.double()
+    keep = (x - center).abs() > threshold
+    sparse = torch.where(keep, x, center.double()) @ weight.t() + weight @ alpha.double()
+    torch.testing.assert_close(seen["y"][:, :2].double(), (x @ weight.t())[:, :2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen["y"][:, 2:].double(), sparse[:, 2:], rtol=1e-4, atol=1e-5)
+    assert counter.per_module()[DOWN] == pytest.approx(1 - keep[:, 2:].double().mean().item())
+    assert 0.1 < counter.per_module()[DOWN] < 0.99
+
+
+def test_nothing_is_left_behind(tiny_llama):
+    dense = tiny_llama(input_ids=IDS).logits
+    with pytest.raises(RuntimeError), sparse_inputs(tiny_llama, {DOWN: torch.tensor([9.0])}):
+        raise RuntimeError
+    assert torch.equal(tiny_llama(input_ids=IDS).logits, dense)
+
+
+def test_zero_thresholds_are_the_dense_model(tiny_llama):
+    thresholds = {f"model.layers.{i}.mlp.down_proj": torch.zeros(1) for i in (0, 1)}
+    with sparse_inputs(tiny_llama, thresholds):
+        masked = tiny_llama(input_ids=IDS).logits
+    assert torch.equal(masked, tiny_llama(input_ids=IDS).logits)
+
+
+def test_the_counter_counts_masked_tokens_only(tiny_llama):
+    counter = SparsityCounter()
+    with sparse_inputs(tiny_llama, {DOWN: torch.tensor([1e9])}, dense_prefix=5, counter=counter):
+        tiny_llama(input_ids=IDS)
+    assert counter.per_module() == {DOWN: 1.0}
+    assert counter._total[DOWN] == 2 * (12 - 5) * 96
+    assert counter.overall({DOWN: 10}) == 1.0
+
+
+def test_the_overall_sparsity_is_weighted_by_weights():
+    counter = SparsityCounter()
+    counter.add("a", torch.tensor([True, False]))
+    counter.add("b", torch.tensor([True, True]))
+    assert counter.overall({"a": 300, "b": 100}) == pytest.approx(0.5 * 300 / 400)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        pytest.param({"dense_prefix": 0}, None, id="no-prefix"),
+        pytest.param({"dense_prefix": 2}, [[1, 1, 0], [1, 1, 0]], id="prefix"),
+        pytest.param({"dense_prefix": 2, "past": 1}, [[1, 0, 0], [1, 0, 0]], id="cache-within-the-prefix"),
+        pytest.param({"dense_prefix": 2, "past": 2}, None, id="cache-past-the-prefix"),
+        pytest.param({"dense_prefix": 0, "tokens": "decode"}, [[1, 1, 1], [1, 1, 1]], id="decode-context"),
+        pytest.param({"dense_prefix": 0, "tokens": "decode", "past": 4}, None, id="decode-continuation"),
+        pytest.param(
+            {"dense_prefix": 1, "attention_mask": [[1, 1, 1], [0, 1, 1]]}, [[1, 0, 0], [1, 1, 0]], id="left-padding"
+        ),
+        pytest.param(
+            {"dense_prefix": 3, "past": 3, "attention_mask": [[1] * 6, [0, 0, 1, 1, 1, 1]]},
+            [[0, 0, 0], [1, 1, 0]],
+            id="left-padding-with-a-cache",
+        ),
+    ],
+)
+def test_which_tokens_are_dense(arguments, expected):
+    if "attention_mask" in arguments:
+        arguments["attention_mask"] = torch.tensor(arguments["attention_mask"])
+    mask = dense_tokens((2, 3), **arguments)
+    assert (mask if mask is None else mask.int().tolist()) == expected
+
+
+def test_the_state_follows_a_generation_with_a_cache(tiny_llama):
+    state, seen = DenseTokens(1), []
+    handle = state.attach(tiny_llama)
+    watch = tiny_llama.model.register_forward_pre_hook(lambda _m, _a: seen.append(state.mask), with_kwargs=False)
+    tiny_llama.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    handle.remove()
+    watch.remove()
+    assert seen[0].sum().item() == 2 and seen[1:] == [None, None]
+
+
+def test_rows_take_the_shape_of_the_input():
+    state = DenseTokens(1)
+    state.mask = torch.tensor([[True, False, False]])
+    assert state.rows(torch.zeros(1, 3, 8)).shape == (1, 3)
+    assert state.rows(torch.zeros(3, 8)).tolist() == [True, False, False]  # OPT flattens its tokens
+    assert state.rows(torch.zeros(1, 7, 8)) is None  # cross-attention reads the encoder's tokens
