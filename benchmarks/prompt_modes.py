@@ -19,10 +19,9 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spon_cli import options
-from spon_cli.calibrate import load
 from spon_plugin import Adapter, read_adapter, sparse_inputs
 from spon_plugin.calibration.text import leading_windows, read_text
+from spon_transformers.loading import load_model, load_tokenizer
 
 
 @torch.no_grad()
@@ -54,7 +53,7 @@ def measure(model: nn.Module, adapter: Adapter, windows: Tensor) -> dict[str, An
 
 
 def main(
-    model: options.Model,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub name, or a .gguf file.")],
     adapter: Annotated[Path, typer.Option(help="The adapter directory.")],
     text: Annotated[Path, typer.Option(help="A text to evaluate on.")],
     window: Annotated[int, typer.Option(help="Tokens per window; its first half is the prompt.")] = 256,
@@ -62,9 +61,9 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
 ) -> None:
     """Print perplexities after a dense prompt, and after a masked one."""
-    loaded, given = load(model, "float32"), read_adapter(adapter)
-    ids = leading_windows(loaded.tokenizer, read_text(text), window, window * windows)
-    rows = measure(loaded.model, given, ids)
+    given, tokenizer, loaded = read_adapter(adapter), load_tokenizer(model), load_model(model, "float32")
+    ids = leading_windows(tokenizer, read_text(text), window, window * windows)
+    rows = measure(loaded, given, ids)
     print(f"{len(ids)} windows of {window} tokens of {text.name}, float32; dense {rows['dense']:.2f}\n")
     print("| prompt | SPON | TEAL (same masks, no alpha) |\n| --- | ---: | ---: |")
     for prompt, row in rows["prompts"].items():

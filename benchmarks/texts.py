@@ -21,9 +21,9 @@ from typing import Annotated
 import torch
 import typer
 
-from spon_cli.sources import text_sources
 from spon_plugin.calibration.text import offline_text
 from spon_transformers.loading import load_model, load_tokenizer
+from spon_transformers.text_sources import text_sources
 
 
 def main(

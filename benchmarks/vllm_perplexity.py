@@ -20,11 +20,10 @@ from typing import Annotated, Any
 import typer
 from torch import Tensor
 
-from spon_cli import options
-from spon_cli.calibrate import load
 from spon_plugin import Adapter, read_adapter, sparse_inputs, write_adapter
 from spon_plugin.calibration.text import leading_windows, read_text
 from spon_plugin.studies.evaluation import perplexity
+from spon_transformers.loading import load_model, load_tokenizer
 
 
 def vllm_perplexity(llm: Any, windows: Tensor) -> float:
@@ -74,19 +73,19 @@ def served(model: str, adapter: Path | None, windows: Tensor) -> float:
 
 
 def main(
-    model: options.Model,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub name, or a .gguf file.")],
     adapter: Annotated[Path, typer.Option(help="The adapter directory.")],
     text: Annotated[Path, typer.Option(help="A text to evaluate on.")],
-    window: options.Window = 512,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens to evaluate on, from the start of the text.")] = 16384,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
 ) -> None:
     """Print perplexities of dense, TEAL and SPON in PyTorch and in vLLM."""
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    loaded, given = load(model, "float32"), read_adapter(adapter)
-    windows = leading_windows(loaded.tokenizer, read_text(text), window, max_tokens)
-    rows = references(loaded.model, given, windows)
+    given, tokenizer, loaded = read_adapter(adapter), load_tokenizer(model), load_model(model, "float32")
+    windows = leading_windows(tokenizer, read_text(text), window, max_tokens)
+    rows = references(loaded, given, windows)
     del loaded
     with tempfile.TemporaryDirectory() as temporary:
         write_adapter(given.without_alpha(), Path(temporary) / "teal")

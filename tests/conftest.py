@@ -34,8 +34,8 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct in bfloat16, as a transformers directory."""
-    from spon_cli.smollm2 import smollm2_gguf
     from spon_transformers.loading import load_model, load_tokenizer
+    from spon_transformers.smollm2 import smollm2_gguf
 
     path = tmp_path_factory.mktemp("models") / "smollm2"
     gguf = str(smollm2_gguf())

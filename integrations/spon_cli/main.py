@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `spon` command: one sub-command per file of this package."""
+"""The `spon` command: its sub-commands are in `commands/`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import sys
 
 import typer
 
-from spon_cli.ablate import ablate_command
-from spon_cli.analyze import analyze_command
-from spon_cli.calibrate import calibrate_command
-from spon_cli.compare import compare_command
-from spon_cli.evaluate import eval_command
-from spon_cli.inspect import inspect_command
-from spon_cli.merge import merge_command
+from spon_cli.commands.ablate import ablate_command
+from spon_cli.commands.analyze import analyze_command
+from spon_cli.commands.calibrate import calibrate_command
+from spon_cli.commands.compare import compare_command
+from spon_cli.commands.evaluate import eval_command
+from spon_cli.commands.inspection import inspect_command
+from spon_cli.commands.merge import merge_command
+from spon_cli.commands.quickstart import quickstart_command
+from spon_cli.commands.report import report_command
+from spon_cli.commands.train import train_command
 from spon_cli.output import err
-from spon_cli.quickstart import quickstart_command
-from spon_cli.report import report_command
-from spon_cli.train import train_command
 from spon_plugin import SponError, __version__
 
 WRONG_INPUT, FAILED = 2, 1

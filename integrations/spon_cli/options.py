@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -56,3 +57,9 @@ def split_numbers(field: str, value: str) -> list[float]:
         return [float(part) for part in split_names(value) or []]
     except ValueError:
         raise SponError.of(field, value, "comma-separated numbers, as 0.4,0.5") from None
+
+
+def check_choice(field: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise `SponError` unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise SponError.of(field, value, "one of " + ", ".join(allowed))

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spon_cli.study_plots import COLORS, figure
+from spon_cli.plots import COLORS, figure
 from spon_plugin import Adapter, SponError, find_sites, read_adapter, write_adapter
 from spon_plugin.progress import Progress
 from spon_plugin.studies.ablation import Ablation, Trial

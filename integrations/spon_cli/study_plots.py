@@ -3,34 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spon_cli.plots import COLORS, figure
 from spon_plugin.studies.ablation import DENSE
 from spon_plugin.studies.plan import Point, Study
 from spon_plugin.studies.plan_tables import Rows, recovered
 
 _LEVEL_LABELS = 6
-COLORS = {"dense": "0.5", "TEAL": "tab:orange", "SPON": "tab:blue"}
-
-
-@contextmanager
-def figure(file: Path, panels: int = 1, width: float = 6.5, height: float = 4.5) -> Iterator[list[Any]]:
-    """Yield axes side by side, and save the figure when the block ends."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawn, axes = plt.subplots(1, panels, figsize=(width * panels, height), layout="constrained", squeeze=False)
-    try:
-        yield list(axes[0])
-        # No date and no version in the file, so that the same command gives the same bytes.
-        drawn.savefig(file, dpi=120, metadata={"Software": None})
-    finally:
-        plt.close(drawn)
 
 
 def plot_study(study: Study, rows: Rows, file: Path) -> None:

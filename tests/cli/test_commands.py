@@ -101,7 +101,7 @@ def test_train_lowers_the_loss_and_keeps_the_thresholds(spon, tiny_model_dir, te
 
 
 def test_an_interrupted_training_resumes_to_the_same_bytes(spon, trained, tiny_model_dir, text, tmp_path, monkeypatch):
-    import spon_cli.train as train_module
+    import spon_cli.training as train_module
     from spon_peft import training
 
     def stopped(done: int, *_: object) -> None:
@@ -288,7 +288,7 @@ def test_merge_writes_a_checkpoint_with_the_adapter_in_it(spon, trained, tiny_mo
 
 
 def test_texts_of_one_name_are_told_apart_by_their_folders(tmp_path):
-    from spon_cli.sources import text_sources
+    from spon_transformers.text_sources import text_sources
 
     files = [tmp_path / "a" / "x" / "t.txt", tmp_path / "b" / "x" / "t.txt", tmp_path / "b" / "u.txt"]
     for file in files:
@@ -302,7 +302,7 @@ def test_texts_of_one_name_are_told_apart_by_their_folders(tmp_path):
 def test_a_dataset_is_read_by_name_configuration_and_split(monkeypatch):
     import datasets
 
-    from spon_cli.sources import text_sources
+    from spon_transformers.text_sources import text_sources
 
     asked = []
 
@@ -448,7 +448,7 @@ def test_an_adapter_for_another_model_is_refused(spon, trained, text, tmp_path):
 
 @pytest.mark.parametrize("command", ["calibrate", "train"])
 def test_a_full_disk_leaves_nothing(spon, tiny_model_dir, text, tmp_path, monkeypatch, command):
-    import spon_cli.train as train_module
+    import spon_cli.training as train_module
 
     def full(adapter, directory):
         (directory / "half").write_text("half")

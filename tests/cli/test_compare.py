@@ -6,7 +6,7 @@ from commands import run
 from test_commands import TEXT
 from tiny_models import make_byte_tokenizer, make_tiny_llama
 
-from spon_cli import compare
+from spon_cli.commands import compare
 
 SMALL = ["--windows", "4", "--window", "64", "--max-tokens", "256", "--calibration-tokens", "512"]
 

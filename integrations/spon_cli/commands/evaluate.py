@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from spon_cli import options
-from spon_cli.calibrate import check_choice, load
-from spon_cli.output import percent, progress_bars, show_json, show_table
-from spon_cli.sources import TextSource, text_sources
+from spon_cli.evaluation_tables import against, as_json, show_baselines, show_evaluations
+from spon_cli.loading import load
+from spon_cli.output import progress_bars, show_json
 from spon_plugin import read_adapter
 from spon_plugin.calibration.text import leading_windows
 from spon_plugin.decoder.sites import linear_inputs
-from spon_plugin.studies.evaluation import PROTOCOLS, Evaluation, evaluate, share_recovered
+from spon_plugin.studies.evaluation import PROTOCOLS, evaluate
 from spon_transformers.precision import QUANTIZED, check_precision
+from spon_transformers.text_sources import text_sources
 
 
 def eval_command(
@@ -50,9 +50,9 @@ def eval_command(
 
     [dim]spon eval ./model --adapter spon50 --precision int4 --text wiki.test.txt[/dim]
     """
-    check_choice("protocol", protocol, PROTOCOLS)
+    options.check_choice("protocol", protocol, PROTOCOLS)
     if precision is not None:
-        check_choice("precision", precision, QUANTIZED)
+        options.check_choice("precision", precision, QUANTIZED)
         check_precision(precision)
     loaded_adapter = read_adapter(adapter)
     yardstick = None if baseline is None else read_adapter(baseline).without_alpha()
@@ -84,64 +84,3 @@ def eval_command(
     show_evaluations(sources, results)
     if baselines:
         show_baselines(sources, results, baselines)
-
-
-def against(baseline: Evaluation, result: Evaluation) -> float | None:
-    """The share of the baseline's gap that an adapter closes, with its alphas where it has some."""
-    closed = result.perplexity.get("spon", result.perplexity["teal"])
-    return share_recovered(result.perplexity["dense"], baseline.perplexity["teal"], closed)
-
-
-def show_baselines(
-    sources: Sequence[TextSource], results: Sequence[Evaluation], baselines: Sequence[Evaluation]
-) -> None:
-    """Print one row per text: the yardstick, and the share of its gap that the adapter closes."""
-    rows = [
-        [
-            source.name,
-            other.perplexity["teal"],
-            percent(other.sparsity["achieved"]),
-            percent(result.sparsity["achieved"]),
-            percent(against(other, result)),
-        ]
-        for source, result, other in zip(sources, results, baselines, strict=True)
-    ]
-    show_table(
-        "Against the masks of the baseline",
-        ["text", "baseline", "its sparsity", "the adapter's", "recovered of its gap"],
-        rows,
-    )
-
-
-def as_json(source: TextSource, result: Evaluation) -> dict[str, Any]:
-    """One text's measurement as a JSON object."""
-    return {
-        "text": source.name,
-        "perplexity": result.perplexity,
-        "recovered": result.recovered,
-        "sparsity": result.sparsity,
-        "protocol": result.protocol,
-        "window": result.window,
-        "tokens": result.tokens,
-    }
-
-
-def show_evaluations(sources: Sequence[TextSource], results: Sequence[Evaluation]) -> None:
-    """Print one row per text."""
-    rows = [
-        [
-            source.name,
-            *(result.perplexity.get(variant) for variant in ("dense", "teal", "spon")),
-            percent(result.recovered),
-            percent(result.sparsity["achieved"]),
-            str(result.tokens),
-        ]
-        for source, result in zip(sources, results, strict=True)
-    ]
-    first = results[0]
-    show_table(
-        f"Perplexity, windows of {first.window} tokens, {first.protocol}, target {percent(first.sparsity['target'])}",
-        ["text", "dense", "TEAL", "SPON", "recovered", "achieved sparsity", "tokens"],
-        rows,
-        caption="recovered = (TEAL - SPON) / (TEAL - dense)",
-    )

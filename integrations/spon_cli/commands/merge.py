@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from spon_cli import options
-from spon_cli.calibrate import base_of, summary
+from spon_cli.adapter_summary import summary
+from spon_cli.loading import base_of
 from spon_cli.output import note, progress_bars, show_json
 from spon_plugin import read_adapter
 from spon_plugin.decoder.sites import linear_inputs

@@ -3,40 +3,28 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from spon_cli import options
-from spon_cli.calibrate import (
-    HELD_OUT_WINDOWS,
-    Loaded,
-    Settings,
-    base_of,
-    calibrated,
-    check_choice,
-    load,
-    show_sparsity,
-    split_held_out,
-    summary,
-)
-from spon_cli.output import Bar, note, progress_bars, show_json
-from spon_cli.sources import TextSource, text_sources
+from spon_cli.adapter_summary import show_sparsity, summary
+from spon_cli.calibration import Settings, calibrated
+from spon_cli.loading import Loaded, base_of, load
+from spon_cli.output import note, progress_bars, show_json
+from spon_cli.training import save, train, work_directory
 from spon_plugin import Adapter, SponError, read_adapter
 from spon_plugin.adapter.config import ALLOCATIONS, carries_alpha
-from spon_plugin.adapter.directory import is_adapter, save_adapter_files
-from spon_plugin.calibration.text import mixed_windows
+from spon_plugin.adapter.directory import is_adapter
 from spon_plugin.decoder.sites import linear_inputs
-from spon_plugin.files import check_new, new_directory
+from spon_plugin.files import check_new
 from spon_plugin.masking import check_sparsity
-from spon_plugin.sparsifiers.calibrate import settle
-from spon_plugin.training.recipe import PRESETS, Recipe, preset
+from spon_plugin.training.recipe import PRESETS, preset
+from spon_transformers.text_sources import text_sources
 
 _OF_THE_PRESET = "the preset's"
 
@@ -100,7 +88,7 @@ def train_command(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
     )
-    check_choice("allocation", allocation or "uniform", ALLOCATIONS)
+    options.check_choice("allocation", allocation or "uniform", ALLOCATIONS)
     targets = options.split_names(target_modules)
     carriers = "all" if alpha_modules == "all" else options.split_names(alpha_modules)
     start = read_adapter(model) if is_adapter(model) else None
@@ -159,80 +147,6 @@ def _check_continued(
 
 def _unordered(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) else value
-
-
-def work_directory(output: Path, resume: bool) -> Path:
-    """Where checkpoints are kept while training: beside the output, so an interrupted run leaves no half adapter.
-
-    Raises:
-        SponError: there are checkpoints of an earlier run and `resume` is False, or none and it is True.
-    """
-    work = output.with_name(output.name + ".training")
-    if resume and not work.is_dir():
-        raise SponError.of("--resume", str(work), "the directory of an interrupted run", "Start without --resume.")
-    if not resume and work.exists():
-        raise SponError.of(
-            "output", str(work), "no checkpoints of an earlier run", "Add --resume to go on, or remove the directory."
-        )
-    return work
-
-
-def train(
-    loaded: Loaded,
-    adapter: Adapter,
-    sources: Sequence[TextSource],
-    recipe: Recipe,
-    work: Path,
-    seed: int,
-    gradient_checkpointing: bool,
-    stage: Callable[[str], Bar],
-) -> tuple[Adapter, list[dict[str, float]]]:
-    """Train `adapter` on an even mix of the texts and note the recipe in its `calibration` field."""
-    from spon_peft.training import train_adapter
-
-    texts = [source.text for source in sources]
-    rows = mixed_windows(loaded.tokenizer, texts, recipe.window, recipe.windows + HELD_OUT_WINDOWS, seed)
-    windows, held_out = split_held_out(rows)
-    actual = replace(recipe, windows=len(windows))
-    adapter, losses = train_adapter(
-        loaded.model, adapter, windows, actual, work, seed, gradient_checkpointing, progress=stage("Training")
-    )
-    stage("Measuring the sparsity")
-    adapter = settle(loaded.model, adapter, windows, held_out)
-    training = {**actual.as_dict(), "text": [s.name for s in sources], "seed": seed, "tokens": int(windows.numel())}
-    adapter.fields.calibration = {**adapter.fields.calibration, "training": training}
-    return adapter, losses
-
-
-def save(adapter: Adapter, losses: Sequence[dict[str, float]], output: Path) -> None:
-    """Write the adapter with its loss curve, whole or not at all."""
-    adapter.check()
-    with new_directory(output) as directory:
-        save_adapter_files(adapter, directory)
-        with (directory / "loss.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(losses[0]))
-            writer.writeheader()
-            writer.writerows(losses)
-        _plot(losses, directory / "loss.png")
-
-
-def _plot(losses: Sequence[dict[str, float]], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    steps, values = [row["step"] for row in losses], [row["loss"] for row in losses]
-    axes.plot(steps, values, color="0.75", linewidth=1, label="step")
-    width = max(1, len(values) // 20)
-    smooth = [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
-    axes.plot(steps, smooth, color="tab:blue", label=f"mean of {width} steps")
-    axes.set(xlabel="step", ylabel="KL(dense || sparse), nats per token", ylim=(0, None))
-    axes.legend()
-    # No date and no version in the file, so that the same command gives the same bytes.
-    figure.savefig(file, dpi=120, metadata={"Software": None})
-    plt.close(figure)
 
 
 def _with_alphas(start: Adapter, loaded: Loaded, alpha_modules: str | list[str]) -> Adapter:

@@ -10,17 +10,19 @@ from typing import Annotated
 import typer
 
 from spon_cli import options
-from spon_cli.calibrate import Settings, calibrated, load, summary
-from spon_cli.evaluate import as_json, show_evaluations
+from spon_cli.adapter_summary import summary
+from spon_cli.calibration import Settings, calibrated
+from spon_cli.evaluation_tables import as_json, show_evaluations
+from spon_cli.loading import load
 from spon_cli.output import note, out, progress_bars, show_json
-from spon_cli.smollm2 import smollm2_gguf
-from spon_cli.sources import text_sources
-from spon_cli.train import save, train
+from spon_cli.training import save, train
 from spon_plugin.calibration.text import leading_windows
 from spon_plugin.files import check_new, new_directory
 from spon_plugin.masking import check_sparsity
 from spon_plugin.studies.evaluation import evaluate
 from spon_plugin.training.recipe import preset
+from spon_transformers.smollm2 import smollm2_gguf
+from spon_transformers.text_sources import text_sources
 
 
 def quickstart_command(

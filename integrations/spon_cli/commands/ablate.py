@@ -11,9 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from spon_cli import options, precision
-from spon_cli.calibrate import check_choice, load
+from spon_cli.loading import load
 from spon_cli.output import note, row_bars, show_json, show_table
-from spon_cli.sources import TextSource, text_sources
 from spon_cli.study_plots import plot_study
 from spon_plugin import Adapter, SponError, read_adapter
 from spon_plugin.calibration.text import leading_windows, mixed_windows, windows_digest
@@ -28,6 +27,7 @@ from spon_plugin.studies.plan_tables import cells, columns, markdown, records
 from spon_plugin.studies.rows import RowStore, weights_digest
 from spon_plugin.studies.tables import csv_text, number
 from spon_plugin.training.recipe import Recipe
+from spon_transformers.text_sources import TextSource, text_sources
 
 PRECISION = "precision"
 NAMES = (*STUDIES, PRECISION)
@@ -80,8 +80,8 @@ def ablate_command(
     if not names:
         raise SponError.of("study", study, "one of " + ", ".join(NAMES))
     for name in names:
-        check_choice("study", name, NAMES)
-    check_choice("protocol", protocol, PROTOCOLS)
+        options.check_choice("study", name, NAMES)
+    options.check_choice("protocol", protocol, PROTOCOLS)
     check_sparsity(sparsity)
     get_sparsifier(method)
     recipe = BASE.with_changes(windows=windows, learning_rate=learning_rate)

@@ -11,6 +11,7 @@ import typer
 
 from spon_cli import options
 from spon_cli.output import note, percent, show_json, show_table
+from spon_cli.plots import COLORS, figure
 from spon_cli.results import DENSE, METRICS, Run, Score, read_runs, relative
 
 TABLE, PLOT = "table.md", "plot.png"
@@ -108,11 +109,6 @@ def markdown(runs: Sequence[Run], dense: Run | None) -> str:
 
 def plot(runs: Sequence[Run], dense: Run | None, file: Path) -> None:
     """Bars per task: scores relative to the dense model, or as they are if there is no dense row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     bars: dict[str, dict[str, tuple[float, float | None]]] = {
         run.label: relative(run, dense)
         if dense is not None
@@ -121,29 +117,25 @@ def plot(runs: Sequence[Run], dense: Run | None, file: Path) -> None:
     }
     tasks = [task for task in tasks_of(runs) if any(task in shares for shares in bars.values())]
     width = 0.8 / len(runs)
-    figure, axes = plt.subplots(figsize=(max(5.0, 1.5 * len(tasks) + 2), 4), layout="constrained")
-    for index, run in enumerate(runs):
-        shown = [(place, *bars[run.label][task]) for place, task in enumerate(tasks) if task in bars[run.label]]
-        axes.bar(
-            [place + (index - (len(runs) - 1) / 2) * width for place, _, _ in shown],
-            [value for _, value, _ in shown],
-            width,
-            yerr=[stderr or 0.0 for _, _, stderr in shown],
-            label=run.label,
-            **_style(run.label, index),
-        )
-    if dense is not None:
-        axes.axhline(1.0, color="0.4", linewidth=0.8, linestyle=":")
-    axes.set_xticks(range(len(tasks)), [f"{task}\n{heading(runs, task)}" for task in tasks], fontsize=8)
-    axes.set(ylabel="score relative to dense" if dense is not None else "score", ylim=(0, None))
-    axes.legend(ncols=len(runs), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    # No date and no version in the file, so that the same command gives the same bytes.
-    figure.savefig(file, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    with figure(file, width=max(5.0, 1.5 * len(tasks) + 2), height=4) as (axes,):
+        for index, run in enumerate(runs):
+            shown = [(place, *bars[run.label][task]) for place, task in enumerate(tasks) if task in bars[run.label]]
+            axes.bar(
+                [place + (index - (len(runs) - 1) / 2) * width for place, _, _ in shown],
+                [value for _, value, _ in shown],
+                width,
+                yerr=[stderr or 0.0 for _, _, stderr in shown],
+                label=run.label,
+                **_style(run.label, index),
+            )
+        if dense is not None:
+            axes.axhline(1.0, color="0.4", linewidth=0.8, linestyle=":")
+        axes.set_xticks(range(len(tasks)), [f"{task}\n{heading(runs, task)}" for task in tasks], fontsize=8)
+        axes.set(ylabel="score relative to dense" if dense is not None else "score", ylim=(0, None))
+        axes.legend(ncols=len(runs), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 
 
 def _style(label: str, index: int) -> dict[str, Any]:
-    colors = {"dense": "0.75", "TEAL": "tab:orange", "SPON": "tab:blue"}
     first = label.split()[0]
     hatch = "//" if ", decode" in label else None
-    return {"color": colors.get(first, f"C{index}"), "hatch": hatch, "edgecolor": "white", "error_kw": {"linewidth": 1}}
+    return {"color": COLORS.get(first, f"C{index}"), "hatch": hatch, "edgecolor": "white", "error_kw": {"linewidth": 1}}

@@ -14,9 +14,8 @@ import typer
 from torch import Tensor
 
 from spon_cli import options
-from spon_cli.calibrate import Loaded, load
+from spon_cli.loading import Loaded, load
 from spon_cli.output import note, progress_bars, show_json, show_table
-from spon_cli.sources import text_sources
 from spon_cli.study_plots import plot_points, plot_shift
 from spon_plugin import Adapter, SponError, read_adapter, sparse_inputs
 from spon_plugin.calibration.text import mixed_windows, read_text, token_ids
@@ -35,6 +34,7 @@ from spon_plugin.studies.hidden_shift import (
     relative_distance,
 )
 from spon_plugin.studies.tables import csv_text, markdown_table
+from spon_transformers.text_sources import text_sources
 
 SHIFT = ("variant", "block", "distance", "cka")
 NOTES = (

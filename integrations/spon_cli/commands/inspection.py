@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from spon_cli import options
-from spon_cli.calibrate import summary
+from spon_cli.adapter_summary import summary
 from spon_cli.output import out, percent, show_json, show_table
 from spon_plugin import Adapter, read_adapter
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from spon_cli import options
-from spon_cli.calibrate import check_choice, load
+from spon_cli.loading import load
 from spon_cli.output import note, row_bars, show_json, show_table
-from spon_cli.sources import text_sources
+from spon_cli.plots import figure
 from spon_plugin import SponError
 from spon_plugin.calibration.text import leading_windows, mixed_windows, windows_digest
 from spon_plugin.decoder.sites import target_names
@@ -25,6 +25,7 @@ from spon_plugin.studies.comparison_tables import SHARES, alpha_title, cells, ma
 from spon_plugin.studies.evaluation import PROTOCOLS
 from spon_plugin.studies.rows import SETTINGS, RowStore, weights_digest
 from spon_plugin.studies.tables import csv_text, number
+from spon_transformers.text_sources import text_sources
 
 DEFAULT_METHODS = [name for name in SPARSIFIERS if name != "teal-greedy"]
 CALIBRATION_TOKENS, MAX_TOKENS = 8192, 6144
@@ -75,7 +76,7 @@ def compare_command(
         options.split_numbers("sparsity", sparsity),
         options.split_names(alpha) or [],
     )
-    check_choice("protocol", protocol, PROTOCOLS)
+    options.check_choice("protocol", protocol, PROTOCOLS)
     if not output.is_dir():
         check_new(output)
     recipe = QUICK.with_changes(windows=windows, epochs=epochs, learning_rate=learning_rate)
@@ -157,44 +158,41 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
     Rows above `HIGHEST` are in the table only.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
     from matplotlib.ticker import ScalarFormatter
 
     dense = next(row for row in rows if row["method"] == DENSE)
     names = list(dense["texts"])
-    figure, panels = plt.subplots(1, len(names), figsize=(8 * len(names), 6), layout="constrained", squeeze=False)
     methods = list(dict.fromkeys(key.method for key, _ in by_key(rows)))
     alphas = [a for a in dict.fromkeys(key.alpha for key, _ in by_key(rows)) if a != MEAN]
     styles = {OFF: (":", "o"), **{a: ("-", "s^Dv"[i % 4]) for i, a in enumerate(x for x in alphas if x != OFF)}}
-    for axes, name in zip(panels[0], names, strict=True):
-        lowest = dense["texts"][name]["perplexity"]
-        if lowest is None:  # no scale without the dense model's
-            continue
-        for index, method in enumerate(methods):
-            for alpha in alphas:
-                points = sorted(
-                    (row["texts"][name]["saved"], row["texts"][name]["perplexity"])
-                    for key, row in by_key(rows)
-                    if (key.method, key.alpha) == (method, alpha)
-                    and (row["texts"][name]["perplexity"] or math.inf) < HIGHEST * lowest
-                )
-                if points:
-                    line, marker = styles[alpha]
-                    label = f"{get_sparsifier(method).title}, alpha {alpha_title(alpha)}"
-                    color = plt.get_cmap("tab20")(2 * index % 20 + (index >= 10))  # ten dark colours, then the light
-                    axes.plot(*zip(*points, strict=True), line, marker=marker, color=color, label=label, ms=4)
-        axes.axhline(lowest, color="0.6", linewidth=1, label="dense")
-        axes.set(title=name, xlabel="share of the linears' weight bytes not read", ylabel="perplexity", yscale="log")
-        # Static methods may be a hundred times worse than the others; they would press these into one line.
-        axes.set_ylim(0.97 * lowest, min(axes.get_ylim()[1], HIGHEST * lowest))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(ScalarFormatter())
-    figure.legend(*panels[0][-1].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    figure.savefig(file, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    with figure(file, len(names), width=8, height=6) as panels:
+        for axes, name in zip(panels, names, strict=True):
+            lowest = dense["texts"][name]["perplexity"]
+            if lowest is None:  # no scale without the dense model's
+                continue
+            for index, method in enumerate(methods):
+                for alpha in alphas:
+                    points = sorted(
+                        (row["texts"][name]["saved"], row["texts"][name]["perplexity"])
+                        for key, row in by_key(rows)
+                        if (key.method, key.alpha) == (method, alpha)
+                        and (row["texts"][name]["perplexity"] or math.inf) < HIGHEST * lowest
+                    )
+                    if points:
+                        line, marker = styles[alpha]
+                        label = f"{get_sparsifier(method).title}, alpha {alpha_title(alpha)}"
+                        color = colormaps["tab20"](2 * index % 20 + (index >= 10))  # ten dark colours, then the light
+                        axes.plot(*zip(*points, strict=True), line, marker=marker, color=color, label=label, ms=4)
+            axes.axhline(lowest, color="0.6", linewidth=1, label="dense")
+            axes.set(
+                title=name, xlabel="share of the linears' weight bytes not read", ylabel="perplexity", yscale="log"
+            )
+            # Static methods may be a hundred times worse than the others; they would press these into one line.
+            axes.set_ylim(0.97 * lowest, min(axes.get_ylim()[1], HIGHEST * lowest))
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(ScalarFormatter())
+        panels[0].figure.legend(*panels[-1].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
 
 
 def _line(row: dict[str, Any]) -> str:

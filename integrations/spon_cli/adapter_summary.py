@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter in a few figures: one JSON object, or a table of the sparsity it achieves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from spon_cli.output import percent, show_table
+from spon_plugin import Adapter
+from spon_plugin.adapter.config import SponFields
+
+
+def summary(adapter: Adapter) -> dict[str, Any]:
+    """An adapter in a few figures, for ``--json``."""
+    fields: SponFields = adapter.fields
+    return {
+        "base_model": adapter.base_model,
+        "digest": adapter.digest,
+        "allocation": fields.allocation,
+        "sparsity": {"target": fields.sparsity, "achieved": fields.calibration.get("achieved_sparsity")},
+        "linears": len(adapter.thresholds),
+        "per_channel": sum(threshold.numel() > 1 for threshold in adapter.thresholds.values()),
+        "centers": len(adapter.centers),
+        "alphas": len(adapter.alphas),
+        "tokens": fields.tokens,
+        "dense_prefix": fields.dense_prefix,
+    }
+
+
+def show_sparsity(adapter: Adapter) -> None:
+    """Print achieved sparsity per role: the lowest, mean and highest over the blocks."""
+    calibration = adapter.fields.calibration
+    roles: dict[str, list[tuple[float, list[str]]]] = {}
+    for name, site in calibration.get("sites", {}).items():
+        roles.setdefault(name.rpartition(".")[2], []).append((site["achieved_sparsity"], site["modules"]))
+    rows = []
+    for role, values in roles.items():
+        shares = [share for share, _ in values]
+        linears = ", ".join(path.rpartition(".")[2] for path in values[0][1])
+        rows.append([f"{role} ({linears})", *(percent(f(shares)) for f in (min, _mean, max))])
+    rows.append(["model, weighted", None, percent(calibration.get("achieved_sparsity")), None])
+    title = (
+        f"Achieved sparsity on held-out tokens, target {percent(adapter.fields.sparsity)} ({adapter.fields.allocation})"
+    )
+    show_table(title, ["site", "lowest block", "mean", "highest block"], rows)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
