@@ -25,9 +25,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 from benchmarks.sparse_linear import DTYPES, device_name
-from spon_plugin import Adapter, SparseLinear, read_adapter
+from spon_plugin import Mask, SparseLinear, read_adapter
 from spon_plugin.decoder.sites import find_sites
-from spon_plugin.layers.fold import fold_constant
+from spon_plugin.layers.fold import fold_alpha
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3-8b": {
@@ -44,26 +44,22 @@ TURN = 8
 Step = Callable[[], object]
 
 
-def sparse_copy(
-    model: nn.Module, thresholds: dict[str, torch.Tensor], centers: Mapping[str, torch.Tensor] | None = None
-) -> nn.Module:
-    """`model` with sparse layers at `thresholds`; embeddings, norms and the head are shared with it.
+def sparse_copy(model: nn.Module, masks: Mapping[str, Mask]) -> nn.Module:
+    """`model` with sparse layers under `masks`; embeddings, norms and the head are shared with it.
 
     Args:
         model: the dense model.
-        thresholds: by module path, float32 ``[1]`` or ``[in_features]``.
-        centers: float32 ``[in_features]`` of those that have one; ``W center`` is for `with_biases` to add.
+        masks: by module path; ``W (center + alpha)`` is for `with_biases` to add.
     """
     shared = {id(parameter): parameter for parameter in model.parameters()}
     sparse = copy.deepcopy(model, dict(shared))
-    for path, threshold in thresholds.items():
+    for path, mask in masks.items():
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         layer = SparseLinear(linear.in_features, linear.out_features, bias=False, device="meta")
         layer.weight, layer.bias = nn.Parameter(linear.weight.detach(), requires_grad=False), linear.bias
-        layer.spon_threshold = threshold.to(linear.weight.device)
-        if centers and path in centers:
-            layer.spon_center = centers[path].to(linear.weight.device)
+        own = mask.to(linear.weight.device)
+        layer.spon_threshold, layer.spon_center = own.threshold, own.center
         layer.arrange_for_kernels()
         sparse.set_submodule(path, layer)
     return sparse
@@ -80,8 +76,8 @@ def with_biases(sparse: nn.Module, biases: dict[str, torch.Tensor]) -> nn.Module
 
 
 @torch.no_grad()
-def quantile_thresholds(model: Any, sparsity: float, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """For each linear of `model` the `sparsity` quantile of its own inputs on `ids`, layers before it being masked."""
+def quantile_masks(model: Any, sparsity: float, ids: torch.Tensor) -> dict[str, Mask]:
+    """For each linear of `model` a mask at the `sparsity` quantile of its own inputs on `ids`, layers before masked."""
     paths = [path for site in find_sites(model) for path in site.modules]
     thresholds = {path: torch.zeros(1, device=ids.device) for path in paths}
 
@@ -98,16 +94,16 @@ def quantile_thresholds(model: Any, sparsity: float, ids: torch.Tensor) -> dict[
     model(ids)
     for handle in handles:
         handle.remove()
-    return thresholds
+    return {path: Mask(threshold) for path, threshold in thresholds.items()}
 
 
-def folded_biases(model: Any, adapter: Adapter, alphas: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Module path -> ``b + W (center + alpha)``, for the linears of an adapter that have a centre or an alpha."""
+def folded_biases(model: Any, masks: Mapping[str, Mask]) -> dict[str, torch.Tensor]:
+    """Module path -> ``b + W (center + alpha)``, for the linears that have a centre or an alpha."""
     biases = {}
-    for path in adapter.thresholds:
+    for path, mask in masks.items():
         linear = model.get_submodule(path)
-        folded = fold_constant(linear, alphas.get(path), adapter.centers.get(path))
-        if folded is not None:
+        if mask.constant is not None:
+            folded = fold_alpha(linear, mask.constant, path)
             biases[path] = folded if linear.bias is None else folded + linear.bias.float()
     return biases
 
@@ -198,13 +194,13 @@ def main() -> None:
     for sparsity in [None] if arguments.adapter else [float(value) for value in arguments.sparsity.split(",")]:
         if sparsity is None:
             adapter = read_adapter(arguments.adapter)
-            teal = sparse_copy(dense, adapter.thresholds, adapter.centers)
-            teal = with_biases(teal, folded_biases(dense, adapter, {}))
-            biases = folded_biases(dense, adapter, adapter.alphas)
+            teal = sparse_copy(dense, adapter.masks)
+            teal = with_biases(teal, folded_biases(dense, adapter.without_alpha().masks))
+            biases = folded_biases(dense, adapter.masks)
         else:
-            thresholds = quantile_thresholds(dense, sparsity, ids)
-            teal = sparse_copy(dense, thresholds)
-            biases = {path: 1e-3 * torch.randn(dense.get_submodule(path).out_features) for path in thresholds}
+            masks = quantile_masks(dense, sparsity, ids)
+            teal = sparse_copy(dense, masks)
+            biases = {path: 1e-3 * torch.randn(dense.get_submodule(path).out_features) for path in masks}
         seconds = measure({"dense": dense, "teal": teal, "spon": with_biases(teal, biases)}, ids, arguments.tokens)
         target = sparsity if sparsity is not None else read_adapter(arguments.adapter).fields.sparsity
         name = arguments.shape or Path(arguments.model).name

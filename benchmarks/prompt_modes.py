@@ -46,8 +46,8 @@ def measure(model: nn.Module, adapter: Adapter, windows: Tensor) -> dict[str, An
     rows: dict[str, Any] = {"dense": second_half(model, windows, 4), "prompts": {}}
     for prompt, positions in dense_positions.items():
         rows["prompts"][prompt] = {}
-        for name, extra in (("spon", adapter.alphas), ("teal", None)):
-            with sparse_inputs(model, adapter.thresholds, extra, positions, centers=adapter.centers):
+        for name, variant in (("spon", adapter), ("teal", adapter.without_alpha())):
+            with sparse_inputs(model, variant.masks, positions):
                 rows["prompts"][prompt][name] = second_half(model, windows, 4)
     return rows
 

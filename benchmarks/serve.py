@@ -36,9 +36,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from benchmarks.decode import PROMPT, SHAPES, quantile_thresholds
+from benchmarks.decode import PROMPT, SHAPES, quantile_masks
 from benchmarks.sparse_linear import DTYPES, device_name
 from spon_plugin import Adapter, SponFields, read_adapter, write_adapter
+from spon_plugin.adapter.mask import with_alphas
 
 START_SECONDS = 1800
 KEPT = ("completed", "total_input_tokens", "total_output_tokens", "median_ttft_ms", "median_tpot_ms", "mean_tpot_ms",
@@ -70,13 +71,13 @@ def write_random_model(folder: Path, shape: str, layers: int | None, sparsities:
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / "base")
     for sparsity in sparsities:
-        thresholds = {path: value.cpu() for path, value in quantile_thresholds(model, sparsity, ids).items()}
-        alphas = {path: 1e-3 * torch.randn(model.get_submodule(path).in_features) for path in thresholds}
+        masks = {path: mask.to("cpu") for path, mask in quantile_masks(model, sparsity, ids).items()}
+        alphas = {path: 1e-3 * torch.randn(model.get_submodule(path).in_features) for path in masks}
         peft = {
             "base_model_name_or_path": str(folder / "base"), "task_type": "CAUSAL_LM", "inference_mode": True,
-            "target_modules": sorted({path.rpartition(".")[2] for path in thresholds}),
+            "target_modules": sorted({path.rpartition(".")[2] for path in masks}),
         }  # fmt: skip
-        adapter = Adapter(SponFields(sparsity), thresholds, alphas, peft)
+        adapter = Adapter(SponFields(sparsity), with_alphas(masks, alphas), peft)
         write_adapter(adapter, folder / f"spon{round(100 * sparsity)}")
 
 

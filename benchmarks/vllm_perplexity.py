@@ -48,10 +48,10 @@ def references(model: Any, adapter: Adapter, windows: Tensor) -> dict[str, dict[
     """Perplexities in PyTorch: variant -> ``eval`` (`spon eval`'s) and ``all`` (every position masked)."""
     dense = perplexity(model, windows)
     rows = {"dense": {"eval": dense, "all": dense}}
-    for variant, alphas in (("teal", None), ("spon", adapter.alphas)):
+    for variant, masks in (("teal", adapter.without_alpha().masks), ("spon", adapter.masks)):
         rows[variant] = {}
         for name, prefix in (("eval", 1), ("all", 0)):
-            with sparse_inputs(model, adapter.thresholds, alphas, prefix, centers=adapter.centers):
+            with sparse_inputs(model, masks, prefix):
                 rows[variant][name] = perplexity(model, windows)
     return rows
 

@@ -3,6 +3,7 @@
 
 from spon_plugin.adapter.config import SponFields
 from spon_plugin.adapter.directory import Adapter, read_adapter, write_adapter
+from spon_plugin.adapter.mask import Mask
 from spon_plugin.decoder.sites import Site, find_sites
 from spon_plugin.decoder.sparse_inputs import SparsityCounter, sparse_inputs
 from spon_plugin.errors import SponError
@@ -14,6 +15,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "Adapter",
+    "Mask",
     "Site",
     "SparseConv1D",
     "SparseLinear",

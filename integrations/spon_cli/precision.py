@@ -155,7 +155,7 @@ def check_adapter(adapter: Adapter, inputs: Mapping[str, int], model: str, spars
         sparsity: the study's.
     """
     adapter.check_base(inputs, model)
-    if not adapter.alphas:
+    if not adapter.has_alpha:
         raise SponError.of("adapter", "one without alphas", "a trained one", "spon train it first.")
     if adapter.fields.sparsity != sparsity:
         raise SponError.of("sparsity", sparsity, f"{adapter.fields.sparsity}, the adapter's")

@@ -79,7 +79,7 @@ class SponArguments:
             adapter=adapter,
             tokens=fields.tokens if tokens is None else tokens,
             dense_prefix=fields.dense_prefix if dense_prefix is None else dense_prefix,
-            alpha=_SWITCH[alpha] and bool(adapter.alphas),
+            alpha=_SWITCH[alpha] and adapter.has_alpha,
         )
 
     def base_model(self) -> str:

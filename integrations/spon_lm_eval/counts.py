@@ -8,6 +8,7 @@ of its tokens are real; passes of which nobody says so, such as lm-eval's search
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_lm_eval.layers import SparseLayer, SparseModel
-from spon_plugin.decoder.sites import Site
+from spon_lm_eval.layers import SparseModel
 from spon_plugin.masking import keep_mask
 
 
@@ -66,18 +66,17 @@ class InputCounts:
     """
 
     def __init__(self, sparse: SparseModel) -> None:
-        self._groups = _groups(sparse.layers, sparse.sites)
+        self._sparse = sparse
+        self._groups = _groups(sparse)
         self._pass: _Pass | None = None
         self._ended: Tensor | None = None
-        self._in_features = {group.counted: group.in_features for group in self._groups}
-        layers = {layer.path: layer for layer in sparse.layers}
+        self._in_features = {group.counted: sparse.features(group.counted)[0] for group in self._groups}
         self._dropped: dict[str, Tensor] = {}
         self._seen = {group.counted: 0 for group in self._groups}
         self._tokens = [0, 0]
         sparse.inner.register_forward_pre_hook(self._begin, with_kwargs=True)
         for group in self._groups:
-            layer = layers[group.counted]
-            layer.module.register_forward_pre_hook(self._look(layer))
+            sparse.layers[group.counted].register_forward_pre_hook(self._look(group.counted))
 
     def scored(self, length: int) -> None:
         """The next row of the last pass begins with `length` real tokens; the rest of it is padding."""
@@ -146,15 +145,17 @@ class InputCounts:
             else:
                 self._pass.real = torch.ones_like(ids, dtype=torch.bool)
 
-    def _look(self, layer: SparseLayer) -> Any:
+    def _look(self, path: str) -> Any:
+        mask, tokens = self._sparse.masks[path], self._sparse.tokens
+
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             x, now = args[0], self._pass
             if now is None or x.shape[:-1].numel() != now.shape[0] * now.shape[1]:
                 return
-            kept = keep_mask(x, layer.threshold, layer.center).sum(-1, dtype=torch.int32)
-            now.dropped[layer.path] = (x.shape[-1] - kept).reshape(now.shape)
+            kept = keep_mask(x, mask.threshold, mask.center).sum(-1, dtype=torch.int32)
+            now.dropped[path] = (x.shape[-1] - kept).reshape(now.shape)
             if now.masked is None:
-                dense = None if layer.tokens is None else layer.tokens.rows(x)
+                dense = None if tokens is None else tokens.rows(x)
                 now.masked = torch.ones_like(kept, dtype=torch.bool) if dense is None else ~dense
                 now.masked = now.masked.reshape(now.shape)
 
@@ -186,17 +187,16 @@ class _Group:
 
     site: str
     counted: str
-    in_features: int
     weights: int
 
 
-def _groups(layers: Sequence[SparseLayer], sites: Sequence[Site]) -> list[_Group]:
-    site_of = {path: site.name for site in sites for path in site.modules}
-    members: dict[tuple[str, bytes], list[SparseLayer]] = {}
-    for layer in layers:
-        mask = [tensor.cpu().numpy().tobytes() for tensor in (layer.threshold, layer.center) if tensor is not None]
-        members.setdefault((site_of.get(layer.path, layer.path), b"".join(mask)), []).append(layer)
+def _groups(sparse: SparseModel) -> list[_Group]:
+    site_of = {path: site.name for site in sparse.sites for path in site.modules}
+    members: dict[tuple[str, bytes], list[str]] = {}
+    for path, mask in sparse.masks.items():
+        values = b"".join(tensor.cpu().numpy().tobytes() for tensor in mask.without_alpha().tensors().values())
+        members.setdefault((site_of.get(path, path), values), []).append(path)
     return [
-        _Group(site, group[0].path, group[0].in_features, sum(layer.weights for layer in group))
-        for (site, _), group in members.items()
+        _Group(site, paths[0], sum(math.prod(sparse.features(path)) for path in paths))
+        for (site, _), paths in members.items()
     ]

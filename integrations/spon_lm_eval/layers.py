@@ -6,37 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from spon_lm_eval.arguments import SponArguments
+from spon_plugin.adapter.mask import Mask
 from spon_plugin.decoder.sites import Site, find_sites
 from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
 from spon_plugin.layers.kinds import linear_features
 from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
-
-
-@dataclass(frozen=True)
-class SparseLayer:
-    """One sparsified linear of the evaluated model.
-
-    Attributes:
-        path: of the linear in the base model.
-        module: the layer whose input is masked.
-        threshold: float32 ``[1]`` or ``[in_features]``.
-        center: float32 ``[in_features]``; None for 0.
-        tokens: which tokens of a pass are dense; None where every token is masked.
-        in_features: length of its input.
-        weights: number of its weights.
-    """
-
-    path: str
-    module: nn.Module
-    threshold: Tensor
-    center: Tensor | None
-    tokens: DenseTokens | None
-    in_features: int
-    weights: int
 
 
 @dataclass(frozen=True)
@@ -46,14 +24,23 @@ class SparseModel:
     Attributes:
         model: what to call: the merged model, or a `PeftModel` around a quantized one.
         inner: the transformers model inside it, which every forward pass goes through.
-        layers: its sparsified linears.
+        layers: module path in the base model -> the layer whose input is masked.
+        masks: module path -> its mask; alphas are in the biases.
+        tokens: which tokens of a pass are dense; None where every token is masked.
         sites: the input sites of the base model; empty if they could not be found.
     """
 
     model: Any
     inner: nn.Module
-    layers: list[SparseLayer]
+    layers: dict[str, Any]
+    masks: dict[str, Mask]
+    tokens: DenseTokens | None
     sites: list[Site]
+
+    def features(self, path: str) -> tuple[int, int]:
+        """``(in_features, out_features)`` of a layer."""
+        layer = self.layers[path]
+        return (layer.in_features, layer.out_features) if hasattr(layer, "base_layer") else linear_features(layer)
 
 
 def with_adapter(base: Any, arguments: SponArguments) -> SparseModel:
@@ -87,28 +74,13 @@ def with_adapter(base: Any, arguments: SponArguments) -> SparseModel:
     if any(layer.quantization_backend is not None for layer in layers.values()):
         model.merge_adapter()
         inner = model.get_base_model()
-        found = [
-            SparseLayer(
-                path,
-                layer,  # type: ignore[arg-type]
-                layer.spon_threshold[name],
-                dict(layer.spon_center.items()).get(name),
-                layer.spon_tokens.get(name),
-                layer.in_features,
-                layer.in_features * layer.out_features,
-            )
-            for path, layer in layers.items()
-        ]
-        return SparseModel(model, inner, found, sites)
+        masks = {path: layer.mask_of(name).without_alpha() for path, layer in layers.items()}
+        tokens = next(iter(layers.values())).spon_tokens.get(name)
+        return SparseModel(model, inner, dict(layers), masks, tokens, sites)
     merged: Any = model.merge_and_unload()
-    found = []
-    for path in layers:
-        module = merged.get_submodule(path)
-        in_features, out_features = linear_features(module)
-        weights = in_features * out_features
-        mask = module.spon_threshold, module.spon_center
-        found.append(SparseLayer(path, module, *mask, module.tokens, in_features, weights))
-    return SparseModel(merged, merged, found, sites)
+    plain = {path: merged.get_submodule(path) for path in layers}
+    masks = {path: Mask(layer.spon_threshold, layer.spon_center) for path, layer in plain.items()}
+    return SparseModel(merged, merged, plain, masks, next(iter(plain.values())).tokens, sites)
 
 
 def kernel_of(layer: nn.Module) -> str:

@@ -144,7 +144,7 @@ class SponHFLM(HFLM):
         """
         assert self._sparse is not None
         arguments = self._arguments
-        kernels = sorted({kernel_of(layer.module) for layer in self._sparse.layers})
+        kernels = sorted({kernel_of(layer) for layer in self._sparse.layers.values()})
         return {
             **super().get_model_info(),
             "spon": {

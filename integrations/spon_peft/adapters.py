@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from spon_peft.layer import SponLayer
 from spon_plugin.adapter.config import CENTER_MODULES, CHANNEL_MODULES, SponFields
 from spon_plugin.adapter.directory import (
-    ALPHA,
-    CENTER,
     KEY_PREFIX,
     PEFT_TYPE,
-    THRESHOLD,
     WEIGHTS_NAME,
     Adapter,
+    masks_of,
     read_adapter,
     read_config,
 )
@@ -46,9 +44,8 @@ def check_directory(config: SponConfig, path: str | os.PathLike[str], subfolder:
         read_config(directory)
         return
     adapter = read_adapter(directory)
-    tensors = (adapter.thresholds, adapter.alphas, adapter.centers)
-    thresholds, alphas, centers = ({module: t.to("meta") for module, t in each.items()} for each in tensors)
-    config.__dict__["_read_from"] = Adapter(adapter.fields, thresholds, alphas, adapter.peft, centers)
+    shapes = {module: mask.to("meta") for module, mask in adapter.masks.items()}
+    config.__dict__["_read_from"] = Adapter(adapter.fields, shapes, adapter.peft)
 
 
 def check_injected(config: SponConfig, model: nn.Module, adapter_name: str) -> None:
@@ -74,12 +71,7 @@ def check_tensors(config: SponConfig, tensors: Mapping[str, Tensor], model: nn.M
     Raises:
         SponError: a tensor is missing, extra, of a wrong shape or dtype, not finite, or a negative threshold.
     """
-    found: dict[str, dict[str, Tensor]] = {ALPHA: {}, THRESHOLD: {}, CENTER: {}}
-    for key, tensor in tensors.items():
-        module, _, kind = key.removeprefix(KEY_PREFIX).rpartition(".")
-        if kind in found:
-            found[kind][module] = tensor
-    adapter = Adapter(_fields(config), found[THRESHOLD], found[ALPHA], _peft_fields(config), found[CENTER])
+    adapter = Adapter(_fields(config), masks_of(tensors), _peft_fields(config))
     adapter.check()
     adapter.check_announced({name: getattr(config, name) for name in (CHANNEL_MODULES, CENTER_MODULES)})
     _check_layers(adapter, model, adapter_name)
@@ -102,15 +94,10 @@ def collect_adapter(model: nn.Module, adapter_name: str = "default") -> Adapter:
     layers = injected_layers(model, adapter_name)
     if config is None or config.peft_type != PEFT_TYPE or not layers:
         raise SponError.of("adapter_name", adapter_name, "the name of a SPON adapter in the model")
-    thresholds, alphas, centers = (
-        {
-            path: getattr(layer, kind)[adapter_name].detach().cpu().clone()
-            for path, layer in layers.items()
-            if adapter_name in getattr(layer, kind)
-        }
-        for kind in (THRESHOLD, ALPHA, CENTER)
-    )
-    return Adapter(_fields(config), thresholds, alphas, _peft_fields(config), centers)
+    masks = {
+        path: layer.mask_of(adapter_name).map(lambda t: t.detach().cpu().clone()) for path, layer in layers.items()
+    }
+    return Adapter(_fields(config), masks, _peft_fields(config))
 
 
 def injected_layers(model: nn.Module, adapter_name: str) -> dict[str, SponLayer]:
@@ -126,12 +113,12 @@ def _check_layers(adapter: Adapter, model: nn.Module, adapter_name: str) -> None
     layers = injected_layers(model, adapter_name)
     base = getattr(model, "name_or_path", "") or "this model"
     adapter.check_base({path: layer.in_features for path, layer in layers.items()}, base)
-    extra = [path for path in layers if path not in adapter.thresholds]
+    extra = [path for path in layers if path not in adapter.masks]
     if extra:
         raise SponError.of(
             "target_modules",
             f"{len(extra)} layers such as {extra[0]} in {base}",
-            f"the {len(adapter.thresholds)} layers that the adapter has tensors for",
+            f"the {len(adapter.masks)} layers that the adapter has tensors for",
             f"The adapter was made for {adapter.base_model!r}; load that model.",
         )
 

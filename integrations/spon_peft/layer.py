@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from spon_peft.config import SponConfig
 from spon_peft.tokens import AdapterTokens
 from spon_plugin.adapter.config import carries_alpha, names_module
+from spon_plugin.adapter.mask import Mask
 from spon_plugin.errors import SponError
-from spon_plugin.layers.fold import add_alpha, weight_product
+from spon_plugin.layers.fold import weight_product
 from spon_plugin.layers.kinds import is_conv1d, is_linear, linear_features
 from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
 from spon_plugin.masking import choose_rows, sparse_deviation
@@ -82,6 +83,11 @@ class SponLayer(BaseTunerLayer):
                 nn.init.normal_(self.spon_center[adapter_name], std=0.2)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def mask_of(self, adapter_name: str) -> Mask:
+        """What an adapter has here: the tensors themselves, alpha as the parameter that is trained."""
+        center, alpha = _get(self.spon_center, adapter_name), _get(self.spon_alpha, adapter_name)
+        return Mask(self.spon_threshold[adapter_name], center, alpha)
 
     def follow(self, adapter_name: str, tokens: AdapterTokens) -> None:
         """Have `tokens` say which tokens are dense for the adapter."""
@@ -197,7 +203,7 @@ class SponLinear(nn.Module, SponLayer):
 
     def _constant(self, name: str, dtype: torch.dtype) -> Tensor | None:
         """``W (center + alpha)``, ``[out_features]``, differentiable in alpha; None where there is neither."""
-        total = add_alpha(_get(self.spon_center, name), _get(self.spon_alpha, name))
+        total = self.mask_of(name).constant
         return None if total is None else weight_product(self.get_base_layer(), total, dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -108,7 +108,7 @@ def train_adapter(
             losses.append({key: float(row[key]) for key in ("step", "loss", "grad_norm") if key in row})
     trained = collect_adapter(wrapped)
     wrapped.unload()
-    return replace(adapter, alphas=trained.alphas), losses
+    return replace(adapter, masks=trained.masks), losses
 
 
 def _check_plan(work: Path, plan: dict[str, Any]) -> None:

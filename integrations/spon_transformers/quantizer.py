@@ -18,7 +18,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spon_plugin.adapter.config import CENTER_MODULES, FORMAT_VERSION, SponFields, short_names
-from spon_plugin.adapter.directory import CENTER, THRESHOLD, Adapter
+from spon_plugin.adapter.directory import Adapter
+from spon_plugin.adapter.mask import CENTER, THRESHOLD
 from spon_plugin.adapter.merged import (
     FIELD,
     centered_modules,

@@ -31,7 +31,7 @@ def check_fit(settings: Settings, hf_config: Any, model: str) -> None:
     centers: Mapping[str, Tensor] = dict.fromkeys(settings.centered, torch.empty(0))
     if settings.adapter is not None:
         adapter = read_adapter(settings.adapter)
-        centers = adapter.centers
+        centers = {path: mask.center for path, mask in adapter.masks.items() if mask.center is not None}
         if linears is not None:
             adapter.check_base(linears, model)
     elif linears is not None:
@@ -54,6 +54,8 @@ def check_centers(centers: Mapping[str, Tensor | None], fused: str) -> None:
     Raises:
         SponError: some have one and others none, or they differ.
     """
+    if not centers:
+        return
     (first, center), *others = centers.items()
     for path, other in others:
         if (other is None) != (center is None):

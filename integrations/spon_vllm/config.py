@@ -14,10 +14,12 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_qu
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from spon_plugin.adapter.directory import read_adapter
+from spon_plugin.adapter.mask import Mask
+from spon_plugin.adapter.merged import Announced
 from spon_plugin.decoder.sites import is_expert
 from spon_vllm import QUANT_METHOD
 from spon_vllm.checks import check_centers, check_fit, check_shards
-from spon_vllm.linear import Masks, SponLinearMethod
+from spon_vllm.linear import SponLinearMethod
 from spon_vllm.report import Coverage
 from spon_vllm.settings import Settings, resolve
 
@@ -40,7 +42,7 @@ class SponConfig(QuantizationConfig):
         self.settings: Settings | None = None
         self.inner: Any = None
         self._names: dict[str, str] | None = None
-        self._masks: dict[str, Masks] | None = None
+        self._masks: dict[str, Mask | Announced] | None = None
         self.coverage = Coverage()
 
     def __repr__(self) -> str:
@@ -117,23 +119,16 @@ class SponConfig(QuantizationConfig):
         return self._names
 
     @property
-    def masks(self) -> dict[str, Masks]:
-        """The module's path in vLLM -> its mask, centre and alpha; read once in every worker."""
+    def masks(self) -> dict[str, Mask | Announced]:
+        """The module's path in vLLM -> its mask; of a merged checkpoint, what its config says. Read once a worker."""
         if self._masks is None:
             settings = self.settings
             assert settings is not None, "maybe_update_config has not been called"
+            own: Mapping[str, Mask | Announced]
             if settings.adapter is None:
-                # float32 by name: vLLM makes models with the default dtype set to the weights'.
-                scalars = {
-                    m: None if v is None else torch.tensor([v], dtype=torch.float32)
-                    for m, v in settings.thresholds.items()
-                }
-                own = {m: Masks(scalar, loads_center=m in settings.centered) for m, scalar in scalars.items()}
+                own = {m: Announced(v, m in settings.centered) for m, v in settings.thresholds.items()}
             else:
-                adapter = read_adapter(settings.adapter)
-                own = {
-                    m: Masks(t, adapter.alphas.get(m), adapter.centers.get(m)) for m, t in adapter.thresholds.items()
-                }
+                own = read_adapter(settings.adapter).masks
             self._masks = {name: own[module] for name, module in self.names.items()}
         return self._masks
 
@@ -154,9 +149,10 @@ class SponConfig(QuantizationConfig):
         if not covered or leaf == "kv_b_proj" or is_expert(prefix):
             return inner
         check_shards(self.masks, leaf, shards)
-        check_centers({path: self.masks[path].center for path in paths}, leaf)
+        masks = [self.masks[path] for path in paths]
+        check_centers({p: m.center for p, m in zip(paths, masks, strict=True) if isinstance(m, Mask)}, leaf)
         assert self.settings is not None
-        return SponLinearMethod(inner, paths, [self.masks[path] for path in paths], self.settings, self.coverage)
+        return SponLinearMethod(inner, paths, masks, self.settings, self.coverage)
 
     def _inner_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if self.inner is not None:

@@ -8,7 +8,7 @@ It wraps an inner method and does not subclass vLLM's `UnquantizedLinearMethod`:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,32 +23,16 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, PerTensorS
 from vllm.model_executor.utils import set_weight_attrs
 
 import spon_vllm.ops  # noqa: F401 (registers torch.ops.spon_vllm)
-from spon_plugin.adapter.merged import check_vector
+from spon_plugin.adapter.mask import Mask
+from spon_plugin.adapter.merged import Announced
 from spon_plugin.errors import SponError
-from spon_plugin.layers.fold import add_alpha, probe
+from spon_plugin.layers.fold import probe
 from spon_vllm.checks import check_centers
 from spon_vllm.report import Coverage
 from spon_vllm.settings import Settings
 
 _FOLD_ROWS = 8192
 """Rows of a weight that are float32 at a time while alpha is folded."""
-
-
-class Masks(NamedTuple):
-    """What an adapter says about one linear.
-
-    Attributes:
-        threshold: float32 ``[1]`` or ``[in_features]`` of the whole layer; None where vLLM's loader brings it, one per
-            channel, from a merged checkpoint.
-        alpha: float32 ``[in_features]``, of the whole layer; None for none, and in a merged checkpoint.
-        center: likewise.
-        loads_center: whether vLLM's loader brings a centre from a merged checkpoint.
-    """
-
-    threshold: Tensor | None
-    alpha: Tensor | None = None
-    center: Tensor | None = None
-    loads_center: bool = False
 
 
 class _ChannelParameter(PerTensorScaleParameter):
@@ -76,15 +60,22 @@ class SponLinearMethod(LinearMethodBase):
     Args:
         inner: vLLM's method for the layer without SPON.
         paths: of the linears in the layer, as vLLM names them.
-        masks: of each of them.
+        masks: of each of them; of a merged checkpoint, what its config says of them.
         settings: what is served.
         coverage: told about the layer.
     """
 
     def __init__(
-        self, inner: Any, paths: Sequence[str], masks: Sequence[Masks], settings: Settings, coverage: Coverage
+        self,
+        inner: Any,
+        paths: Sequence[str],
+        masks: Sequence[Mask | Announced],
+        settings: Settings,
+        coverage: Coverage,
     ) -> None:
-        self.inner, self.paths, self.masks = inner, list(paths), list(masks)
+        self.inner, self.paths = inner, list(paths)
+        self.announced = [mask for mask in masks if isinstance(mask, Announced)]
+        self.masks = [mask for mask in masks if isinstance(mask, Mask)]  # a merged checkpoint's are not loaded yet
         self.settings, self.coverage = settings, coverage
         self.plain = isinstance(inner, UnquantizedLinearMethod)
         self.shard_sizes: list[int] | None = None
@@ -123,15 +114,8 @@ class SponLinearMethod(LinearMethodBase):
                 self.paths[0], f"{len(self.paths)} linears", f"a layer of {len(output_partition_sizes)} in vLLM",
                 "This layer is not supported; leave these linears out of target_modules.",
             )  # fmt: skip
-        for path, mask in zip(self.paths, self.masks, strict=True):
-            for name in ("alpha", "center", "threshold"):
-                vector = getattr(mask, name)
-                if vector is None or vector.numel() == input_size or (name == "threshold" and vector.numel() == 1):
-                    continue
-                raise SponError.of(
-                    f"{path}.spon_{name}", tuple(vector.shape), f"shape ({input_size},), the layer's input",
-                    "The adapter was made for another model.",
-                )  # fmt: skip
+        for path, mask in zip(self.paths, self.masks, strict=not self.settings.merged):
+            mask.check_input(path, input_size, "the layer in vLLM", "The adapter was made for another model.")
         if self.settings.merged and not self.plain:
             raise SponError.of(
                 self.paths[0], type(self.inner).__name__, "plain weights in a merged checkpoint",
@@ -144,10 +128,10 @@ class SponLinearMethod(LinearMethodBase):
         # NaN stays where the checkpoint has no such tensor; vLLM does not look for missing ones.
         vector = torch.full((self.in_full,) if count == 1 else (count, self.in_full), torch.nan, dtype=torch.float32)
         threshold: Any = PerTensorScaleParameter(data=torch.zeros(count, dtype=torch.float32), weight_loader=loader)
-        if any(mask.threshold is None for mask in self.masks):
+        if any(mask.threshold is None for mask in self.announced):
             threshold = _ChannelParameter(data=vector, weight_loader=loader)
         layer.register_parameter("spon_threshold", threshold)
-        if any(mask.loads_center for mask in self.masks):
+        if any(mask.has_center for mask in self.announced):
             layer.register_parameter("spon_center", _ChannelParameter(data=vector.clone(), weight_loader=loader))
         if self.settings.has_dense_bias:
             bias = ChannelQuantScaleParameter(data=torch.zeros(width, dtype=dtype), output_dim=0, weight_loader=loader)
@@ -202,7 +186,7 @@ class SponLinearMethod(LinearMethodBase):
         """
         if self.settings.merged:
             self._take_loaded(layer)
-        thresholds = [mask.threshold for mask in self.masks if mask.threshold is not None]
+        thresholds = [mask.threshold for mask in self.masks]
         if all(threshold.numel() == 1 for threshold in thresholds):
             rows = torch.cat([threshold.reshape(1) for threshold in thresholds])
         else:
@@ -216,17 +200,13 @@ class SponLinearMethod(LinearMethodBase):
 
     def _take_loaded(self, layer: Any) -> None:
         """Take the vectors that vLLM's loader has brought out of the layer's parameters."""
-        masks = []
-        for index, (path, mask) in enumerate(zip(self.paths, self.masks, strict=True)):
-            found: dict[str, Tensor] = {}
-            for name, wanted in (("threshold", mask.threshold is None), ("center", mask.loads_center)):
-                if wanted:
-                    data = getattr(layer, f"spon_{name}").data
-                    found[name] = (data if data.dim() == 1 else data[index]).float().cpu().clone()
-                    check_vector(path, f"spon_{name}", found[name], self.in_full)
-            masks.append(mask._replace(threshold=found.get("threshold", mask.threshold), center=found.get("center")))
-        self.masks = masks
-        check_centers(dict(zip(self.paths, (mask.center for mask in masks), strict=True)), "one layer")
+        self.masks = []
+        for index, (path, announced) in enumerate(zip(self.paths, self.announced, strict=True)):
+            found = {name: getattr(layer, name).data for name in announced.vectors}
+            rows = {name: data if data.dim() == 1 else data[index] for name, data in found.items()}
+            vectors = {name: row.float().cpu().clone() for name, row in rows.items()}
+            self.masks.append(announced.mask(path, self.in_full, vectors))
+        check_centers(dict(zip(self.paths, (mask.center for mask in self.masks), strict=True)), "one layer")
         del layer.spon_threshold
         if hasattr(layer, "spon_center"):
             del layer.spon_center
@@ -242,7 +222,7 @@ class SponLinearMethod(LinearMethodBase):
         for index, mask in enumerate(self.masks):
             start = sum(self.sizes[:index])
             size = self.sizes[index] if len(self.masks) > 1 else sum(self.sizes)
-            constant = add_alpha(mask.center, mask.alpha)
+            constant = mask.constant
             if constant is None:
                 rows.append(torch.zeros(size, dtype=torch.float32, device=_device(layer)))
                 continue

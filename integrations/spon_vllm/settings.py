@@ -208,5 +208,5 @@ def _with_adapter(settings: Settings, adapter: Any) -> Settings:
         )
     path = os.path.abspath(os.path.expanduser(adapter))
     loaded = read_adapter(path)
-    modules = tuple(loaded.thresholds)
+    modules = tuple(loaded.masks)
     return replace(settings, adapter=path, modules=modules, digest=loaded.digest, sparsity=loaded.fields.sparsity)

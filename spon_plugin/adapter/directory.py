@@ -20,11 +20,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,6 +37,7 @@ from spon_plugin.adapter.config import (
     names_module,
     short_names,
 )
+from spon_plugin.adapter.mask import ALPHA, CENTER, KINDS, THRESHOLD, Mask, masks_without_alpha
 from spon_plugin.errors import SponError
 from spon_plugin.files import new_directory
 
@@ -45,8 +45,6 @@ PEFT_TYPE = "SPON"
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
-ALPHA, THRESHOLD, CENTER = "spon_alpha", "spon_threshold", "spon_center"
-KINDS = (ALPHA, THRESHOLD, CENTER)
 
 
 @dataclass
@@ -55,17 +53,13 @@ class Adapter:
 
     Attributes:
         fields: SPON's part of the config.
-        thresholds: module path -> float32 ``[1]`` or ``[in_features]``.
-        alphas: module path -> float32 ``[in_features]``; only for linears that carry one.
+        masks: module path -> what the adapter says about that linear.
         peft: PEFT's part of the config (`base_model_name_or_path`, `target_modules`, ...), kept as read.
-        centers: module path -> float32 ``[in_features]``; only for linears that have one.
     """
 
     fields: SponFields
-    thresholds: dict[str, Tensor]
-    alphas: dict[str, Tensor]
+    masks: dict[str, Mask]
     peft: dict[str, Any] = field(default_factory=dict)
-    centers: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def base_model(self) -> str | None:
@@ -83,10 +77,11 @@ class Adapter:
 
     def tensors(self) -> dict[str, Tensor]:
         """The content of the safetensors file: key -> tensor."""
-        out = {f"{KEY_PREFIX}{module}.{THRESHOLD}": t for module, t in self.thresholds.items()}
-        out.update({f"{KEY_PREFIX}{module}.{ALPHA}": a for module, a in self.alphas.items()})
-        out.update({f"{KEY_PREFIX}{module}.{CENTER}": c for module, c in self.centers.items()})
-        return out
+        return {
+            f"{KEY_PREFIX}{module}.{kind}": tensor
+            for module, mask in self.masks.items()
+            for kind, tensor in mask.tensors().items()
+        }
 
     def config(self) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
@@ -98,62 +93,34 @@ class Adapter:
     @property
     def channel_modules(self) -> str | list[str]:
         """Which linears have a threshold per channel: ``"all"``, or names that fit them alone."""
-        return short_names((m for m, threshold in self.thresholds.items() if threshold.numel() > 1), self.thresholds)
+        return short_names((module for module, mask in self.masks.items() if mask.per_channel), self.masks)
 
     @property
     def center_modules(self) -> str | list[str]:
         """Which linears have a centre: ``"all"``, or names that fit them alone."""
-        return short_names(self.centers, self.thresholds)
+        return short_names((module for module, mask in self.masks.items() if mask.center is not None), self.masks)
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether any linear carries an alpha; without one the adapter is plain TEAL, or WINA or SCAP."""
+        return any(mask.alpha is not None for mask in self.masks.values())
 
     def without_alpha(self) -> Adapter:
         """The same masks without spontaneous activations: the TEAL of this adapter, or its WINA or SCAP."""
-        teal = SponFields(**{f.name: getattr(self.fields, f.name) for f in fields(SponFields)})
-        teal.alpha_modules = []
-        return Adapter(teal, dict(self.thresholds), {}, dict(self.peft), dict(self.centers))
+        return Adapter(replace(self.fields, alpha_modules=[]), masks_without_alpha(self.masks), dict(self.peft))
 
     def check(self) -> None:
         """Raise `SponError` if a field is wrong or a tensor is missing, extra, of a wrong shape or dtype, or bad."""
         self.fields.check()
-        if not self.thresholds:
+        if not self.masks:
             raise SponError.of("adapter", "no thresholds", "at least one sparsified linear")
-        for kind, own, name in ((ALPHA, self.alphas, "an alpha"), (CENTER, self.centers, "a centre")):
-            for module in own.keys() - self.thresholds.keys():
-                raise SponError.of(
-                    f"{module}.{kind}", f"{name} without a threshold", f"{module}.{THRESHOLD} in the same file"
-                )
-        for module, threshold in self.thresholds.items():
-            key = f"{module}.{THRESHOLD}"
-            vector = threshold.dim() == 1 and threshold.numel() > 0
-            _check_tensor(key, threshold, "[1] or [in_features]", vector)
-            if float(threshold.min()) < 0:
-                raise SponError.of(key, float(threshold.min()), "a threshold >= 0")
-            key = f"{module}.{ALPHA}"
+        for module, mask in self.masks.items():
+            mask.check(module)
             expected = carries_alpha(module, self.fields.alpha_modules)
-            if expected and module not in self.alphas:
-                raise SponError.of(key, "no such tensor", f"one, as alpha_modules is {self.fields.alpha_modules!r}")
-            if not expected and module in self.alphas:
-                raise SponError.of(key, "an alpha", f"none, as alpha_modules is {self.fields.alpha_modules!r}")
-            if expected:
-                _check_tensor(key, self.alphas[module], "[in_features]", self.alphas[module].dim() == 1)
-            if module in self.centers:
-                center = self.centers[module]
-                _check_tensor(f"{module}.{CENTER}", center, "[in_features]", center.dim() == 1)
-            self._check_lengths(module)
-
-    def _check_lengths(self, module: str) -> None:
-        vectors = self._vectors(module)
-        for key, vector in vectors[1:]:
-            first, length = vectors[0][0], vectors[0][1].numel()
-            if vector.numel() != length:
-                expected = f"shape ({length},), the length of {first}"
-                remedy = "A threshold may have shape (1,), too." if key.endswith(THRESHOLD) else ""
-                raise SponError.of(key, tuple(vector.shape), expected, remedy)
-
-    def _vectors(self, module: str) -> list[tuple[str, Tensor]]:
-        """The tensors of a linear whose length is in_features, with their names."""
-        stores = ((ALPHA, self.alphas), (CENTER, self.centers), (THRESHOLD, self.thresholds))
-        found = [(kind, own[module]) for kind, own in stores if module in own]
-        return [(f"{module}.{kind}", tensor) for kind, tensor in found if kind != THRESHOLD or tensor.numel() > 1]
+            if expected != (mask.alpha is not None):
+                received, wanted = ("no such tensor", "one") if expected else ("an alpha", "none")
+                reason = f"{wanted}, as alpha_modules is {self.fields.alpha_modules!r}"
+                raise SponError.of(f"{module}.{ALPHA}", received, reason)
 
     def check_announced(self, config: Mapping[str, Any]) -> None:
         """Check that a config announces the thresholds per channel and the centres that there are, and no others.
@@ -167,9 +134,9 @@ class Adapter:
         for name in (CHANNEL_MODULES, CENTER_MODULES):
             modules = config.get(name, [])
             check_modules(name, modules)
-            for module, threshold in self.thresholds.items():
+            for module, mask in self.masks.items():
                 announced = names_module(modules, module)
-                found = module in self.centers if name == CENTER_MODULES else threshold.numel() > 1
+                found = mask.center is not None if name == CENTER_MODULES else mask.per_channel
                 if found == announced:
                     continue
                 kind = CENTER if name == CENTER_MODULES else THRESHOLD
@@ -190,25 +157,36 @@ class Adapter:
                 layer does not exist.
         """
         remedy = f"The adapter was made for {self.base_model!r}; load that model."
-        for module in (module for module in self.thresholds if module in in_features):
-            for key, vector in self._vectors(module):
-                if vector.numel() != in_features[module]:
-                    expected = f"shape ({in_features[module]},) for {base}"
-                    raise SponError.of(key, tuple(vector.shape), expected, remedy)
-        missing = [module for module in self.thresholds if module not in in_features]
+        for module, mask in self.masks.items():
+            if module in in_features:
+                mask.check_input(module, in_features[module], base, remedy)
+        missing = [module for module in self.masks if module not in in_features]
         if missing:
             raise SponError.of(
                 "adapter", f"{len(missing)} sparsified layers such as {missing[0]}", f"linears that {base} has", remedy
             )
 
 
-def _check_tensor(key: str, tensor: Tensor, shape: str, shape_is_right: bool) -> None:
-    if tensor.dtype != torch.float32:
-        raise SponError.of(key, tensor.dtype, "torch.float32")
-    if not shape_is_right:
-        raise SponError.of(key, tuple(tensor.shape), f"shape {shape}")
-    if not bool(torch.isfinite(tensor).all()):
-        raise SponError.of(key, "NaN or infinity", "finite values", "The adapter is broken; make it again.")
+def masks_of(tensors: Mapping[str, Tensor]) -> dict[str, Mask]:
+    """The masks that an adapter's tensors make up.
+
+    Args:
+        tensors: keys as in the file, with or without `KEY_PREFIX`; those that are not a mask's are left out.
+
+    Raises:
+        SponError: an alpha or a centre belongs to a linear without a threshold.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, kind = key.removeprefix(KEY_PREFIX).rpartition(".")
+        if kind in KINDS:
+            found.setdefault(module, {})[kind] = tensor
+    for module, parts in found.items():
+        for kind, name in ((ALPHA, "an alpha"), (CENTER, "a centre")):
+            if kind in parts and THRESHOLD not in parts:
+                expected = f"{module}.{THRESHOLD} in the same file"
+                raise SponError.of(f"{module}.{kind}", f"{name} without a threshold", expected)
+    return {m: Mask(parts[THRESHOLD], parts.get(CENTER), parts.get(ALPHA)) for m, parts in found.items()}
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -262,17 +240,14 @@ def read_adapter(path: str | Path) -> Adapter:
     file = Path(path) / WEIGHTS_NAME
     if not file.is_file():
         raise SponError.of("adapter", str(path), f"a directory with {WEIGHTS_NAME} in it")
-    thresholds: dict[str, Tensor] = {}
-    alphas: dict[str, Tensor] = {}
-    centers: dict[str, Tensor] = {}
-    read = {ALPHA: alphas, THRESHOLD: thresholds, CENTER: centers}
+    read: dict[str, Tensor] = {}
     saved = tuple(peft.get("modules_to_save") or ())
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 module, _, kind = key.removeprefix(KEY_PREFIX).rpartition(".")
                 if key.startswith(KEY_PREFIX) and module and kind in KINDS:
-                    read[kind][module] = tensors.get_tensor(key)
+                    read[key] = tensors.get_tensor(key)
                 elif not any(f".{name}." in f".{key}" for name in saved):
                     expected = f"keys {KEY_PREFIX}<module>.{'|'.join(KINDS)}"
                     raise SponError.of(f"{file}: {key}", "an unknown tensor", expected)
@@ -281,7 +256,7 @@ def read_adapter(path: str | Path) -> Adapter:
             str(file), str(error), "a whole safetensors file", "It is truncated or damaged; copy or make it again."
         ) from error
     announced = {name: peft.pop(name) for name in (CHANNEL_MODULES, CENTER_MODULES) if name in peft}
-    adapter = Adapter(own, thresholds, alphas, peft, centers)
+    adapter = Adapter(own, masks_of(read), peft)
     adapter.check()
     adapter.check_announced(announced)
     return adapter

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spon_plugin.adapter.config import CENTER_MODULES, SponFields, check_modules, names_module
-from spon_plugin.adapter.directory import THRESHOLD
+from spon_plugin.adapter.mask import CENTER, THRESHOLD, Mask
 from spon_plugin.errors import SponError
 
 FIELD = "quantization_config"
@@ -71,6 +72,40 @@ def centered_modules(center_modules: Any, thresholds: Iterable[str]) -> set[str]
     modules = [] if center_modules is None else center_modules
     check_modules(f"{FIELD}: {CENTER_MODULES}", modules)
     return {path for path in thresholds if names_module(modules, path)}
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What `quantization_config` says about one linear's mask, whose vectors are among the checkpoint's tensors.
+
+    Attributes:
+        threshold: of all inputs; None for one per channel.
+        has_center: whether there is a centre.
+    """
+
+    threshold: float | None
+    has_center: bool = False
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """The names of the linear's tensors, each float32 ``[in_features]``."""
+        return (THRESHOLD,) * (self.threshold is None) + (CENTER,) * self.has_center
+
+    def mask(self, path: str, in_features: int, vectors: Mapping[str, Tensor]) -> Mask:
+        """The mask, once the tensors are loaded.
+
+        Args:
+            path: of the linear, for the error.
+            in_features: of the linear.
+            vectors: holds those named in `vectors`.
+
+        Raises:
+            SponError: see `check_vector`.
+        """
+        for name in self.vectors:
+            check_vector(path, name, vectors[name], in_features)
+        scalar = None if self.threshold is None else torch.tensor([self.threshold], dtype=torch.float32)
+        return Mask(vectors[THRESHOLD] if scalar is None else scalar, vectors[CENTER] if self.has_center else None)
 
 
 def check_vector(path: str, name: str, vector: Tensor, in_features: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a target sparsity becomes thresholds: the same share at every site, or shared out greedily within each block."""
+"""How a target sparsity becomes masks: the same share at every site, or shared out greedily within each block."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.histogram import MagnitudeHistogram
 from spon_plugin.decoder.sites import Site
 from spon_plugin.decoder.sparse_inputs import sparse_inputs
@@ -18,10 +19,10 @@ from spon_plugin.progress import Progress, no_progress
 MAX_SITE_SPARSITY = 0.99
 
 
-def thresholds_at(
+def masks_at(
     sites: Sequence[Site], histograms: Mapping[str, MagnitudeHistogram], sparsity: float | Mapping[str, float]
-) -> dict[str, Tensor]:
-    """The threshold of every linear that zeroes a share `sparsity` of its site's input.
+) -> dict[str, Mask]:
+    """The masks that zero a share `sparsity` of each site's input, by one threshold for the linears of a site.
 
     Args:
         sites: from `find_sites`.
@@ -29,18 +30,18 @@ def thresholds_at(
         sparsity: one share for all sites (TEAL's ``uniform``), or site name -> share.
 
     Returns:
-        Module path -> float32 ``[1]``.
+        Module path -> mask, with a threshold ``[1]``.
 
     Raises:
         SponError: a share lies outside [0, 1).
     """
-    thresholds = {}
+    masks = {}
     for site in sites:
         share = sparsity[site.name] if isinstance(sparsity, Mapping) else sparsity
         value = histograms[site.name].quantile(check_sparsity(share))
         for path in site.modules:
-            thresholds[path] = torch.tensor([value], dtype=torch.float32)
-    return thresholds
+            masks[path] = Mask(torch.tensor([value], dtype=torch.float32))
+    return masks
 
 
 @torch.no_grad()
@@ -71,7 +72,7 @@ def allocate_greedy(
         progress: called after each block.
 
     Returns:
-        Site name -> share, for `thresholds_at`.
+        Site name -> share, for `masks_at`.
 
     Raises:
         SponError: the target lies outside [0, 1).
@@ -88,8 +89,7 @@ def allocate_greedy(
         prefix = _prefix_mask(target, dense_prefix)
 
         def error(trial: dict[str, float], group: list[Site] = group, block: nn.Module = block) -> float:
-            thresholds = thresholds_at(group, histograms, trial)
-            with sparse_inputs(model, thresholds) as tokens:
+            with sparse_inputs(model, masks_at(group, histograms, trial)) as tokens:
                 tokens.mask = prefix  # noqa: B023 (called within this turn of the loop)
                 out = _first(block(*args, **kwargs))  # noqa: B023
             return float((out - target).float().norm())  # noqa: B023

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.histogram import MagnitudeHistogram
 from spon_plugin.calibration.streaming import Observe, counted_rows, stream_inputs, window_batches
 from spon_plugin.decoder.sites import Site, module_weights
@@ -57,30 +58,26 @@ def collect_histograms(
 def measure_sparsity(
     model: nn.Module,
     sites: Sequence[Site],
-    thresholds: Mapping[str, Tensor],
+    masks: Mapping[str, Mask],
     windows: Tensor,
-    alphas: Mapping[str, Tensor] | None = None,
     dense_prefix: int = 1,
     batch_size: int = 4,
-    centers: Mapping[str, Tensor] | None = None,
 ) -> tuple[float, dict[str, float]]:
-    """The sparsity that thresholds achieve in the sparse model itself; use tokens that calibration did not see.
+    """The sparsity that masks achieve in the sparse model itself; use tokens that calibration did not see.
 
     Args:
         model: a dense decoder.
         sites: from `find_sites`.
-        thresholds: module path -> float32 ``[1]`` or ``[in_features]``.
+        masks: module path -> mask, with its alpha.
         windows: token ids ``[count, length]``.
-        alphas: module path -> float32 ``[in_features]``, for some of the linears.
         dense_prefix: positions at the start of each window that stay dense and are not counted.
         batch_size: windows per forward pass.
-        centers: module path -> float32 ``[in_features]``, for some of the linears.
 
     Returns:
         The model-wide share, linears weighted by their weights, and the share per module path.
     """
     counter = SparsityCounter()
-    with sparse_inputs(model, thresholds, alphas, dense_prefix, counter, centers):
+    with sparse_inputs(model, masks, dense_prefix, counter):
         device = next(model.parameters()).device
         for _, batch in window_batches(windows, batch_size):
             model(input_ids=batch.to(device))
@@ -91,22 +88,20 @@ def measure_sparsity(
 def mean_alphas(
     model: nn.Module,
     sites: Sequence[Site],
-    thresholds: Mapping[str, Tensor],
+    masks: Mapping[str, Mask],
     windows: Tensor,
     dense_prefix: int = 1,
     batch_size: int = 4,
-    centers: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """``alpha = E[x - S(x)]`` over dense activations: a bias without training, the control of every SPON table.
 
     Args:
         model: a dense decoder.
         sites: from `find_sites`.
-        thresholds: module path -> float32 ``[1]`` or ``[in_features]``.
+        masks: module path -> mask.
         windows: token ids ``[count, length]``.
         dense_prefix: positions at the start of each window that are not counted.
         batch_size: windows per forward pass.
-        centers: module path -> float32 ``[in_features]``, for some of the linears.
 
     Returns:
         Module path -> float32 ``[in_features]``.
@@ -117,8 +112,8 @@ def mean_alphas(
     def observe(path: str) -> Observe:
         def update(x: Tensor, special: Tensor | None) -> None:
             x = counted_rows(x, special)
-            center = centers[path].to(x.device) if centers and path in centers else None
-            dropped = (x - sparsify(x, thresholds[path].to(x.device), None, center)).float().sum(0).cpu()
+            mask = masks[path].to(x.device)
+            dropped = (x - sparsify(x, mask.threshold, None, mask.center)).float().sum(0).cpu()
             sums[path] = sums.get(path, torch.zeros_like(dropped)) + dropped
             rows[path] = rows.get(path, 0) + x.shape[0]
 

@@ -19,13 +19,14 @@ differences. So thresholds are the geometric mean (`BLEND`) of these and TEAL's 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.measurement import measure_sparsity
 from spon_plugin.calibration.streaming import check_windows, counted_rows, stream_inputs, window_batches
 from spon_plugin.decoder.sites import Site, module_weights
@@ -175,10 +176,8 @@ def collect_fisher(
     return {path: total / windows[:, dense_prefix:].numel() for path, total in sums.items()}
 
 
-def solve(
-    samples: Sequence[SiteSample], sparsity: float, blend: float = BLEND
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Thresholds and centres that leave a share `sparsity` of the weights unused, on the samples.
+def solve(samples: Sequence[SiteSample], sparsity: float, blend: float = BLEND) -> dict[str, Mask]:
+    """Masks that leave a share `sparsity` of the weights unused, on the samples.
 
     Args:
         samples: from `collect_samples`.
@@ -186,8 +185,8 @@ def solve(
         blend: 0 for TEAL's uniform thresholds, 1 for those of the quadratic form, their geometric mean between.
 
     Returns:
-        Module path -> thresholds, and module path -> centres, each float32 ``[in_features]``; the linears of a site
-        have the same centres.
+        Module path -> thresholds and centres, each float32 ``[in_features]``; the linears of a site have the same
+        centres.
 
     Raises:
         SponError: the target lies outside [0, 1).
@@ -196,7 +195,7 @@ def solve(
     centers = [torch.zeros(sample.rows.shape[1]) for sample in samples]
     if sparsity == 0:
         nothing = {path: torch.zeros_like(f) for sample in samples for path, f in sample.fisher.items()}
-        return nothing, {path: zero.clone() for path, zero in nothing.items()}
+        return {path: Mask(zero, zero.clone()) for path, zero in nothing.items()}
     shapes = [_log_shapes(sample, sparsity, blend) for sample in samples]
     level = _level(samples, shapes, centers, sparsity)
     for _ in range(_ROUNDS):  # centres bring entries below the thresholds, which then fall
@@ -204,10 +203,11 @@ def solve(
             thresholds = [(log + level).exp() for log in shape.values()]
             centers[index] = best_centers(sample.rows, thresholds, list(sample.fisher.values()))
         level = _level(samples, shapes, centers, sparsity)
-    return (
-        {path: (log + level).exp() for shape in shapes for path, log in shape.items()},
-        {path: center.clone() for sample, center in zip(samples, centers, strict=True) for path in sample.fisher},
-    )
+    return {
+        path: Mask((log + level).exp(), center.clone())
+        for shape, center in zip(shapes, centers, strict=True)
+        for path, log in shape.items()
+    }
 
 
 def _log_shapes(sample: SiteSample, sparsity: float, blend: float) -> dict[str, Tensor]:
@@ -272,15 +272,13 @@ def best_centers(rows: Tensor, thresholds: Sequence[Tensor], importance: Sequenc
 def match_sparsity(
     model: nn.Module,
     sites: Sequence[Site],
-    thresholds: Mapping[str, Tensor],
+    masks: Mapping[str, Mask],
     windows: Tensor,
     sparsity: float,
     dense_prefix: int = 1,
-    alphas: Mapping[str, Tensor] | None = None,
-    centers: Mapping[str, Tensor] | None = None,
     tolerance: float = 0.002,
     passes: int = 4,
-) -> dict[str, Tensor]:
+) -> dict[str, Mask]:
     """Multiply all thresholds by one factor, so that the sparse model itself achieves the target.
 
     Thresholds made on the dense model's inputs miss it by a point or two: the sparse model's inputs are others.
@@ -289,28 +287,32 @@ def match_sparsity(
     Args:
         model: the dense model.
         sites: from `find_sites`.
-        thresholds: module path -> float32 ``[1]`` or ``[in_features]``.
+        masks: module path -> mask, with its alpha.
         windows: token ids ``[count, length]`` to measure on.
         sparsity: the target.
         dense_prefix: positions at the start of each window that stay dense.
-        alphas: module path -> float32 ``[in_features]``, for some of the linears.
-        centers: likewise.
         tolerance: how near is near enough.
         passes: over the windows, at most.
 
     Returns:
-        Module path -> thresholds.
+        The masks at their new thresholds.
     """
     windows = windows[: max(1, MATCH_TOKENS // windows.shape[1])]
     factor, slope = 0.0, 1 / 3  # in logarithms; a third of a point per percent is usual around one half
     before: tuple[float, float] | None = None
     for _ in range(passes):
-        current = {path: threshold * torch.tensor(factor).exp() for path, threshold in thresholds.items()}
-        achieved, _ = measure_sparsity(model, sites, current, windows, alphas, dense_prefix, centers=centers)
+        current = _scaled(masks, factor)
+        achieved, _ = measure_sparsity(model, sites, current, windows, dense_prefix)
         if abs(achieved - sparsity) <= tolerance:
             return current
         if before is not None and factor != before[0]:
             slope = min(1.0, max(0.1, (achieved - before[1]) / (factor - before[0])))
         before = (factor, achieved)
         factor += (sparsity - achieved) / slope
-    return {path: threshold * torch.tensor(factor).exp() for path, threshold in thresholds.items()}
+    return _scaled(masks, factor)
+
+
+def _scaled(masks: Mapping[str, Mask], logarithm: float) -> dict[str, Mask]:
+    """The masks at thresholds that are ``exp(logarithm)`` times as high."""
+    factor = torch.tensor(logarithm).exp()
+    return {path: replace(mask, threshold=mask.threshold * factor) for path, mask in masks.items()}

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.adapter.mask import Mask
 from spon_plugin.decoder.tokens import DenseTokens
-from spon_plugin.layers.fold import fold_constant
+from spon_plugin.layers.fold import fold_alpha
 from spon_plugin.masking import choose_rows, keep_mask, sparse_deviation
 
 
@@ -49,24 +50,20 @@ class SparsityCounter:
 @contextmanager
 def sparse_inputs(
     model: nn.Module,
-    thresholds: Mapping[str, Tensor],
-    alphas: Mapping[str, Tensor] | None = None,
+    masks: Mapping[str, Mask],
     dense_prefix: int = 0,
     counter: SparsityCounter | None = None,
-    centers: Mapping[str, Tensor] | None = None,
 ) -> Iterator[DenseTokens]:
-    """While the block runs, every linear in `thresholds` computes ``W S(x) + b + W alpha``.
+    """While the block runs, every linear in `masks` computes ``W S(x) + b + W alpha``.
 
     Tokens in the dense prefix compute ``W x + b``, as in the dense model. What does not depend on the input,
     ``W (center + alpha)``, is folded once, at the start.
 
     Args:
         model: a dense model.
-        thresholds: module path -> float32 ``[1]`` or ``[in_features]``.
-        alphas: module path -> float32 ``[in_features]``, for some of these linears.
+        masks: module path -> threshold, centre and alpha.
         dense_prefix: the first positions of each sequence that stay dense.
         counter: counts what the masks drop.
-        centers: module path -> float32 ``[in_features]``, for some of these linears; see `masking.sparsify`.
 
     Yields:
         The token state of the run, whose `dense_prefix` may be changed between passes.
@@ -74,7 +71,9 @@ def sparse_inputs(
     state = DenseTokens(dense_prefix)
     handles: list[Any] = [state.attach(model)]
 
-    def mask(path: str, threshold: Tensor, center: Tensor | None) -> Any:
+    def masked(path: str, mask: Mask) -> Any:
+        threshold, center = mask.threshold, mask.center
+
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0]
             dense = state.rows(x)
@@ -94,15 +93,12 @@ def sparse_inputs(
         return hook
 
     try:
-        for path, threshold in thresholds.items():
+        for path, mask in masks.items():
             module = model.get_submodule(path)
             device = next(module.parameters()).device
-            center = centers.get(path) if centers else None
-            folded = fold_constant(module, alphas.get(path) if alphas else None, center, path)
-            if folded is not None:
-                handles.append(module.register_forward_hook(add(folded)))
-            center = None if center is None else center.to(device)
-            handles.append(module.register_forward_pre_hook(mask(path, threshold.to(device), center)))
+            if mask.constant is not None:
+                handles.append(module.register_forward_hook(add(fold_alpha(module, mask.constant, path))))
+            handles.append(module.register_forward_pre_hook(masked(path, mask.to(device))))
         yield state
     finally:
         for handle in handles:

@@ -49,37 +49,6 @@ def fold_alpha(linear: nn.Module, alpha: Tensor, name: str = "layer") -> Tensor:
     return probe(linear, alpha, compute_dtype)
 
 
-def add_alpha(center: Tensor | None, alpha: Tensor | None) -> Tensor | None:
-    """``center + alpha``, the part of a layer's input that is the same for every token; None where there is neither.
-
-    Args:
-        center: float32 ``[in_features]`` or None.
-        alpha: float32 ``[in_features]`` or None.
-    """
-    if center is None or alpha is None:
-        return alpha if center is None else center
-    return center.to(alpha.device) + alpha
-
-
-def fold_constant(linear: nn.Module, alpha: Tensor | None, center: Tensor | None, name: str = "layer") -> Tensor | None:
-    """``W (center + alpha)``: what a layer that multiplies ``S(x) - center`` has in its bias; see `fold_alpha`.
-
-    Args:
-        linear: as in `fold_alpha`.
-        alpha: ``[in_features]`` or None.
-        center: ``[in_features]`` or None.
-        name: as in `fold_alpha`.
-
-    Returns:
-        float32 ``[out_features]``; None where there is neither.
-
-    Raises:
-        SponError: as `fold_alpha`.
-    """
-    total = add_alpha(center, alpha)
-    return None if total is None else fold_alpha(linear, total, name)
-
-
 def probe(linear: Callable[[Tensor], Tensor], alpha: Tensor, dtype: torch.dtype) -> Tensor:
     """``W alpha`` of a linear map whose weight cannot be read, as ``linear(alpha) - linear(0)``; differentiable.
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from spon_plugin.adapter.config import ALLOCATIONS, SponFields, carries_alpha
 from spon_plugin.adapter.directory import Adapter
-from spon_plugin.calibration.allocation import allocate_greedy, thresholds_at
+from spon_plugin.adapter.mask import Mask, with_alphas
+from spon_plugin.calibration.allocation import allocate_greedy, masks_at
 from spon_plugin.calibration.measurement import collect_histograms, mean_alphas, measure_sparsity
 from spon_plugin.calibration.sensitivity import collect_samples, match_sparsity, solve
 from spon_plugin.calibration.text import windows_digest
@@ -75,10 +76,9 @@ def calibrate(
         fields.dense_prefix = dense_prefix
     fields.check()
     prefix = fields.dense_prefix
-    centers: dict[str, Tensor] = {}
     if allocation == "sensitivity":
         samples = collect_samples(model, sites, windows, prefix, progress=stage("Calibrating"))
-        thresholds, centers = solve(samples, sparsity)
+        masks = solve(samples, sparsity)
     else:
         histograms = collect_histograms(model, sites, windows, prefix, progress=stage("Calibrating"))
         share: float | dict[str, float] = sparsity
@@ -87,23 +87,22 @@ def calibrate(
             share = allocate_greedy(
                 model, sites, histograms, windows[:count], sparsity, dense_prefix=prefix, progress=stage("Allocating")
             )
-        thresholds = thresholds_at(sites, histograms, share)
+        masks = masks_at(sites, histograms, share)
     match = match or allocation == "sensitivity"
     if match:
-        thresholds = match_sparsity(model, sites, thresholds, windows, sparsity, prefix, centers=centers)
-    alphas: dict[str, Tensor] = {}
+        masks = match_sparsity(model, sites, masks, windows, sparsity, prefix)
     if alpha != "none":
         carriers = [module for module in modules if carries_alpha(module, alpha_modules)]
-        means = mean_alphas(model, sites, thresholds, windows, prefix, centers=centers) if alpha == "mean" else {}
+        means = mean_alphas(model, sites, masks, windows, prefix) if alpha == "mean" else {}
         inputs = {path: site.in_features for site in sites for path in site.modules}
-        alphas = {path: means.get(path, torch.zeros(inputs[path])) for path in carriers}
+        masks = with_alphas(masks, {path: means.get(path, torch.zeros(inputs[path])) for path in carriers})
     fields.calibration = {
         **(source or {}),
         "tokens": int(windows.numel()),
         "window": int(windows.shape[1]),
         "tokens_sha256": windows_digest(windows),
         "matched": match,
-        **_achieved(model, sites, held_out, thresholds, alphas, centers, prefix),
+        **_achieved(model, sites, held_out, masks, prefix),
     }
     peft = {
         "base_model_name_or_path": base_model,
@@ -111,7 +110,7 @@ def calibrate(
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
     }
-    return Adapter(fields, thresholds, alphas, peft, centers)
+    return Adapter(fields, masks, peft)
 
 
 def settle(model: nn.Module, adapter: Adapter, windows: Tensor, held_out: Tensor) -> Adapter:
@@ -129,29 +128,24 @@ def settle(model: nn.Module, adapter: Adapter, windows: Tensor, held_out: Tensor
     Raises:
         SponError: the adapter's linears are not in the model.
     """
-    sites, prefix = find_sites(model, sorted(adapter.thresholds)), adapter.fields.dense_prefix
-    thresholds, alphas, centers = adapter.thresholds, adapter.alphas, adapter.centers
+    sites, prefix = find_sites(model, sorted(adapter.masks)), adapter.fields.dense_prefix
+    masks = adapter.masks
     if adapter.fields.calibration.get("matched"):
-        target = adapter.fields.sparsity
-        thresholds = match_sparsity(model, sites, thresholds, windows, target, prefix, alphas, centers)
-    measured = _achieved(model, sites, held_out, thresholds, alphas, centers, prefix)
+        masks = match_sparsity(model, sites, masks, windows, adapter.fields.sparsity, prefix)
+    measured = _achieved(model, sites, held_out, masks, prefix)
     fields = replace(adapter.fields, calibration={**adapter.fields.calibration, **measured})
-    return replace(adapter, fields=fields, thresholds=thresholds)
+    return replace(adapter, fields=fields, masks=masks)
 
 
 def _achieved(
     model: nn.Module,
     sites: Sequence[Site],
     held_out: Tensor,
-    thresholds: Mapping[str, Tensor],
-    alphas: Mapping[str, Tensor],
-    centers: Mapping[str, Tensor],
+    masks: Mapping[str, Mask],
     dense_prefix: int,
 ) -> dict[str, Any]:
     """What the `calibration` field says of the achieved sparsity: of the model, and of each site."""
-    achieved, per_module = measure_sparsity(
-        model, sites, thresholds, held_out, alphas or None, dense_prefix, centers=centers
-    )
+    achieved, per_module = measure_sparsity(model, sites, masks, held_out, dense_prefix)
     return {
         "held_out_tokens": int(held_out.numel()),
         "achieved_sparsity": round(achieved, 4),

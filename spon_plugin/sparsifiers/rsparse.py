@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.adapter.mask import Mask
 from spon_plugin.decoder.sites import Site, module_weights
 from spon_plugin.decoder.sparse_inputs import SparsityCounter
 from spon_plugin.layers.kinds import linear_features
@@ -52,10 +53,10 @@ class RSparseFitted(ThresholdFitted):
         name: str,
         statistics: Statistics,
         sparsity: float,
-        thresholds: dict[str, Tensor],
+        masks: dict[str, Mask],
         factors: dict[str, tuple[Tensor, Tensor]],
     ) -> None:
-        super().__init__(name, statistics, sparsity, thresholds)
+        super().__init__(name, statistics, sparsity, masks)
         self.factors = factors
 
     def remainder(self, path: str, dropped: Tensor) -> Tensor | None:
@@ -111,7 +112,7 @@ class RSparse(Sparsifier):
 
     def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> RSparseFitted:
         """See `Sparsifier.at`."""
-        thresholds, factors = {}, {}
+        masks, factors = {}, {}
         for site in statistics.sites:
             left = (1 - sparsity) * site.weights
             for path in site.modules:
@@ -124,5 +125,5 @@ class RSparse(Sparsifier):
                 factors[path] = known[path][0][:, most - rank :], known[path][1][most - rank :]
                 left -= rank * (inputs + outputs)
             # What rounding took from the rank goes to the channels, so that the budget is met.
-            thresholds[site.name] = statistics.own[site.name].threshold(1 - left / site.weights)
-        return RSparseFitted(self.name, statistics, sparsity, thresholds, factors)
+            masks[site.name] = Mask(statistics.own[site.name].threshold(1 - left / site.weights))
+        return RSparseFitted(self.name, statistics, sparsity, masks, factors)

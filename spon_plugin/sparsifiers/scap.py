@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.histogram import BINS, MagnitudeHistogram
 from spon_plugin.decoder.sites import Site
 from spon_plugin.sparsifiers.base import Sparsifier, Statistics
@@ -74,10 +75,10 @@ class Scap(Sparsifier):
 
     def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> ThresholdFitted:
         """See `Sparsifier.at`."""
-        thresholds, centers = {}, {}
+        masks = {}
         for site in statistics.sites:
             own: SignedHistogram = statistics.own[site.name]
             center = own.median()
-            thresholds[site.name] = torch.tensor([own.distance_quantile(center, sparsity)])
-            centers[site.name] = torch.full((site.in_features,), center)
-        return ThresholdFitted(self.name, statistics, sparsity, thresholds, centers)
+            threshold = torch.tensor([own.distance_quantile(center, sparsity)])
+            masks[site.name] = Mask(threshold, torch.full((site.in_features,), center))
+        return ThresholdFitted(self.name, statistics, sparsity, masks)

@@ -31,19 +31,11 @@ class Sensitivity(Sparsifier):
 
     def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> ThresholdFitted:
         """See `Sparsifier.at`."""
-        thresholds, centers = solve(statistics.own[_SAMPLES], sparsity)
-        thresholds = match_sparsity(
-            model,
-            statistics.sites,
-            thresholds,
-            statistics.windows,
-            sparsity,
-            statistics.dense_prefix,
-            centers=centers,
-        )
+        sites, windows, prefix = statistics.sites, statistics.windows, statistics.dense_prefix
+        masks = match_sparsity(model, sites, solve(statistics.own[_SAMPLES], sparsity), windows, sparsity, prefix)
         alone = _linear_by_linear(statistics)
-        fitted = ThresholdFitted(self.name, alone, sparsity, thresholds, centers, "sensitivity", matched=True)
-        fitted.scales = {path: RATE * float(thresholds[path].mean()) for path in fitted.modules}
+        fitted = ThresholdFitted(self.name, alone, sparsity, masks, "sensitivity", matched=True)
+        fitted.scales = {path: RATE * float(masks[path].threshold.mean()) for path in fitted.modules}
         return fitted
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.allocation import allocate_greedy
 from spon_plugin.sparsifiers.base import Sparsifier, Statistics
 from spon_plugin.sparsifiers.calibrate import GREEDY_TOKENS
@@ -23,10 +24,11 @@ class Teal(Sparsifier):
 
     def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> ThresholdFitted:
         """See `Sparsifier.at`."""
-        thresholds = {
-            name: torch.tensor([histogram.quantile(sparsity)]) for name, histogram in statistics.histograms.items()
+        masks = {
+            name: Mask(torch.tensor([histogram.quantile(sparsity)]))
+            for name, histogram in statistics.histograms.items()
         }
-        return ThresholdFitted(self.name, statistics, sparsity, thresholds)
+        return ThresholdFitted(self.name, statistics, sparsity, masks)
 
 
 class TealGreedy(Sparsifier):
@@ -39,5 +41,5 @@ class TealGreedy(Sparsifier):
         sites, histograms, windows = statistics.sites, statistics.histograms, statistics.windows
         few = windows[: max(1, GREEDY_TOKENS // windows.shape[1])]
         shares = allocate_greedy(model, sites, histograms, few, sparsity, dense_prefix=statistics.dense_prefix)
-        thresholds = {name: torch.tensor([histograms[name].quantile(share)]) for name, share in shares.items()}
-        return ThresholdFitted(self.name, statistics, sparsity, thresholds, allocation="greedy")
+        masks = {name: Mask(torch.tensor([histograms[name].quantile(share)])) for name, share in shares.items()}
+        return ThresholdFitted(self.name, statistics, sparsity, masks, allocation="greedy")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spon_plugin.adapter.config import SponFields
 from spon_plugin.adapter.directory import Adapter
+from spon_plugin.adapter.mask import Mask, with_alphas
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.sites import Site
 from spon_plugin.masking import deviation, keep_mask, zero_dropped
@@ -22,8 +23,7 @@ class ThresholdFitted(Fitted):
     """``W S(x) + b`` with `S` of `spon_plugin.masking`; fits the adapter format.
 
     Attributes:
-        thresholds: site name -> float32 ``[1]`` or ``[in_features]``.
-        site_centers: site name -> float32 ``[in_features]``; empty where the centre is 0.
+        site_masks: site name -> threshold and centre.
         allocation: how the target was spread over the sites.
         matched: whether the thresholds were brought to the target in the sparse model.
     """
@@ -33,33 +33,31 @@ class ThresholdFitted(Fitted):
         name: str,
         statistics: Statistics,
         sparsity: float,
-        thresholds: Mapping[str, Tensor],
-        centers: Mapping[str, Tensor] | None = None,
+        masks: Mapping[str, Mask],
         allocation: str = "uniform",
         matched: bool = False,
     ) -> None:
         super().__init__(name, statistics, sparsity)
-        self.thresholds = dict(thresholds)
-        self.site_centers = dict(centers or {})
-        self.centers = {
-            path: self.site_centers[site.name] for path, site in self.site_of.items() if site.name in self.site_centers
-        }
+        self.site_masks = dict(masks)
+        centers = {path: self.site_masks[site.name].center for path, site in self.site_of.items()}
+        self.centers = {path: center for path, center in centers.items() if center is not None}
         self.allocation, self.matched = allocation, matched
         self._tokens = {"tokens": int(statistics.windows.numel()), "window": int(statistics.windows.shape[1])}
         self._tokens_sha256 = windows_digest(statistics.windows)
 
     def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Fitted.sparse_input`."""
-        threshold, center = self.thresholds[site.name].to(x.device), self.site_centers.get(site.name)
-        x = deviation(x, None if center is None else center.to(x.device))
-        keep = keep_mask(x, threshold)
+        mask = self.site_masks[site.name].to(x.device)
+        x = deviation(x, mask.center)
+        keep = keep_mask(x, mask.threshold)
         return zero_dropped(x, keep), keep
 
     @property
     def mask_bytes(self) -> int:
         """Of the thresholds, one or a vector per site, and of centres that differ between channels."""
-        vectors = [center for center in self.site_centers.values() if bool((center != center[0]).any())]
-        return 4 * sum(tensor.numel() for tensor in (*self.thresholds.values(), *vectors))
+        masks = self.site_masks.values()
+        vectors = [c for c in (mask.center for mask in masks) if c is not None and bool((c != c[0]).any())]
+        return 4 * sum(tensor.numel() for tensor in (*(mask.threshold for mask in masks), *vectors))
 
     def adapter(
         self,
@@ -68,7 +66,7 @@ class ThresholdFitted(Fitted):
         peft: Mapping[str, Any] | None = None,
     ) -> Adapter:
         """See `Fitted.adapter`."""
-        alphas = dict(alphas or {})
+        alphas = {path: alpha.detach().float().cpu() for path, alpha in (alphas or {}).items()}
         if fields is None:
             modules = "all" if set(alphas) == set(self.modules) else sorted(alphas)
             fields = SponFields(alpha_modules=modules, dense_prefix=self.dense_prefix)
@@ -84,10 +82,8 @@ class ThresholdFitted(Fitted):
                 "matched": self.matched,
             },
         )
-        thresholds = {path: self.thresholds[site.name].clone() for path, site in self.site_of.items()}
-        centers = {path: center.clone() for path, center in self.centers.items()}
-        adapter = Adapter(fields, thresholds, {path: a.detach().float().cpu() for path, a in alphas.items()})
-        adapter.centers, adapter.peft = centers, dict(peft or {})
+        masks = {path: self.site_masks[site.name] for path, site in self.site_of.items()}
+        adapter = Adapter(fields, with_alphas(masks, alphas), dict(peft or {}))
         adapter.check()
         return adapter
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.histogram import MagnitudeHistogram
 from spon_plugin.decoder.sites import Site
 from spon_plugin.sparsifiers.base import Sparsifier, Statistics
@@ -54,5 +55,5 @@ class Wina(Sparsifier):
 
     def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> ThresholdFitted:
         """See `Sparsifier.at`."""
-        thresholds = {name: own.threshold(sparsity) for name, own in statistics.own.items()}
-        return ThresholdFitted(self.name, statistics, sparsity, thresholds)
+        masks = {name: Mask(own.threshold(sparsity)) for name, own in statistics.own.items()}
+        return ThresholdFitted(self.name, statistics, sparsity, masks)

@@ -72,7 +72,8 @@ def alpha_statistics(
     """
     prefix = adapter.fields.dense_prefix
     check_prompts(prompts, prefix)
-    site_of = {path: site for site in sites for path in site.modules if path in adapter.alphas}
+    alphas = {path: mask.alpha for path, mask in adapter.masks.items() if mask.alpha is not None}
+    site_of = {path: site for site in sites for path in site.modules if path in alphas}
     dropped: dict[str, Tensor] = {}
     energy: dict[str, Tensor] = {}
     count = sum(len(prompt) - prefix for prompt in prompts)
@@ -80,9 +81,8 @@ def alpha_statistics(
     def on_input(path: str) -> Observe:
         def observe(x: Tensor, special: Tensor | None) -> None:
             rows = counted_rows(x, special)
-            center = adapter.centers.get(path)
-            center = None if center is None else center.to(x.device)
-            missing = rows - sparsify(rows, adapter.thresholds[path].to(x.device), None, center)
+            mask = adapter.masks[path].to(x.device)
+            missing = rows - sparsify(rows, mask.threshold, None, mask.center)
             _add(dropped, path, missing.float().sum(0))
 
         return observe
@@ -96,7 +96,7 @@ def alpha_statistics(
         progress(done, len(prompts))
     rows = []
     for path, site in site_of.items():
-        alpha, threshold = adapter.alphas[path], adapter.thresholds[path]
+        alpha, threshold = alphas[path], adapter.masks[path].threshold
         scale = float(threshold.square().mean().sqrt())
         bias = fold_alpha(model.get_submodule(path), alpha, path)
         rows.append(

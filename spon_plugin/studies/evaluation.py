@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spon_plugin.adapter.directory import Adapter
+from spon_plugin.adapter.mask import masks_without_alpha
 from spon_plugin.decoder.sites import Site, module_weights
 from spon_plugin.decoder.sparse_inputs import SparsityCounter, sparse_inputs
 from spon_plugin.errors import SponError
@@ -147,7 +148,7 @@ def evaluate(
     result = Evaluation(
         dict(known or {}), {"target": adapter.fields.sparsity}, protocol, windows.shape[-1], windows.numel()
     )
-    possible = ("dense", "teal", "spon") if adapter.alphas else ("dense", "teal")
+    possible = ("dense", "teal", "spon") if adapter.has_alpha else ("dense", "teal")
     variants = [variant for variant in possible if variant not in result.perplexity]
     steps = len(variants) * len(windows)
     for index, variant in enumerate(variants):
@@ -159,11 +160,11 @@ def evaluate(
             result.perplexity[variant] = perplexity(model, windows, protocol, batch_size, advance)
             continue
         counter = SparsityCounter()
-        alphas = adapter.alphas if variant == "spon" else None
-        with sparse_inputs(model, adapter.thresholds, alphas, prefix, counter, adapter.centers):
+        masks = adapter.masks if variant == "spon" else masks_without_alpha(adapter.masks)
+        with sparse_inputs(model, masks, prefix, counter):
             result.perplexity[variant] = perplexity(model, windows, protocol, batch_size, advance)
         weights = module_weights(sites)
-        result.sparsity["achieved"] = counter.overall({path: weights.get(path, 0) for path in adapter.thresholds})
+        result.sparsity["achieved"] = counter.overall({path: weights.get(path, 0) for path in adapter.masks})
         result.per_module = counter.per_module()
     return result
 

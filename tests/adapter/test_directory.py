@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from masks import centers_of
 from safetensors.torch import save_file
 
 import spon_plugin.adapter.directory as adapter_module
-from spon_plugin import Adapter, SponError, SponFields, read_adapter, write_adapter
+from spon_plugin import Adapter, Mask, SponError, SponFields, read_adapter, write_adapter
 from spon_plugin.adapter.config import carries_alpha
 from spon_plugin.adapter.directory import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, is_adapter, read_config
 
@@ -16,18 +18,24 @@ K = "model.layers.0.self_attn.k_proj"
 
 
 def make_adapter(**fields) -> Adapter:
-    thresholds = {Q: torch.tensor([0.25]), DOWN: torch.tensor([0.1])}
-    alphas = {Q: torch.arange(4.0), DOWN: torch.arange(6.0)}
+    masks = {
+        Q: Mask(torch.tensor([0.25]), alpha=torch.arange(4.0)),
+        DOWN: Mask(torch.tensor([0.1]), alpha=torch.arange(6.0)),
+    }
     peft = {"base_model_name_or_path": "some/base", "target_modules": ["q_proj", "down_proj"]}
-    return Adapter(SponFields(**fields), thresholds, alphas, peft)
+    return Adapter(SponFields(**fields), masks, peft)
 
 
 def make_vectors(**fields) -> Adapter:
     """One linear with a threshold per channel, one with a centre."""
     adapter = make_adapter(**fields)
-    adapter.thresholds[Q] = torch.tensor([0.1, 0.2, 0.0, 0.4])
-    adapter.centers[DOWN] = torch.linspace(-1, 1, 6)
+    change(adapter, Q, threshold=torch.tensor([0.1, 0.2, 0.0, 0.4]))
+    change(adapter, DOWN, center=torch.linspace(-1, 1, 6))
     return adapter
+
+
+def change(adapter: Adapter, path: str, **tensors) -> None:
+    adapter.masks[path] = replace(adapter.masks[path], **tensors)
 
 
 def files(path) -> list[str]:
@@ -49,10 +57,10 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_vectors_and_centres_are_read_back(tmp_path):
     adapter = make_vectors()
     back = read_adapter(write_adapter(adapter, tmp_path / "a"))
-    assert back.centers.keys() == {DOWN} and f"{KEY_PREFIX}{DOWN}.spon_center" in back.tensors()
+    assert centers_of(back).keys() == {DOWN} and f"{KEY_PREFIX}{DOWN}.spon_center" in back.tensors()
     assert all(torch.equal(back.tensors()[key], tensor) for key, tensor in adapter.tensors().items())
     assert back.digest == adapter.digest
-    assert back.without_alpha().centers.keys() == {DOWN}
+    assert centers_of(back.without_alpha()).keys() == {DOWN}
     config = json.loads((tmp_path / "a" / CONFIG_NAME).read_text())
     assert config["channel_modules"] == ["q_proj"] and config["center_modules"] == ["down_proj"]
     assert back.peft == adapter.peft
@@ -60,9 +68,7 @@ def test_vectors_and_centres_are_read_back(tmp_path):
 
 def test_linears_may_share_a_vector_in_memory(tmp_path):
     adapter = make_adapter(alpha_modules=[])
-    adapter.alphas.clear()
-    adapter.centers = dict.fromkeys((Q, DOWN), torch.arange(4.0))
-    adapter.thresholds = dict.fromkeys((Q, DOWN), torch.arange(4.0))
+    adapter.masks = dict.fromkeys((Q, DOWN), Mask(torch.arange(4.0), torch.arange(4.0)))
     back = read_adapter(write_adapter(adapter, tmp_path / "a"))
     assert back.digest == adapter.digest
 
@@ -75,7 +81,7 @@ def test_an_adapter_without_them_has_the_digest_that_it_always_had():
 def test_the_same_adapter_gives_the_same_bytes(tmp_path):
     write_adapter(make_adapter(), tmp_path / "a")
     swapped = make_adapter()
-    swapped.thresholds = dict(reversed(swapped.thresholds.items()))
+    swapped.masks = dict(reversed(swapped.masks.items()))
     write_adapter(swapped, tmp_path / "b")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -86,14 +92,14 @@ def test_the_digest_follows_what_changes_the_function():
     assert len(digests) == 3
     assert make_adapter(calibration={"seed": 1}).digest == make_adapter().digest
     moved = make_vectors()
-    moved.centers[DOWN] = moved.centers[DOWN] + 1
+    change(moved, DOWN, center=moved.masks[DOWN].center + 1)
     assert len({make_adapter().digest, make_vectors().digest, moved.digest}) == 3
 
 
 def test_without_alpha_is_plain_teal():
     teal = make_adapter().without_alpha()
     teal.check()
-    assert not teal.alphas and teal.thresholds.keys() == make_adapter().thresholds.keys()
+    assert not teal.has_alpha and teal.masks.keys() == make_adapter().masks.keys()
 
 
 @pytest.mark.parametrize(
@@ -238,10 +244,9 @@ def test_an_alpha_that_the_config_does_not_announce_is_refused():
     ],
 )
 def test_the_config_names_the_layers_with_centres_in_short(modules, expected):
-    adapter = make_adapter(alpha_modules=[])
+    adapter = make_adapter().without_alpha()
     paths = {Q, DOWN, K} | ({DOWN.replace("0", "1")} if "all" not in expected else set())
-    adapter.thresholds = {path: torch.ones(1) for path in sorted(paths)}
-    adapter.centers = {path: torch.zeros(4) for path in modules}
+    adapter.masks = {path: Mask(torch.ones(1), torch.zeros(4) if path in modules else None) for path in sorted(paths)}
     assert adapter.center_modules == expected
     adapter.check_announced({"center_modules": expected})
 
@@ -305,7 +310,7 @@ def test_an_existing_directory_is_not_touched(tmp_path):
         write_adapter(make_adapter().without_alpha(), path)
     assert (path / WEIGHTS_NAME).read_bytes() == before
     write_adapter(make_adapter().without_alpha(), path, overwrite=True)
-    assert not read_adapter(path).alphas
+    assert not read_adapter(path).has_alpha
     assert files(tmp_path) == ["a"]
 
 
@@ -331,7 +336,7 @@ def test_a_full_disk_midway_leaves_what_was_there(tmp_path, monkeypatch, overwri
         write_adapter(make_adapter().without_alpha(), tmp_path / "a", overwrite=overwrite)
     assert files(tmp_path) == (["a"] if overwrite else [])
     if overwrite:
-        assert read_adapter(tmp_path / "a").alphas
+        assert read_adapter(tmp_path / "a").has_alpha
 
 
 def test_another_base_is_told_by_shapes_then_names():
@@ -345,9 +350,8 @@ def test_another_base_is_told_by_shapes_then_names():
 
 @pytest.mark.parametrize("tensor", ["threshold", "center"])
 def test_another_base_is_told_by_a_vector(tensor):
-    adapter = make_adapter(alpha_modules=[])
-    adapter.alphas.clear()
-    (adapter.thresholds if tensor == "threshold" else adapter.centers)[DOWN] = torch.ones(6)
+    adapter = make_adapter().without_alpha()
+    change(adapter, DOWN, **{tensor: torch.ones(6)})
     adapter.check()
     adapter.check_base({Q: 8, DOWN: 6})
     with pytest.raises(SponError, match=rf"down_proj.spon_{tensor}: got \(6,\), expected shape \(8,\) .*'some/base'"):

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -82,8 +84,8 @@ def samples_of(scales, fishers, outputs=(4, 4), rows=4000) -> list[SiteSample]:
 
 def test_the_quadratic_form_gives_thresholds_by_the_formula():
     samples = samples_of((1.0, 3.0), ([1.0, 4.0, 0.25], [1.0, 1.0, 16.0]), outputs=(8, 2))
-    thresholds, _ = solve(samples, 0.5, blend=1.0)
-    prices = [thresholds[p] ** 2 * f / s.outputs[p] for s in samples for p, f in s.fisher.items()]
+    masks = solve(samples, 0.5, blend=1.0)
+    prices = [masks[p].threshold ** 2 * f / s.outputs[p] for s in samples for p, f in s.fisher.items()]
     torch.testing.assert_close(torch.cat(prices), prices[0][0].expand(6), rtol=1e-4, atol=0)
 
 
@@ -92,12 +94,12 @@ def test_the_quadratic_form_gives_thresholds_by_the_formula():
 def test_the_target_is_met_on_the_samples_weighted_by_weights(sparsity, blend):
     samples = samples_of((1.0, 5.0), ([1.0, 9.0], [0.01, 0.02, 3.0]), outputs=(10, 1))
     samples[0].fisher["other"], samples[0].outputs["other"] = torch.tensor([5.0, 2.0]), 3
-    thresholds, centers = solve(samples, sparsity, blend)
-    assert torch.equal(centers["0"], centers["other"])
+    masks = solve(samples, sparsity, blend)
+    assert torch.equal(masks["0"].center, masks["other"].center)
     dropped = total = 0.0
     for sample in samples:
         for path, outputs in sample.outputs.items():
-            near = (sample.rows - centers[path]).abs() <= thresholds[path]
+            near = (sample.rows - masks[path].center).abs() <= masks[path].threshold
             dropped += outputs * near.float().sum().item()
             total += outputs * near.numel()
     assert dropped / total == pytest.approx(sparsity, abs=2e-3)
@@ -105,8 +107,8 @@ def test_the_target_is_met_on_the_samples_weighted_by_weights(sparsity, blend):
 
 def test_without_sensitivities_the_thresholds_are_uniform_teal():
     samples = samples_of((1.0, 5.0), ([1.0, 9.0], [0.01, 0.02]))
-    thresholds, _ = solve(samples, 0.5, blend=0.0)
-    torch.testing.assert_close(thresholds["1"] / thresholds["0"], torch.full((2,), 5.0), rtol=0.05, atol=0)
+    masks = solve(samples, 0.5, blend=0.0)
+    torch.testing.assert_close(masks["1"].threshold / masks["0"].threshold, torch.full((2,), 5.0), rtol=0.05, atol=0)
 
 
 def test_a_center_finds_the_entries_that_lie_close_together():
@@ -134,11 +136,9 @@ def test_sensitivity_reaches_the_target_with_less_divergence_than_uniform(tiny_l
     dense = tiny_llama(input_ids=held_out).logits.log_softmax(-1)
 
     def divergence(adapter) -> float:
-        achieved, _ = measure_sparsity(
-            tiny_llama, sites, adapter.thresholds, held_out, dense_prefix=1, centers=adapter.centers
-        )
+        achieved, _ = measure_sparsity(tiny_llama, sites, adapter.masks, held_out, dense_prefix=1)
         assert achieved == pytest.approx(sparsity, abs=0.015)
-        with sparse_inputs(tiny_llama, adapter.thresholds, None, 1, centers=adapter.centers):
+        with sparse_inputs(tiny_llama, adapter.masks, 1):
             sparse = tiny_llama(input_ids=held_out).logits.log_softmax(-1)
         return F.kl_div(sparse, dense, log_target=True, reduction="sum").item() / held_out.numel()
 
@@ -152,14 +152,14 @@ def test_sensitivity_reaches_the_target_with_less_divergence_than_uniform(tiny_l
     assert kept.fields.allocation == "sensitivity" and kept.digest == ours.digest
     for site in sites:
         for path in site.modules[1:]:
-            assert torch.equal(ours.centers[path], ours.centers[site.modules[0]])
+            assert torch.equal(ours.masks[path].center, ours.masks[site.modules[0]].center)
 
 
 def test_matching_multiplies_all_thresholds_by_one_factor(tiny_llama):
     sites = find_sites(tiny_llama)
-    start = calibrate(tiny_llama, sites, windows(8), windows(4, seed=1), 0.3).thresholds
+    start = calibrate(tiny_llama, sites, windows(8), windows(4, seed=1), 0.3).masks
     matched = match_sparsity(tiny_llama, sites, start, windows(8), 0.6, dense_prefix=1)
-    factors = torch.cat([matched[path] / start[path] for path in start])
+    factors = torch.cat([matched[path].threshold / start[path].threshold for path in start])
     torch.testing.assert_close(factors, factors[0].expand_as(factors))
     achieved, _ = measure_sparsity(tiny_llama, sites, matched, windows(8), dense_prefix=1)
     assert achieved == pytest.approx(0.6, abs=0.004)
@@ -173,20 +173,17 @@ def test_after_training_sparsity_is_measured_anew_and_a_matched_target_met_again
     start = calibrate(tiny_llama, sites, windows(32), held_out, 0.5, allocation, alpha="zero", match=match)
     assert start.fields.calibration["matched"] == (match or allocation == "sensitivity")
     generator = torch.Generator().manual_seed(0)
-    for path, alpha in start.alphas.items():  # as large as training never makes them, so that they are felt
-        start.alphas[path] = 3 * start.thresholds[path].mean() * torch.randn(alpha.shape, generator=generator)
-    before, _ = measure_sparsity(
-        tiny_llama, sites, start.thresholds, held_out, start.alphas, dense_prefix=1, centers=start.centers
-    )
+    for path, mask in start.masks.items():  # as large as training never makes them, so that they are felt
+        alpha = 3 * mask.threshold.mean() * torch.randn(mask.alpha.shape, generator=generator)
+        start.masks[path] = replace(mask, alpha=alpha)
+    before, _ = measure_sparsity(tiny_llama, sites, start.masks, held_out, dense_prefix=1)
     settled = settle(tiny_llama, start, windows(32), held_out)
-    after, _ = measure_sparsity(
-        tiny_llama, sites, settled.thresholds, held_out, settled.alphas, dense_prefix=1, centers=settled.centers
-    )
+    after, _ = measure_sparsity(tiny_llama, sites, settled.masks, held_out, dense_prefix=1)
     assert abs(before - 0.5) > 0.03
     assert settled.fields.calibration["achieved_sparsity"] == pytest.approx(after, abs=1e-4)
     assert settled.fields.calibration["tokens"] == start.fields.calibration["tokens"]
     if not start.fields.calibration["matched"]:
-        assert all(torch.equal(settled.thresholds[path], start.thresholds[path]) for path in start.thresholds)
+        assert all(torch.equal(settled.masks[path].threshold, mask.threshold) for path, mask in start.masks.items())
     else:
         assert after == pytest.approx(0.5, abs=0.015)
-    assert settled.alphas.keys() == start.alphas.keys()
+    assert all(settled.masks[path].alpha is mask.alpha for path, mask in start.masks.items())

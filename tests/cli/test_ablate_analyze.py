@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run
+from masks import alphas_of
 from tiny_models import make_byte_tokenizer, make_tiny_llama
 
-from spon_plugin import Adapter, SponFields, find_sites, read_adapter, write_adapter
+from spon_plugin import Adapter, Mask, SponFields, find_sites, read_adapter, write_adapter
 from spon_transformers.precision import load_precision, weight_bytes
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(600))
@@ -32,9 +33,8 @@ def adapter(tiny_model_dir, tmp_path_factory) -> Path:
     sites = find_sites(load_model(str(tiny_model_dir), "float32"))
     inputs = {path: site.in_features for site in sites for path in site.modules}
     torch.manual_seed(0)
-    made = Adapter(
-        SponFields(), {p: torch.tensor([0.3]) for p in inputs}, {p: 0.1 * torch.randn(n) for p, n in inputs.items()}
-    )
+    masks = {path: Mask(torch.tensor([0.3]), alpha=0.1 * torch.randn(n)) for path, n in inputs.items()}
+    made = Adapter(SponFields(), masks)
     directory = tmp_path_factory.mktemp("adapter") / "spon"
     write_adapter(made, directory)
     return directory
@@ -119,7 +119,7 @@ def test_precision_compares_an_adapter_with_one_trained_on_the_base(texts, tmp_p
     assert rows[1]["spon"] != rows[2]["spon"]
     assert all(row["weight_bytes"] < rows[0]["weight_bytes"] for row in rows[1:])
     adapters = [read_adapter(path) for path in sorted((tmp_path / "out").glob("adapter-*"))]
-    assert len(adapters) == len(levels) and all(len(found.alphas) == 14 for found in adapters)
+    assert len(adapters) == len(levels) and all(len(alphas_of(found)) == 14 for found in adapters)
     assert "precision.png" in names(tmp_path / "out")
     assert json.loads(run(*command)[1])["precision"] == rows
     if package is not None:  # the same by `spon eval`
@@ -176,9 +176,7 @@ def test_precision_takes_a_given_adapter(tiny_model_dir, texts, adapter, tmp_pat
 
 
 def test_precision_refuses_an_adapter_that_does_not_fit_the_study(tiny_model_dir, texts, adapter, tmp_path):
-    masks = read_adapter(adapter)
-    masks.alphas, masks.fields.alpha_modules = {}, []
-    write_adapter(masks, tmp_path / "masks")
+    write_adapter(read_adapter(adapter).without_alpha(), tmp_path / "masks")
     make_tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "other")
     make_byte_tokenizer().save_pretrained(tmp_path / "other")
     for model, given, arguments, message in (

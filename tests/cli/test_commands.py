@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run
+from masks import alphas_of, thresholds_of
 from transformers import AutoModelForCausalLM
 
 import spon_cli
 import spon_plugin.adapter.directory as adapter_module
-from spon_plugin import read_adapter, sparse_inputs, write_adapter
+from spon_plugin import Mask, read_adapter, sparse_inputs, write_adapter
 from spon_plugin.studies.evaluation import share_recovered
 from spon_plugin.training.recipe import preset
 
@@ -70,7 +71,7 @@ def test_calibrate_writes_plain_teal(spon, tiny_model_dir, text, tmp_path, alloc
     code, out, err = spon("calibrate", tiny_model_dir, *arguments)
     assert code == 0, err
     adapter = read_adapter(tmp_path / "teal")
-    assert adapter.fields.sparsity == 0.6 and adapter.fields.allocation == allocation and not adapter.alphas
+    assert adapter.fields.sparsity == 0.6 and adapter.fields.allocation == allocation and not adapter.has_alpha
     shown = json.loads(out)
     assert shown["digest"] == adapter.digest
     assert shown["sparsity"]["achieved"] == pytest.approx(0.6, abs=0.05)
@@ -93,8 +94,8 @@ def test_train_lowers_the_loss_and_keeps_the_thresholds(spon, tiny_model_dir, te
                           "--alpha-modules", "down_proj", "-o", tmp_path / "spon")  # fmt: skip
     assert code == 0, err
     start, end = read_adapter(tmp_path / "teal"), read_adapter(tmp_path / "spon")
-    assert {k: float(v) for k, v in start.thresholds.items()} == {k: float(v) for k, v in end.thresholds.items()}
-    assert {path.rpartition(".")[2] for path in end.alphas} == {"down_proj"}
+    assert thresholds_of(start) == thresholds_of(end)
+    assert {path.rpartition(".")[2] for path in alphas_of(end)} == {"down_proj"}
     loss = json.loads(out)["loss"]
     assert loss["last"] < loss["first"]
     assert end.fields.calibration["training"]["windows"] == 60
@@ -172,8 +173,9 @@ def test_inspect_shows_sites_thresholds_and_alphas(spon, trained):
     assert code == 0 and len(modules) == 14
     adapter = read_adapter(trained)
     for row in modules:
-        assert row["threshold"] == float(adapter.thresholds[row["module"]])
-        assert row["alpha_norm"] == pytest.approx(float(adapter.alphas[row["module"]].norm()))
+        mask = adapter.masks[row["module"]]
+        assert row["threshold"] == float(mask.threshold)
+        assert row["alpha_norm"] == pytest.approx(float(mask.alpha.norm()))
         assert row["achieved_sparsity"] == pytest.approx(0.5, abs=0.05)
     assert "down_proj" in spon("inspect", trained)[1]
 
@@ -183,10 +185,10 @@ def vectors(trained, tmp_path_factory) -> Path:
     """The same adapter with thresholds per channel and centres."""
     adapter = read_adapter(trained)
     torch.manual_seed(0)
-    for path, alpha in adapter.alphas.items():
-        adapter.thresholds[path] = adapter.thresholds[path] * torch.rand_like(alpha)
-        if path.endswith("down_proj"):
-            adapter.centers[path] = 0.1 * torch.randn_like(alpha)
+    for path, mask in adapter.masks.items():
+        threshold = mask.threshold * torch.rand_like(mask.alpha)
+        center = 0.1 * torch.randn_like(mask.alpha) if path.endswith("down_proj") else None
+        adapter.masks[path] = Mask(threshold, center, mask.alpha)
     return write_adapter(adapter, tmp_path_factory.mktemp("adapter") / "vectors")
 
 
@@ -195,10 +197,10 @@ def test_inspect_shows_thresholds_per_channel_and_centres(spon, vectors):
     adapter = read_adapter(vectors)
     assert shown["per_channel"] == 14 and shown["centers"] == 2
     for row in shown["modules"]:
-        threshold = adapter.thresholds[row["module"]]
+        threshold = adapter.masks[row["module"]].threshold
         assert row["threshold"] == pytest.approx(float(threshold.mean()))
         assert row["thresholds"] == [float(threshold.min()), float(threshold.max())]
-        assert (row["center_norm"] is not None) == (row["module"] in adapter.centers)
+        assert (row["center_norm"] is not None) == (adapter.masks[row["module"]].center is not None)
     table = spon("inspect", vectors)[1]
     assert "center norm" in table and " to " in table
 
@@ -214,11 +216,11 @@ def test_eval_and_merge_of_thresholds_per_channel_and_centres(spon, vectors, tin
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ids = torch.arange(1, 41)[None]
-    with sparse_inputs(base, adapter.thresholds, adapter.alphas, 1, centers=adapter.centers):
+    with sparse_inputs(base, adapter.masks, 1):
         expected = base(input_ids=ids).logits
     torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert 0.05 < measured["sparsity"]["achieved"] < 0.5
-    without = replace(adapter, centers={})
+    without = replace(adapter, masks={path: replace(mask, center=None) for path, mask in adapter.masks.items()})
     arguments[1] = write_adapter(without, tmp_path / "without")
     other = json.loads(spon("eval", tiny_model_dir, *arguments, "--json")[1])
     assert other["perplexity"]["spon"] != measured["perplexity"]["spon"]
@@ -241,8 +243,8 @@ def test_match_holds_the_target_in_the_sparse_model(spon, tiny_model_dir, text, 
 
 def test_a_trained_adapter_says_what_it_achieves_itself(spon, trained, text, tmp_path):
     adapter = read_adapter(trained)
-    for alpha in adapter.alphas.values():
-        alpha += 5  # far more than training moves them
+    for mask in adapter.masks.values():
+        mask.alpha.add_(5)  # far more than training moves them
     start = write_adapter(adapter, tmp_path / "start")
     code, out, err = spon("train", start, "--text", text, *SMALL, "-o", tmp_path / "more", "--json")
     assert code == 0, err
@@ -260,7 +262,7 @@ def test_weight_decay_is_kept_in_the_recipe_and_makes_alphas_smaller(spon, train
         assert code == 0, err
         adapter = read_adapter(tmp_path / f"{decay}")
         assert adapter.fields.calibration["training"]["weight_decay"] == decay
-        sizes.append(sum(float(alpha.norm()) for alpha in adapter.alphas.values()))
+        sizes.append(sum(float(alpha.norm()) for alpha in alphas_of(adapter).values()))
     assert sizes[1] < sizes[0]
 
 
@@ -268,10 +270,8 @@ def test_train_keeps_thresholds_per_channel_and_centres(spon, vectors, text, tmp
     code, _, err = spon("train", vectors, "--text", text, *SMALL, "-o", tmp_path / "more")
     assert code == 0, err
     before, after = read_adapter(vectors), read_adapter(tmp_path / "more")
-    assert after.thresholds.keys() == before.thresholds.keys() and after.centers.keys() == before.centers.keys()
-    assert all(torch.equal(after.thresholds[path], before.thresholds[path]) for path in before.thresholds)
-    assert all(torch.equal(after.centers[path], before.centers[path]) for path in before.centers)
-    assert any(not torch.equal(after.alphas[path], before.alphas[path]) for path in before.alphas)
+    assert after.without_alpha().digest == before.without_alpha().digest
+    assert alphas_of(after).keys() == alphas_of(before).keys() and after.digest != before.digest
 
 
 def test_merge_writes_a_checkpoint_with_the_adapter_in_it(spon, trained, tiny_model_dir, tmp_path):

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from spon_plugin import SparsityCounter, sparse_inputs
+from spon_plugin import Mask, SparsityCounter, sparse_inputs
 from spon_plugin.decoder.tokens import DenseTokens, dense_tokens
 
 IDS = torch.arange(24).view(2, 12) * 7 % 255 + 1
@@ -13,7 +13,7 @@ def test_a_layer_under_masks_computes_the_formula(tiny_llama):
     layer, seen = tiny_llama.get_submodule(DOWN), {}
     alpha, threshold = torch.randn(96), torch.tensor([0.2])
     before = layer.register_forward_pre_hook(lambda _m, args: seen.update(x=args[0].clone()))
-    with sparse_inputs(tiny_llama, {DOWN: threshold}, {DOWN: alpha}, dense_prefix=2):
+    with sparse_inputs(tiny_llama, {DOWN: Mask(threshold, alpha=alpha)}, dense_prefix=2):
         after = layer.register_forward_hook(lambda _m, _args, y: seen.update(y=y))
         tiny_llama(input_ids=IDS)
     before.remove()
@@ -34,8 +34,8 @@ def test_centres_and_thresholds_per_channel_compute_the_formula(tiny_llama, dtyp
     threshold = torch.rand(96) * 0.4 if per_channel else torch.tensor([0.2])
     before = layer.register_forward_pre_hook(lambda _m, args: seen.update(x=args[0].clone()))
     counter = SparsityCounter()
-    alphas = {DOWN: alpha} if with_alpha else None
-    with sparse_inputs(tiny_llama, {DOWN: threshold}, alphas, 2, counter, {DOWN: center}):
+    mask = Mask(threshold, center, alpha if with_alpha else None)
+    with sparse_inputs(tiny_llama, {DOWN: mask}, 2, counter):
         after = layer.register_forward_hook(lambda _m, _args, y: seen.update(y=y))
         tiny_llama(input_ids=IDS)
     before.remove()
@@ -51,21 +51,21 @@ def test_centres_and_thresholds_per_channel_compute_the_formula(tiny_llama, dtyp
 
 def test_nothing_is_left_behind(tiny_llama):
     dense = tiny_llama(input_ids=IDS).logits
-    with pytest.raises(RuntimeError), sparse_inputs(tiny_llama, {DOWN: torch.tensor([9.0])}):
+    with pytest.raises(RuntimeError), sparse_inputs(tiny_llama, {DOWN: Mask(torch.tensor([9.0]))}):
         raise RuntimeError
     assert torch.equal(tiny_llama(input_ids=IDS).logits, dense)
 
 
 def test_zero_thresholds_are_the_dense_model(tiny_llama):
-    thresholds = {f"model.layers.{i}.mlp.down_proj": torch.zeros(1) for i in (0, 1)}
-    with sparse_inputs(tiny_llama, thresholds):
+    masks = {f"model.layers.{i}.mlp.down_proj": Mask(torch.zeros(1)) for i in (0, 1)}
+    with sparse_inputs(tiny_llama, masks):
         masked = tiny_llama(input_ids=IDS).logits
     assert torch.equal(masked, tiny_llama(input_ids=IDS).logits)
 
 
 def test_the_counter_counts_masked_tokens_only(tiny_llama):
     counter = SparsityCounter()
-    with sparse_inputs(tiny_llama, {DOWN: torch.tensor([1e9])}, dense_prefix=5, counter=counter):
+    with sparse_inputs(tiny_llama, {DOWN: Mask(torch.tensor([1e9]))}, dense_prefix=5, counter=counter):
         tiny_llama(input_ids=IDS)
     assert counter.per_module() == {DOWN: 1.0}
     assert counter._total[DOWN] == 2 * (12 - 5) * 96

@@ -8,10 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from spon_plugin import SparseConv1D, SparseLinear, SponError, fold_alpha
+from spon_plugin import Mask, SparseConv1D, SparseLinear, SponError, fold_alpha
 from spon_plugin.kernels.cpu import kernel as cpu
 from spon_plugin.kernels.op import CPU_ROWS
-from spon_plugin.layers.fold import fold_constant
 from spon_plugin.layers.kinds import is_linear, linear_features
 
 
@@ -220,8 +219,9 @@ def test_the_constant_is_w_times_centre_and_alpha(dtype):
     weight = layer.weight.double()
     for a, c in ((alpha, center), (alpha, None), (None, center)):
         total = sum(part.double() for part in (a, c) if part is not None)
-        torch.testing.assert_close(fold_constant(layer, a, c).double(), weight @ total, rtol=1e-5, atol=1e-5)
-    assert fold_constant(layer, None, None) is None
+        constant = Mask(torch.zeros(1), c, a).constant
+        torch.testing.assert_close(fold_alpha(layer, constant).double(), weight @ total, rtol=1e-5, atol=1e-5)
+    assert Mask(torch.zeros(1)).constant is None
 
 
 class Packed(nn.Linear):

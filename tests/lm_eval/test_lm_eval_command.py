@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from masks import make_masks
 
 from spon_plugin import Adapter, SponFields, find_sites, write_adapter
 from spon_plugin.decoder.sites import target_names
@@ -74,7 +75,7 @@ def work(tmp_path_factory, smollm2_dir) -> Path:
     for name, threshold, scale in (("empty", 0.0, 0.0), ("spon50", 0.2, 0.02)):
         thresholds = {module: torch.tensor([threshold]) for site in sites for module in site.modules}
         alphas = {module: scale * torch.ones(site.in_features) for site in sites for module in site.modules}
-        write_adapter(Adapter(SponFields(0.5), thresholds, alphas, peft), path / name)
+        write_adapter(Adapter(SponFields(0.5), make_masks(thresholds, alphas), peft), path / name)
     return path
 
 
@@ -178,7 +179,7 @@ def test_example_on_local_tasks(work, tiny_model_dir, tmp_path):
     thresholds = {module: torch.tensor([0.3]) for site in sites for module in site.modules}
     alphas = {module: 0.1 * torch.ones(site.in_features) for site in sites for module in site.modules}
     peft = {"target_modules": target_names(sites, model), "task_type": "CAUSAL_LM"}
-    write_adapter(Adapter(SponFields(0.5), thresholds, alphas, peft), tmp_path / "adapter")
+    write_adapter(Adapter(SponFields(0.5), make_masks(thresholds, alphas), peft), tmp_path / "adapter")
     script = Path(__file__).parents[2] / "examples" / "zero_shot.sh"
     env = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

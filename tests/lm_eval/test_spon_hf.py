@@ -3,12 +3,16 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from masks import make_masks
 from torch.nn import functional as F
+
+from spon_plugin import Mask
 
 pytest.importorskip("lm_eval.models.huggingface", reason="needs lm-eval: pip install 'spon-plugin[lm-eval]'")
 
@@ -54,7 +58,7 @@ def make_adapter(base: Path, path: Path, threshold: float, alpha: float, **chang
     alphas = {name: alpha * torch.randn(size, generator=generator) for name, size in inputs.items()}
     names = sorted({name.rpartition(".")[2] for name in inputs})
     peft = {"base_model_name_or_path": str(base), "target_modules": names, "task_type": "CAUSAL_LM"}
-    return write(Adapter(SponFields(0.5, **changes), thresholds, alphas, peft), path)
+    return write(Adapter(SponFields(0.5, **changes), make_masks(thresholds, alphas), peft), path)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +74,11 @@ def vectors(base, spon50, tmp_path_factory) -> Path:
     for site in find_sites(make_tiny_llama()):
         threshold, center = (torch.randn(site.in_features, generator=generator) for _ in range(2))
         for path in site.modules:
-            adapter.thresholds[path] = adapter.thresholds[path] * threshold.abs()
-            if not path.endswith("o_proj"):
-                adapter.centers[path] = 0.1 * center
+            mask = adapter.masks[path]
+            own = None if path.endswith("o_proj") else 0.1 * center
+            adapter.masks[path] = Mask(mask.threshold * threshold.abs(), own, mask.alpha)
     odd = "model.layers.1.mlp.up_proj"
-    adapter.thresholds[odd] = adapter.thresholds[odd] * 2
+    adapter.masks[odd] = replace(adapter.masks[odd], threshold=adapter.masks[odd].threshold * 2)
     return write(adapter, tmp_path_factory.mktemp("lm_eval") / "vectors")
 
 
@@ -143,8 +147,7 @@ def test_no_mask_and_no_alpha_is_hf_to_the_last_digit(base, empty, call, dtype, 
 def by_hand(adapter: Adapter, context: str, continuation: str, dense_tokens: int, alpha=True, dtype=torch.float64):
     """Log-likelihood under masks from `dense_tokens` on, by the core's hooks, whole sequence at once."""
     model, ids = make_tiny_llama().to(dtype), ids_of(context + continuation)
-    alphas = adapter.alphas if alpha else None
-    masks = sparse_inputs(model, adapter.thresholds, alphas, dense_tokens, centers=adapter.centers)
+    masks = sparse_inputs(model, (adapter if alpha else adapter.without_alpha()).masks, dense_tokens)
     with masks, torch.no_grad():
         logprobs = F.log_softmax(model(input_ids=ids[:, :-1]).logits[0], dim=-1)
     logprobs, targets = logprobs[-len(continuation) :], ids[0, -len(continuation) :]
@@ -243,7 +246,7 @@ def test_decode_generates_with_a_dense_prompt(base, spon50):
     model, ids = make_tiny_llama().double(), ids_of(context)
     with torch.no_grad():
         for _ in range(12):
-            with sparse_inputs(model, adapter.thresholds, adapter.alphas, len(context)):
+            with sparse_inputs(model, adapter.masks, len(context)):
                 ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
     tokens = ids[0, len(context) :].tolist()
     tokens = tokens[: tokens.index(10)] if 10 in tokens else tokens
@@ -339,15 +342,15 @@ def test_decode_on_other_architectures(base, tmp_path, name):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     sites = find_sites(model)
-    thresholds = {path: torch.tensor([0.2]) for site in sites for path in site.modules}
+    masks = {path: Mask(torch.tensor([0.2])) for site in sites for path in site.modules}
     peft = {"target_modules": target_names(sites, model), "task_type": "CAUSAL_LM"}
-    adapter = Adapter(SponFields(0.5, alpha_modules=[]), thresholds, {}, peft)
+    adapter = Adapter(SponFields(0.5, alpha_modules=[]), masks, peft)
     write(adapter, tmp_path / "adapter")
     want = []
     with torch.no_grad():
         for context, continuation in REQUESTS:
             ids = ids_of(context + continuation)
-            with sparse_inputs(model, thresholds, dense_prefix=len(context)):
+            with sparse_inputs(model, masks, dense_prefix=len(context)):
                 logprobs = F.log_softmax(model(input_ids=ids[:, :-1]).logits[0], dim=-1)[-len(continuation) :]
             want.append((float(logprobs.gather(1, ids[0, -len(continuation) :, None]).sum()), None))
     dense_scores = loglikelihood(HFLM(pretrained=model, tokenizer=str(base), batch_size=16))
@@ -364,7 +367,7 @@ def test_quantized_base(base, spon50):
     model = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
     adapter, want = read_adapter(spon50), []
     requests = REQUESTS[:5]
-    with torch.no_grad(), sparse_inputs(model, adapter.thresholds, adapter.alphas, 1):
+    with torch.no_grad(), sparse_inputs(model, adapter.masks, 1):
         for context, continuation in requests:
             ids = ids_of(context + continuation)
             logprobs = F.log_softmax(model(input_ids=ids[:, :-1]).logits[0].float(), dim=-1)[-len(continuation) :]
@@ -393,7 +396,7 @@ def test_measured_sparsity_is_that_of_the_scored_tokens(base, request, kind, tok
         for context, continuation in REQUESTS:
             ids = ids_of(context + continuation)[:, :-1]
             skip = len(context) if tokens == "decode" else 1
-            with sparse_inputs(model, adapter.thresholds, adapter.alphas, skip, counter, adapter.centers):
+            with sparse_inputs(model, adapter.masks, skip, counter):
                 model(input_ids=ids)
             tokens_seen["masked"] += ids.shape[1] - skip
             tokens_seen["dense"] += skip if tokens == "all" or context not in contexts else 0

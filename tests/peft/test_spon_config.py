@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from masks import alphas_of
 from peft import PeftConfig, PeftModel, get_peft_model
 from spon_models import ids, logits, sparse, tiny
 
@@ -90,8 +91,8 @@ def test_peft_writes_what_the_core_reads(dtype, cast, tmp_path):
     model.save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path)
     assert adapter.digest == before.digest
-    assert len(adapter.thresholds) == 14
-    assert adapter.alphas.keys() == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
+    assert len(adapter.masks) == 14
+    assert alphas_of(adapter).keys() == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
     assert adapter.fields.dense_prefix == 2
 
 
@@ -101,8 +102,8 @@ def test_peft_reads_what_the_core_writes(kind, tmp_path):
     expected = logits(model)
     held = collect_adapter(model)
     # With no more of PEFT's fields than calibration knows.
-    plain = {"base_model_name_or_path": "tiny", "target_modules": sorted(held.thresholds)}
-    write_adapter(Adapter(held.fields, held.thresholds, held.alphas, plain), tmp_path / "adapter")
+    plain = {"base_model_name_or_path": "tiny", "target_modules": sorted(held.masks)}
+    write_adapter(Adapter(held.fields, held.masks, plain), tmp_path / "adapter")
     again = PeftModel.from_pretrained(tiny(kind), tmp_path / "adapter")
     assert torch.equal(logits(again), expected)
 

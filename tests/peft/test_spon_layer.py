@@ -20,7 +20,7 @@ def test_same_as_the_core(kind, prefix, alpha_modules):
     adapter = collect_adapter(model)
     base = tiny(kind)
     dense = logits(base)
-    with sparse_inputs(base, adapter.thresholds, adapter.alphas, prefix):
+    with sparse_inputs(base, adapter.masks, prefix):
         expected = logits(base)
     assert torch.equal(logits(model), expected)
     assert not torch.allclose(expected, dense, atol=1e-2)
@@ -58,7 +58,7 @@ def test_merging_folds_in_float32_and_casts_once():
     for path, layer in ((p.removeprefix("base_model.model."), m) for p, m in model.named_modules()):
         if isinstance(layer, SponLayer):
             linear = base.get_submodule(path)
-            folded = fold_alpha(linear, adapter.alphas[path])
+            folded = fold_alpha(linear, adapter.masks[path].alpha)
             folded = folded if linear.bias is None else linear.bias.float() + folded
             assert torch.equal(layer.get_base_layer().bias, folded.to(torch.bfloat16))
 
@@ -177,7 +177,7 @@ def test_adapters_differ_in_what_they_leave_dense():
     adapter, base = collect_adapter(model, "other"), tiny()
     first = logits(model)
     model.set_adapter("other")
-    with sparse_inputs(base, adapter.thresholds, adapter.alphas, 4):
+    with sparse_inputs(base, adapter.masks, 4):
         assert torch.equal(logits(model), logits(base))
     model.set_adapter("default")
     assert torch.equal(logits(model), first)

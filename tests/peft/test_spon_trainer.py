@@ -48,7 +48,7 @@ def by_hand(model, batch, temperature=1.0, prefix=0, kind="llama"):
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     with torch.no_grad():
         dense = base(**inputs).logits[:, :-1][keep]
-        with sparse_inputs(base, adapter.thresholds, adapter.alphas, prefix):
+        with sparse_inputs(base, adapter.masks, prefix):
             masked = base(**inputs).logits[:, :-1][keep]
     return kl_reference(masked, dense, temperature) / keep.sum()
 
@@ -190,7 +190,7 @@ def test_bfloat16_base_trains_float32_alphas(tmp_path):
     before = collect_adapter(model)
     trainer(model, tmp_path, data=[example(rows=0)] * 2, learning_rate=1e-5).train()
     after = collect_adapter(model)
-    moved = [(after.alphas[name] - before.alphas[name]).abs().max() for name in before.alphas]
+    moved = [(after.masks[name].alpha - mask.alpha).abs().max() for name, mask in before.masks.items()]
     assert all(0 < step < 2e-5 for step in moved)  # a step this small would vanish in bfloat16
 
 

@@ -45,10 +45,12 @@ def adapter(tmp_path):
 def test_same_as_the_core(dtype, kind, prefix, alpha_modules, vectors):
     model = sparse(kind, dtype, dense_prefix=prefix, alpha_modules=alpha_modules, **VECTORS[vectors])
     adapter = collect_adapter(model)
-    assert bool(adapter.channel_modules) == (vectors != "centre") and bool(adapter.centers) == (vectors != "channel")
+    assert bool(adapter.channel_modules) == (vectors != "centre") and bool(adapter.center_modules) == (
+        vectors != "channel"
+    )
     base = tiny(kind, dtype=dtype)
     dense = logits(base)
-    with sparse_inputs(base, adapter.thresholds, adapter.alphas, prefix, centers=adapter.centers):
+    with sparse_inputs(base, adapter.masks, prefix):
         expected = logits(base)
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(expected, dense, atol=1e-2)
@@ -88,9 +90,9 @@ def test_merging_folds_in_float32_and_casts_once():
     model = sparse("qwen2", dtype=torch.bfloat16, dense_prefix=0, center_modules="all")
     adapter, base = collect_adapter(model), tiny("qwen2", dtype=torch.bfloat16)
     model.merge_adapter()
-    for path in adapter.thresholds:
+    for path, mask in adapter.masks.items():
         linear, merged = base.get_submodule(path), model.base_model.model.get_submodule(path).get_base_layer()
-        folded = fold_alpha(linear, adapter.centers[path] + adapter.alphas[path])
+        folded = fold_alpha(linear, mask.center + mask.alpha)
         folded = folded if linear.bias is None else linear.bias.float() + folded
         assert torch.equal(merged.bias, folded.to(torch.bfloat16))
 
@@ -104,10 +106,10 @@ def test_merge_and_unload_leaves_sparse_layers(kind, prefix, dtype, vectors):
     expected, adapter = logits(model), collect_adapter(model)
     merged = model.merge_and_unload()
     found = {path: m for path, m in merged.named_modules() if isinstance(m, SparseLinear | SparseConv1D)}
-    assert found.keys() == adapter.thresholds.keys() and not layers(merged)
+    assert found.keys() == adapter.masks.keys() and not layers(merged)
     for path, layer in found.items():
-        assert torch.equal(layer.spon_threshold, adapter.thresholds[path])
-        assert (layer.spon_center is not None) == (path in adapter.centers)
+        assert torch.equal(layer.spon_threshold, adapter.masks[path].threshold)
+        assert (layer.spon_center is not None) == (adapter.masks[path].center is not None)
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -237,7 +239,7 @@ def test_training_moves_alpha_alone_and_its_gradient_is_that_of_the_formula(dtyp
     model(input_ids=ids(), labels=ids()).loss.backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     after = collect_adapter(model)
-    assert all(not torch.equal(after.alphas[path], alpha) for path, alpha in before.alphas.items())
-    for path in before.thresholds:
-        assert torch.equal(after.thresholds[path], before.thresholds[path])
-        assert torch.equal(after.centers[path], before.centers[path])
+    for path, mask in before.masks.items():
+        assert not torch.equal(after.masks[path].alpha, mask.alpha)
+        assert torch.equal(after.masks[path].threshold, mask.threshold)
+        assert torch.equal(after.masks[path].center, mask.center)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from masks import alphas_of
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -36,7 +37,7 @@ def base(directory: Path, dtype=torch.float32):
 def test_quickstart_trains_an_adapter_that_beats_its_own_masks(quickstart):
     directory, shown = quickstart
     adapter = read_adapter(directory / "adapter")
-    assert len(adapter.thresholds) == len(adapter.alphas) == 210
+    assert len(adapter.masks) == len(alphas_of(adapter)) == 210
     assert adapter.base_model == str(directory / "model")
     evaluation = shown["evaluation"]
     assert evaluation["perplexity"]["dense"] < evaluation["perplexity"]["spon"] < evaluation["perplexity"]["teal"]
@@ -83,7 +84,7 @@ def test_peft_and_the_hooks_of_the_core_compute_the_same(quickstart):
     adapter = read_adapter(directory / "adapter")
     with torch.no_grad():
         model = base(directory)
-        with sparse_inputs(model, adapter.thresholds, adapter.alphas, adapter.fields.dense_prefix):
+        with sparse_inputs(model, adapter.masks, adapter.fields.dense_prefix):
             expected = model(input_ids=IDS).logits.log_softmax(-1)
         found = PeftModel.from_pretrained(model, directory / "adapter")(input_ids=IDS).logits.log_softmax(-1)
     # An entry that rounding moves across its threshold changes a logit; on average nothing may move.
@@ -118,4 +119,4 @@ def test_the_trainer_example(tiny_model_dir, tmp_path):
     command = [sys.executable, str(example), str(tiny_model_dir), str(tmp_path / "text.txt"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert read_adapter(tmp_path / "out").alphas
+    assert read_adapter(tmp_path / "out").has_alpha

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from masks import alphas_of
 
-from spon_plugin import SponError, find_sites, sparse_inputs
-from spon_plugin.calibration.allocation import allocate_greedy, thresholds_at
+from spon_plugin import Mask, SponError, find_sites, sparse_inputs
+from spon_plugin.calibration.allocation import allocate_greedy, masks_at
 from spon_plugin.calibration.histogram import MagnitudeHistogram
 from spon_plugin.calibration.measurement import collect_histograms, mean_alphas, measure_sparsity
 from spon_plugin.decoder.sites import module_weights
@@ -61,12 +62,12 @@ def test_windows_without_a_counted_token_are_refused(tiny_llama, shape):
 def test_the_target_is_reached_model_wide_and_one_mask_is_one_site(tiny_llama, sparsity, allocation):
     sites = find_sites(tiny_llama)
     adapter = calibrate(tiny_llama, sites, windows(32), windows(8, seed=1), sparsity, allocation)
-    achieved, _ = measure_sparsity(tiny_llama, sites, adapter.thresholds, windows(8, seed=2))
+    achieved, _ = measure_sparsity(tiny_llama, sites, adapter.masks, windows(8, seed=2))
     assert achieved == pytest.approx(sparsity, abs=0.03)
     assert adapter.fields.calibration["achieved_sparsity"] == pytest.approx(achieved, abs=0.02)
-    assert set(adapter.thresholds) == set(module_weights(sites)) and not adapter.alphas
+    assert set(adapter.masks) == set(module_weights(sites)) and not adapter.has_alpha
     for site in sites:
-        assert len({float(adapter.thresholds[path]) for path in site.modules}) == 1
+        assert len({float(adapter.masks[path].threshold) for path in site.modules}) == 1
     adapter.check()
 
 
@@ -77,9 +78,9 @@ def test_uniform_thresholds_are_the_quantiles_of_the_dense_inputs(tiny_llama):
     handle = down.register_forward_pre_hook(lambda _m, args: seen.append(args[0][:, 1:].abs().flatten()))
     tiny_llama(input_ids=windows())
     handle.remove()
-    thresholds = thresholds_at(sites, collect_histograms(tiny_llama, sites, windows()), 0.6)
+    masks = masks_at(sites, collect_histograms(tiny_llama, sites, windows()), 0.6)
     expected = torch.cat(seen).quantile(0.6).item()
-    assert thresholds["model.layers.1.mlp.down_proj"].item() == pytest.approx(expected, rel=5e-3)
+    assert masks["model.layers.1.mlp.down_proj"].threshold.item() == pytest.approx(expected, rel=5e-3)
 
 
 def test_greedy_spends_the_same_weights_with_less_error_than_uniform(tiny_llama):
@@ -91,7 +92,7 @@ def test_greedy_spends_the_same_weights_with_less_error_than_uniform(tiny_llama)
     assert len(set(shares.values())) > 1
 
     def error(share) -> float:
-        with sparse_inputs(tiny_llama, thresholds_at(sites, histograms, share), dense_prefix=1):
+        with sparse_inputs(tiny_llama, masks_at(sites, histograms, share), dense_prefix=1):
             out = tiny_llama.model(input_ids=windows(), output_hidden_states=True).hidden_states[1]
         return (out - tiny_llama.model(input_ids=windows(), output_hidden_states=True).hidden_states[1]).norm().item()
 
@@ -100,35 +101,34 @@ def test_greedy_spends_the_same_weights_with_less_error_than_uniform(tiny_llama)
 
 def test_mean_alphas_are_the_mean_of_what_the_mask_drops(tiny_llama):
     sites = find_sites(tiny_llama)
-    thresholds = thresholds_at(sites, collect_histograms(tiny_llama, sites, windows()), 0.5)
+    masks = masks_at(sites, collect_histograms(tiny_llama, sites, windows()), 0.5)
     path, seen = "model.layers.0.self_attn.k_proj", []
     handle = tiny_llama.get_submodule(path).register_forward_pre_hook(lambda _m, args: seen.append(args[0][:, 1:]))
     tiny_llama(input_ids=windows())
     handle.remove()
     x = seen[0].flatten(0, 1)
-    expected = torch.where(x.abs() <= thresholds[path], x, 0).mean(0)
-    alphas = mean_alphas(tiny_llama, sites, thresholds, windows())
+    expected = torch.where(x.abs() <= masks[path].threshold, x, 0).mean(0)
+    alphas = mean_alphas(tiny_llama, sites, masks, windows())
     torch.testing.assert_close(alphas[path], expected, rtol=1e-4, atol=1e-6)
-    assert alphas.keys() == thresholds.keys()
+    assert alphas.keys() == masks.keys()
     site = next(site for site in sites if path in site.modules)
-    centers = dict.fromkeys(site.modules, torch.linspace(-1, 1, x.shape[1]))
-    masked = (x - centers[path]).abs() <= thresholds[path]
-    expected = torch.where(masked, x - centers[path], 0).mean(0)
-    alphas = mean_alphas(tiny_llama, sites, thresholds, windows(), centers=centers)
+    center = torch.linspace(-1, 1, x.shape[1])
+    masks.update({module: Mask(masks[module].threshold, center) for module in site.modules})
+    masked = (x - center).abs() <= masks[path].threshold
+    expected = torch.where(masked, x - center, 0).mean(0)
+    alphas = mean_alphas(tiny_llama, sites, masks, windows())
     torch.testing.assert_close(alphas[path], expected, rtol=1e-4, atol=1e-6)
-    _, shares = measure_sparsity(
-        tiny_llama, sites, {path: thresholds[path]}, windows(), dense_prefix=1, centers=centers
-    )
+    _, shares = measure_sparsity(tiny_llama, sites, {path: masks[path]}, windows(), dense_prefix=1)
     assert shares == {path: pytest.approx(masked.float().mean().item())}
 
 
 def test_mean_alphas_are_those_of_each_linear_where_a_site_has_several_masks(tiny_llama):
     sites = find_sites(tiny_llama)
     site = next(site for site in sites if len(site.modules) == 3)
-    thresholds = {path: torch.tensor([0.1 * (i + 1)]) for i, path in enumerate(site.modules)}
-    alphas = mean_alphas(tiny_llama, [site], thresholds, windows())
+    masks = {path: Mask(torch.tensor([0.1 * (i + 1)])) for i, path in enumerate(site.modules)}
+    alphas = mean_alphas(tiny_llama, [site], masks, windows())
     for path in site.modules:
-        alone = mean_alphas(tiny_llama, [site], dict.fromkeys(site.modules, thresholds[path]), windows())
+        alone = mean_alphas(tiny_llama, [site], dict.fromkeys(site.modules, masks[path]), windows())
         torch.testing.assert_close(alphas[path], alone[path])
     assert not torch.allclose(alphas[site.modules[0]], alphas[site.modules[2]])
 
@@ -149,8 +149,8 @@ def test_calibration_is_reproducible_and_says_where_it_comes_from(tiny_llama):
 
     adapter, again = make(), make()
     assert adapter.digest == again.digest and adapter.config() == again.config()
-    assert set(adapter.alphas) == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
-    assert not any(alpha.any() for alpha in adapter.alphas.values())
+    assert set(alphas_of(adapter)) == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
+    assert not any(alpha.any() for alpha in alphas_of(adapter).values())
     assert adapter.base_model == "some/base"
     recorded = adapter.fields.calibration
     assert recorded["seed"] == 7 and recorded["tokens"] == 16 * 64 and len(recorded["sites"]) == 8

@@ -123,8 +123,8 @@ def test_the_mean_bias_is_what_the_output_misses(model, fits, method):
 
 def test_the_mean_bias_of_teal_is_the_folded_mean_alpha(model, fits):
     fitted, sites = fits["teal"], find_sites(model)
-    thresholds = {path: fitted.thresholds[site.name] for path, site in fitted.site_of.items()}
-    alphas, biases = mean_alphas(model, sites, thresholds, WINDOWS), mean_biases(model, fitted, WINDOWS)
+    masks = {path: fitted.site_masks[site.name] for path, site in fitted.site_of.items()}
+    alphas, biases = mean_alphas(model, sites, masks, WINDOWS), mean_biases(model, fitted, WINDOWS)
     for path, alpha in alphas.items():
         torch.testing.assert_close(biases[path], fold_alpha(model.get_submodule(path), alpha), rtol=1e-4, atol=1e-6)
 
@@ -141,7 +141,7 @@ def test_methods_that_fit_the_format_save_and_run_as_adapters(model, fits, metho
         fitted.factors = {path: (a[:, :0], b[:0]) for path, (a, b) in fitted.factors.items()}
     with fitted.attach(model, alphas):
         own = model(input_ids=WINDOWS).logits
-    with sparse_inputs(model, read.thresholds, read.alphas, read.fields.dense_prefix, centers=read.centers):
+    with sparse_inputs(model, read.masks, read.fields.dense_prefix):
         torch.testing.assert_close(model(input_ids=WINDOWS).logits, own, rtol=1e-4, atol=1e-4)
 
 
@@ -150,11 +150,10 @@ def test_sensitivity_is_what_calibrate_makes(model, fits):
     own = fits["sensitivity"].adapter()
     assert own.fields.calibration["matched"] is made.fields.calibration["matched"] is True
     assert fits["teal"].adapter().fields.calibration["matched"] is False
-    for kind in ("thresholds", "centers"):
-        ours, theirs = getattr(own, kind), getattr(made, kind)
-        assert ours.keys() == theirs.keys()
-        for path in ours:
-            torch.testing.assert_close(ours[path], theirs[path])
+    ours, theirs = own.tensors(), made.tensors()
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key])
 
 
 @pytest.mark.parametrize("method", [name for name in SPARSIFIERS if name not in ADAPTERS])

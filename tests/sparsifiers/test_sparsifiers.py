@@ -87,14 +87,14 @@ def test_wina_keeps_magnitudes_times_the_norm_of_the_weights_that_share_them():
     q, k = [[8.0, 1.0, 0.0, 0.6]], [[0.0, 0.0, 1.0, 0.8]]
     out, masked, fitted = fit("wina", X, q, k)
     torch.testing.assert_close(out, outputs([[1.0, 0.0, 0.0, 0.0], [5.0, 0.0, -7.0, 8.0]], q, k))
-    (threshold,) = fitted.thresholds.values()
+    (threshold,) = (mask.threshold for mask in fitted.site_masks.values())
     torch.testing.assert_close(threshold[0] * 8, threshold[1])
     assert masked == 0.5
 
 
 def test_wina_drops_a_channel_without_weights():
     out, _, fitted = fit("wina", X, [[1.0, 0.0, 1.0, 1.0]])
-    (threshold,) = fitted.thresholds.values()
+    (threshold,) = (mask.threshold for mask in fitted.site_masks.values())
     assert torch.isfinite(threshold).all() and threshold[1] > 1e38
     assert torch.isfinite(out).all()
 
@@ -103,7 +103,7 @@ def test_scap_measures_from_the_mode_and_puts_it_where_it_drops():
     # The median is 10; distances 0 1 0.5 4 and 0 4 2 3: the four largest are kept.
     inputs = [[10.0, 11.0, 9.5, 14.0], [10.0, 6.0, 12.0, 13.0]]
     out, masked, fitted = fit("scap", inputs, W)
-    (center,) = fitted.site_centers.values()
+    (center,) = (mask.center for mask in fitted.site_masks.values())
     eta = float(center[0])
     assert eta == pytest.approx(10, rel=1 / 128) and torch.equal(center, torch.full((4,), eta))
     torch.testing.assert_close(out, outputs([[eta, eta, eta, 14.0], [eta, 6.0, 12.0, 13.0]], W))

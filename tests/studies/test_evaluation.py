@@ -87,7 +87,7 @@ def test_evaluation_masks_what_the_protocol_says(tiny_llama, protocol, prefix):
     sites = find_sites(tiny_llama)
     adapter = calibrate(tiny_llama, sites, ids(), ids(), 0.5, alpha="mean")
     result = evaluate(tiny_llama, adapter, sites, ids(), protocol)
-    with sparse_inputs(tiny_llama, adapter.thresholds, adapter.alphas, prefix):
+    with sparse_inputs(tiny_llama, adapter.masks, prefix):
         assert result.perplexity["spon"] == pytest.approx(perplexity(tiny_llama, ids(), protocol))
     assert result.perplexity["dense"] == pytest.approx(perplexity(tiny_llama, ids(), protocol))
     dense, teal, spon = (result.perplexity[k] for k in ("dense", "teal", "spon"))

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from spon_plugin import SponError, find_sites, sparse_inputs, sparsify
+from spon_plugin import Mask, SponError, find_sites, sparse_inputs, sparsify
 from spon_plugin.adapter.config import SponFields
 from spon_plugin.adapter.directory import Adapter
 from spon_plugin.studies.alpha_statistics import alpha_statistics
@@ -55,9 +55,9 @@ def test_block_outputs_are_the_models_hidden_states(tiny_llama):
 
 def test_block_outputs_under_masks_differ_and_leave_no_hooks(tiny_llama):
     texts = prompts(8)
-    thresholds = {path: torch.tensor([0.5]) for site in find_sites(tiny_llama) for path in site.modules}
+    masks = {path: Mask(torch.tensor([0.5])) for site in find_sites(tiny_llama) for path in site.modules}
     dense = block_outputs(tiny_llama, texts)
-    with sparse_inputs(tiny_llama, thresholds, dense_prefix=1):
+    with sparse_inputs(tiny_llama, masks, dense_prefix=1):
         sparse = block_outputs(tiny_llama, texts)
     assert relative_distance(sparse[1], dense[1]) > 0.05
     torch.testing.assert_close(block_outputs(tiny_llama, texts)[1], dense[1], rtol=0, atol=0)
@@ -98,16 +98,15 @@ def test_alpha_statistics_are_their_formulas(tiny_llama, centred):
     sites = find_sites(tiny_llama, ["down_proj"])
     paths = [path for site in sites for path in site.modules]
     torch.manual_seed(1)
-    thresholds = {path: torch.tensor([0.4]) for path in paths}
-    alphas = {path: torch.randn(96) for path in paths}
-    adapter = Adapter(SponFields(dense_prefix=1), thresholds, alphas)
-    adapter.centers = {path: torch.full((96,), 0.1) for path in paths} if centred else {}
+    center = torch.full((96,), 0.1) if centred else None
+    masks = {path: Mask(torch.tensor([0.4]), center, torch.randn(96)) for path in paths}
+    adapter = Adapter(SponFields(dense_prefix=1), masks)
     texts = prompts(6, 4)
     seen: list[torch.Tensor] = []
     handle = tiny_llama.get_submodule(paths[1]).register_forward_pre_hook(lambda _m, args: seen.append(args[0][0, 1:]))
     row = alpha_statistics(tiny_llama, adapter, sites, texts)[1]
     handle.remove()
-    x, weight, alpha = torch.cat(seen), tiny_llama.get_submodule(paths[1]).weight, alphas[paths[1]]
+    x, weight, alpha = torch.cat(seen), tiny_llama.get_submodule(paths[1]).weight, masks[paths[1]].alpha
     assert row.module == paths[1] and row.role == sites[1].role and x.shape == (8, 96)
     assert row.norm == pytest.approx(float(alpha.norm()), rel=1e-5)
     assert row.rms_to_threshold == pytest.approx(float(alpha.square().mean().sqrt()) / 0.4, rel=1e-5)
@@ -115,6 +114,6 @@ def test_alpha_statistics_are_their_formulas(tiny_llama, centred):
     assert row.bias_norm == pytest.approx(float((weight @ alpha).norm()), rel=1e-4)
     energy = float((weight @ alpha).square().sum() / (x @ weight.t()).square().sum(1).mean())
     assert row.energy == pytest.approx(energy, rel=1e-4)
-    missing = (x - sparsify(x, thresholds[paths[1]], None, adapter.centers.get(paths[1]))).mean(0)
+    missing = (x - sparsify(x, masks[paths[1]].threshold, None, center)).mean(0)
     cosine = float(torch.dot(missing, alpha) / (missing.norm() * alpha.norm()))
     assert row.mean_error_cosine == pytest.approx(cosine, abs=1e-5)

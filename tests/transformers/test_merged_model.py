@@ -164,8 +164,8 @@ def test_config_says_what_was_merged(tmp_path):
         "quant_method": "spon", "format_version": 1, "sparsity": 0.4, "tokens": "all", "dense_prefix": 2,
         "adapter_digest": adapter.digest,
     }  # fmt: skip
-    assert thresholds.keys() == adapter.thresholds.keys()
-    assert all(torch.equal(torch.tensor([v]), adapter.thresholds[k]) for k, v in thresholds.items())
+    assert thresholds.keys() == adapter.masks.keys()
+    assert all(torch.equal(torch.tensor([v]), adapter.masks[k].threshold) for k, v in thresholds.items())
 
 
 def test_biases_are_made_where_the_base_has_none(saved):

@@ -80,14 +80,15 @@ def test_round_trip_keeps_every_bit(kind, dtype, prefix, vectors, tmp_path):
     loaded.save_pretrained(tmp_path / "b")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", device_map="cpu", low_cpu_mem_usage=True, dtype="auto")
     assert torch.equal(logits(again), expected)
-    assert sparse_layers(again).keys() == adapter.thresholds.keys()
+    assert sparse_layers(again).keys() == adapter.masks.keys()
     for path, layer in sparse_layers(again).items():
         assert layer.spon_threshold.dtype == torch.float32 and torch.equal(
-            layer.spon_threshold, adapter.thresholds[path]
+            layer.spon_threshold, adapter.masks[path].threshold
         )
-        assert (layer.spon_center is None) == (path not in adapter.centers)
-        if path in adapter.centers:
-            assert layer.spon_center.dtype == torch.float32 and torch.equal(layer.spon_center, adapter.centers[path])
+        center = adapter.masks[path].center
+        assert (layer.spon_center is None) == (center is None)
+        if center is not None:
+            assert layer.spon_center.dtype == torch.float32 and torch.equal(layer.spon_center, center)
     assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "b" / "config.json").read_text()
 
 
@@ -98,7 +99,7 @@ def test_same_as_the_core(dtype, prefix, vectors, tmp_path):
     model, adapter = merged(dtype=dtype, dense_prefix=prefix, **VECTORS[vectors])
     model.save_pretrained(tmp_path)
     dense = base(dtype=dtype)
-    with sparse_inputs(dense, adapter.thresholds, adapter.alphas, prefix, centers=adapter.centers):
+    with sparse_inputs(dense, adapter.masks, prefix):
         expected = logits(dense)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
@@ -111,8 +112,8 @@ def test_loading_in_half_precision_rounds_neither_thresholds_nor_centres(dtype, 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert loaded.dtype == dtype
     for path, layer in sparse_layers(loaded).items():
-        assert torch.equal(layer.spon_threshold, adapter.thresholds[path])
-        assert torch.equal(layer.spon_center, adapter.centers[path])
+        assert torch.equal(layer.spon_threshold, adapter.masks[path].threshold)
+        assert torch.equal(layer.spon_center, adapter.masks[path].center)
 
 
 def test_config_says_what_stands_in_the_weights_file(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from masks import make_masks
 from peft import PeftModel
 from tiny_models import make_byte_tokenizer
 
@@ -74,7 +75,7 @@ def make_adapter(
         "base_model_name_or_path": str(base), "task_type": "CAUSAL_LM", "inference_mode": True,
         "target_modules": sorted({name.rpartition(".")[2] for name in thresholds}),
     }  # fmt: skip
-    adapter = Adapter(own, thresholds, alphas, peft)
+    adapter = Adapter(own, make_masks(thresholds, alphas), peft)
     write_adapter(adapter, path)
     return adapter
 

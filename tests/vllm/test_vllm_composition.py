@@ -149,16 +149,16 @@ def test_experts_and_routers_stay_dense(tmp_path):
         moe_intermediate_size=64, decoder_sparse_step=1, mlp_only_layers=[],
     )  # fmt: skip
     adapter = make_adapter(tmp_path / "adapter", model, tmp_path / "base")
-    assert {name.rpartition(".")[2] for name in adapter.thresholds} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {name.rpartition(".")[2] for name in adapter.masks} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     with engine(tmp_path / "base", **override(tmp_path / "adapter", token_mode="all")) as llm:
         tokens, logprobs = generate(llm, count=8)
     assert (logprobs - forced(peft_model(tmp_path / "base", tmp_path / "adapter"), tokens)).abs().mean() <= 0.01
 
     # An adapter from elsewhere may name what vLLM cannot make sparse.
-    from spon_plugin import write_adapter
+    from spon_plugin import Mask, write_adapter
 
     for name in ("lm_head", "model.layers.0.mlp.gate"):
-        adapter.thresholds[name], adapter.alphas[name] = torch.ones(1), torch.ones(128)
+        adapter.masks[name] = Mask(torch.ones(1), alpha=torch.ones(128))
     write_adapter(adapter, tmp_path / "more")
     from spon_vllm import checks
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from engines import make_adapter, make_model, merge, override, with_prefix
 
-from spon_plugin import write_adapter
+from spon_plugin import Mask, write_adapter
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,8 @@ def test_adapter_for_another_model(llama, tmp_path):
 
 
 def without(adapter, path, *modules):
-    thresholds = {name: t for name, t in adapter.thresholds.items() if name not in modules}
-    alphas = {name: a for name, a in adapter.alphas.items() if name not in modules}
-    return write_adapter(replace(adapter, thresholds=thresholds, alphas=alphas), path)
+    masks = {name: mask for name, mask in adapter.masks.items() if name not in modules}
+    return write_adapter(replace(adapter, masks=masks), path)
 
 
 def test_threshold_missing_for_a_fused_shard(llama, tmp_path):
@@ -124,10 +123,8 @@ def test_decode_needs_the_dense_biases(llama, tmp_path):
 
 
 def test_layer_that_is_not_linear(llama, tmp_path):
-    adapter = replace(llama[2], thresholds={**llama[2].thresholds, "model.norm": torch.ones(1)})
-    adapter.alphas["model.norm"] = torch.ones(128)
-    path = write_adapter(adapter, tmp_path / "norm")
-    del adapter.alphas["model.norm"]
+    norm = Mask(torch.ones(1), alpha=torch.ones(128))
+    path = write_adapter(replace(llama[2], masks={**llama[2].masks, "model.norm": norm}), tmp_path / "norm")
     with pytest.raises(ValueError, match=r"model\.norm.*linears that"):
         configure(llama[0], **override(path))
 

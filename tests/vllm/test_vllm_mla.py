@@ -37,12 +37,11 @@ def test_kv_b_proj_stays_dense(tmp_path, monkeypatch, q_lora_rank):
     base = tmp_path / "base"
     model = make_model(base, "DeepseekV2ForCausalLM", q_lora_rank=q_lora_rank, **SHAPE)
     adapter = make_adapter(tmp_path / "adapter", model, base)
-    latent = [name for name in adapter.thresholds if name.endswith("kv_b_proj")]
+    latent = [name for name in adapter.masks if name.endswith("kv_b_proj")]
     assert len(latent) == 2
     plain = replace(
         adapter,
-        thresholds={name: value for name, value in adapter.thresholds.items() if name not in latent},
-        alphas={name: value for name, value in adapter.alphas.items() if name not in latent},
+        masks={name: mask for name, mask in adapter.masks.items() if name not in latent},
         peft={**adapter.peft, "target_modules": [n for n in adapter.peft["target_modules"] if n != "kv_b_proj"]},
     )
     write_adapter(plain, tmp_path / "plain")

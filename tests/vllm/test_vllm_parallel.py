@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor and pipeline parallel engines compute what one worker computes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from engines import (
@@ -62,9 +64,9 @@ def test_smollm2_on_three_workers(smollm2_dir, tmp_path, workers):
     # Biases everywhere, masks in two blocks: over all thirty, another order of summation moves some input across its
     # threshold in most prompts, and every token after it. There the tests on tiny models are sharper.
     adapter = make_adapter(tmp_path / "all", dense_model(smollm2_dir), smollm2_dir, sparsity=0.5, alpha=0.02)
-    for name in adapter.thresholds:
+    for name, mask in adapter.masks.items():
         if ".layers.0." not in name and ".layers.15." not in name:
-            adapter.thresholds[name] = torch.zeros(1)
+            adapter.masks[name] = replace(mask, threshold=torch.zeros(1))
     write_adapter(adapter, tmp_path / "two")
     with engine(smollm2_dir, **override(tmp_path / "two", token_mode="all")) as llm:
         tokens, logprobs = generate(llm, prompts, count=16)

@@ -45,13 +45,13 @@ def make_vectors(path: Path, model, base: Path, per_linear=True, **changes) -> A
     generator = torch.Generator().manual_seed(7)
     for index, site in enumerate(find_sites(model)):
         center, threshold = (torch.randn(site.in_features, generator=generator) for _ in range(2))
-        center = center * adapter.thresholds[site.modules[0]] / 2
+        center = center * adapter.masks[site.modules[0]].threshold / 2
         for number, name in enumerate(site.modules):
+            mask = adapter.masks[name]
             if site.role != "attn_out":
                 scale = threshold.abs() if number == 0 or not per_linear else threshold.roll(number).abs()
-                adapter.thresholds[name] = adapter.thresholds[name] * scale
-            if index:
-                adapter.centers[name] = center
+                mask = replace(mask, threshold=mask.threshold * scale)
+            adapter.masks[name] = replace(mask, center=center) if index else mask
     write_adapter(adapter, path)
     return adapter
 
@@ -193,14 +193,14 @@ Q, K = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"
 @pytest.mark.parametrize("wrong", ["another", "none"])
 def test_centres_that_differ_in_a_fused_layer_are_refused_at_configuration_time(made, wrong, tmp_path):
     base, _, adapter = made()
-    centers = dict(adapter.centers)
+    masks = dict(adapter.masks)
     if wrong == "another":
-        centers[K] = centers[K] + 1
+        masks[K] = replace(masks[K], center=masks[K].center + 1)
         message = r"k_proj\.spon_center: got 'another than .*q_proj has'.*qkv_proj, on one input.*per input site"
     else:
-        del centers[K]
+        masks[K] = replace(masks[K], center=None)
         message = r"k_proj\.spon_center: got 'none, but .*q_proj has one'.*qkv_proj, on one input.*per input site"
-    path = write_adapter(replace(adapter, centers=centers), tmp_path / "adapter")
+    path = write_adapter(replace(adapter, masks=masks), tmp_path / "adapter")
     with pytest.raises(ValueError, match=message):
         configure(base, **override(path))
     if wrong == "none":

@@ -96,7 +96,7 @@ def analyze_command(
     with progress_bars() as stage:
         states = all_states(loaded, loaded_adapter, ids, stage)
         statistics = []
-        if loaded_adapter.alphas:
+        if loaded_adapter.has_alpha:
             statistics = alpha_statistics(loaded.model, loaded_adapter, loaded.sites, ids, stage("Alphas"))
     shift = hidden_shift(states)
     report = {
@@ -129,10 +129,9 @@ def all_states(
     """Variant -> hidden states ``[tokens, hidden]`` after each block; SPON only for an adapter with alphas."""
     prefix = adapter.fields.dense_prefix
     states = {"dense": block_outputs(loaded.model, prompts, prefix, stage("dense"))}
-    for name, alphas in {"TEAL": None, "SPON": adapter.alphas}.items():
-        if name == "SPON" and not alphas:
-            continue
-        with sparse_inputs(loaded.model, adapter.thresholds, alphas, prefix, centers=adapter.centers):
+    variants = {"TEAL": adapter.without_alpha()} | ({"SPON": adapter} if adapter.has_alpha else {})
+    for name, variant in variants.items():
+        with sparse_inputs(loaded.model, variant.masks, prefix):
             states[name] = block_outputs(loaded.model, prompts, prefix, stage(name))
     return states
 

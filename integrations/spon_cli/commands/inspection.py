@@ -25,7 +25,7 @@ def inspect_command(adapter: options.AdapterDir, json: options.Json = False) -> 
         return
     for key, value in summary(loaded).items():
         out.print(f"{key:>14}  {value}")
-    centers = ["center norm"] if loaded.centers else []
+    centers = ["center norm"] if loaded.center_modules else []
     cells = [
         [
             row.module,
@@ -68,13 +68,13 @@ def module_rows(adapter: Adapter) -> list[ModuleRow]:
     return [
         ModuleRow(
             path,
-            float(threshold.mean()),
-            None if threshold.numel() == 1 else (float(threshold.min()), float(threshold.max())),
-            float(adapter.centers[path].norm()) if path in adapter.centers else None,
-            float(adapter.alphas[path].norm()) if path in adapter.alphas else None,
+            float(mask.threshold.mean()),
+            (float(mask.threshold.min()), float(mask.threshold.max())) if mask.per_channel else None,
+            None if mask.center is None else float(mask.center.norm()),
+            None if mask.alpha is None else float(mask.alpha.norm()),
             achieved.get(path),
         )
-        for path, threshold in sorted(adapter.thresholds.items(), key=lambda item: _natural(item[0]))
+        for path, mask in sorted(adapter.masks.items(), key=lambda item: _natural(item[0]))
     ]
 
 

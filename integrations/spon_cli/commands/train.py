@@ -20,6 +20,7 @@ from spon_cli.training import save, train, work_directory
 from spon_plugin import Adapter, SponError, read_adapter
 from spon_plugin.adapter.config import ALLOCATIONS, carries_alpha
 from spon_plugin.adapter.directory import is_adapter
+from spon_plugin.adapter.mask import with_alphas
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new
 from spon_plugin.masking import check_sparsity
@@ -136,7 +137,7 @@ def _check_continued(
         ("allocation", allocation, fields.allocation),
         ("dense_prefix", dense_prefix, fields.dense_prefix),
         ("target_modules", targets, start.peft.get("target_modules")),
-        ("alpha_modules", carriers, fields.alpha_modules if start.alphas else None),
+        ("alpha_modules", carriers, fields.alpha_modules if start.has_alpha else None),
     ]
     for field, value, kept in settled:
         if value is None or kept is None:
@@ -151,13 +152,14 @@ def _unordered(value: Any) -> Any:
 
 def _with_alphas(start: Adapter, loaded: Loaded, alpha_modules: str | list[str]) -> Adapter:
     """An adapter to train further: its alphas, or zeros where it has none yet."""
-    if start.alphas:
+    if start.has_alpha:
         return start
     inputs = linear_inputs(loaded.model)
-    alphas = {path: torch.zeros(inputs[path]) for path in start.thresholds if carries_alpha(path, alpha_modules)}
+    alphas = {path: torch.zeros(inputs[path]) for path in start.masks if carries_alpha(path, alpha_modules)}
     if not alphas:
         raise SponError.of("alpha_modules", alpha_modules, '"all" or names of the adapter\'s linears')
-    return replace(start, fields=replace(start.fields, alpha_modules=alpha_modules), alphas=alphas)
+    fields = replace(start.fields, alpha_modules=alpha_modules)
+    return replace(start, fields=fields, masks=with_alphas(start.masks, alphas))
 
 
 def _ends(losses: Sequence[dict[str, Any]]) -> dict[str, float]:
