@@ -38,17 +38,29 @@ def show_baselines(
     )
 
 
-def as_json(source: TextSource, result: Evaluation) -> dict[str, Any]:
-    """One text's measurement as a JSON object."""
-    return {
-        "text": source.name,
-        "perplexity": result.perplexity,
-        "recovered": result.recovered,
-        "sparsity": result.sparsity,
-        "protocol": result.protocol,
-        "window": result.window,
-        "tokens": result.tokens,
-    }
+def as_json(
+    sources: Sequence[TextSource], results: Sequence[Evaluation], baselines: Sequence[Evaluation] = ()
+) -> list[dict[str, Any]]:
+    """One JSON object per text, with what its baseline gave if there is one."""
+    values: list[dict[str, Any]] = [
+        {
+            "text": source.name,
+            "perplexity": result.perplexity,
+            "recovered": result.recovered,
+            "sparsity": result.sparsity,
+            "protocol": result.protocol,
+            "window": result.window,
+            "tokens": result.tokens,
+        }
+        for source, result in zip(sources, results, strict=True)
+    ]
+    for value, result, other in zip(values, results, baselines, strict=False):
+        value["baseline"] = {
+            "perplexity": other.perplexity["teal"],
+            "achieved": other.sparsity["achieved"],
+            "recovered": against(other, result),
+        }
+    return values
 
 
 def show_evaluations(sources: Sequence[TextSource], results: Sequence[Evaluation]) -> None:

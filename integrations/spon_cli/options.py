@@ -3,16 +3,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
+from spon_cli.command import Between
+from spon_cli.loading import Loaded, load
 from spon_plugin import SponError
+from spon_plugin.calibration.text import leading_windows, windows_digest
+from spon_plugin.files import check_new
+from spon_plugin.studies.evaluation import PROTOCOLS
+from spon_plugin.studies.rows import weights_digest
+from spon_plugin.training.recipe import Recipe
+from spon_transformers.text_sources import TextSource, text_sources
+
+MANY = 2**31 - 1  # more than any text has tokens
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub name, or a .gguf file or directory.")]
 AdapterDir = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter directory.")]
+AdapterOption = Annotated[Path, typer.Option(help="The adapter directory.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The directory to make; it must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Sparsity = Annotated[float, typer.Option(help="Share of the linears' inputs to zero, in [0, 1).")]
@@ -25,21 +38,108 @@ Match = Annotated[
         "--match", help="Scale thresholds until the sparse model itself meets the target; sensitivity always does."
     ),
 ]
-Text = Annotated[list[Path] | None, typer.Option(help="A text file; may repeat, for an even mix.")]
-Dataset = Annotated[
-    list[str] | None,
-    typer.Option(help="A Hugging Face data set, as NAME:CONFIG@SPLIT (the last two may be left out); may repeat."),
-]
 Targets = Annotated[
     str | None,
     typer.Option("--target-modules", help="Comma-separated names of the linears to sparsify.", show_default="all"),
 ]
 DensePrefix = Annotated[
-    int | None, typer.Option(help="First positions of a sequence that stay dense.", show_default="the format's, 1")
+    int | None,
+    typer.Option(help="First positions of a sequence that stay dense.", show_default="the format's, 1"),
+    Between(0, MANY),
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; of the base model's weights.")]
-Window = Annotated[int, typer.Option(help="Tokens per window.")]
-Seed = Annotated[int, typer.Option(help="Same command, same seed, same adapter.")]
+Window = Annotated[int, typer.Option(help="Tokens per window."), Between(2, MANY)]
+TestTokens = Annotated[int, typer.Option(help="Tokens of each test text."), Between(1, MANY)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonOptions:
+    """How the result is printed."""
+
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedOptions(JsonOptions):
+    """For commands that draw or order something."""
+
+    # What numpy and scikit-learn take.
+    seed: Annotated[int, typer.Option(help="Same command, same seed, same adapter."), Between(0, 2**32 - 1)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DtypeOptions:
+    """How a model is loaded."""
+
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; of the base model's weights.")] = (
+        "auto"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(DtypeOptions):
+    """For commands that take a model."""
+
+    model: Model
+
+    def load(self, target_modules: Sequence[str] | None = None, precision: str | None = None) -> Loaded:
+        """Load it; see `loading.load`."""
+        return load(self.model, self.dtype, target_modules, precision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """For commands that read text."""
+
+    text: Annotated[list[Path] | None, typer.Option(help="A text file; may repeat, for an even mix.")] = None
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="A Hugging Face data set, as NAME:CONFIG@SPLIT (the last two may be left out); may repeat."),
+    ] = None
+
+    def sources(self, part: str = "all") -> list[TextSource]:
+        """Read the texts; see `text_sources`."""
+        return text_sources(self.text, self.dataset, part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(ModelOptions, TextOptions, SeedOptions):
+    """For commands that measure rows of tables under one protocol and keep them."""
+
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where rows and tables are kept; may be resumed.")]
+    test: Annotated[list[Path] | None, typer.Option(help="A text to evaluate on; may repeat.")] = None
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on."), Between(1, MANY)] = 8192
+    window: Window = 512
+    max_tokens: TestTokens = 4096
+    protocol: Annotated[str, typer.Option(help=" or ".join(PROTOCOLS) + "; as in spon eval.")] = PROTOCOLS[0]
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise `SponError` for what can be told without texts and model."""
+        check_choice("protocol", self.protocol, PROTOCOLS)
+        if self.calibration_tokens < recipe.window:
+            raise SponError.of("calibration_tokens", self.calibration_tokens, f"at least {recipe.window}, one window")
+        if not self.output.is_dir():
+            check_new(self.output)
+
+    def tests(self) -> list[TextSource]:
+        """Read the texts to evaluate on."""
+        return text_sources(self.test, None, "test")
+
+    def test_windows(self, loaded: Loaded, tests: Sequence[TextSource]) -> dict[str, Tensor]:
+        """The windows of each text to evaluate on, by its name."""
+        return {test.name: leading_windows(loaded.tokenizer, test.text, self.window, self.max_tokens) for test in tests}
+
+    def common(self, loaded: Loaded, tests: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Any]:
+        """What all rows of an output must agree in; see `RowStore`."""
+        return {
+            "model": Path(self.model).name,
+            "weights": weights_digest(loaded.model),
+            "dtype": self.dtype,
+            "window": self.window,
+            "seed": self.seed,
+            "protocol": self.protocol,
+            "tests": {name: windows_digest(rows) for name, rows in tests.items()},
+            "recipe": recipe.as_dict(),
+        }
 
 
 def split_names(value: str | None) -> list[str] | None:

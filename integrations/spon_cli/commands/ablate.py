@@ -5,60 +5,80 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from spon_cli import options, precision
-from spon_cli.loading import load
+from spon_cli.command import Between, command
 from spon_cli.output import note, row_bars, show_json, show_table
 from spon_cli.study_plots import plot_study
 from spon_plugin import Adapter, SponError, read_adapter
-from spon_plugin.calibration.text import leading_windows, mixed_windows, windows_digest
+from spon_plugin.calibration.text import mixed_windows, windows_digest
 from spon_plugin.decoder.sites import linear_inputs
-from spon_plugin.files import check_new
 from spon_plugin.masking import check_sparsity
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
 from spon_plugin.studies.ablation import DENSE, Ablation, Pools, Trial, describe, plan
-from spon_plugin.studies.evaluation import PROTOCOLS
 from spon_plugin.studies.plan import BASE, STUDIES, Setup
 from spon_plugin.studies.plan_tables import cells, columns, markdown, records
-from spon_plugin.studies.rows import RowStore, weights_digest
+from spon_plugin.studies.rows import RowStore
 from spon_plugin.studies.tables import csv_text, number
 from spon_plugin.training.recipe import Recipe
-from spon_transformers.text_sources import TextSource, text_sources
+from spon_transformers.text_sources import TextSource
 
 PRECISION = "precision"
 NAMES = (*STUDIES, PRECISION)
-CALIBRATION_TOKENS, MAX_TOKENS = 8192, 4096
 
 
-def ablate_command(
-    model: options.Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where rows and tables are kept; may be resumed.")],
-    study: Annotated[str, typer.Option(help="Comma-separated: " + ", ".join(NAMES) + ".")] = "location,halves",
-    text: options.Text = None,
-    dataset: options.Dataset = None,
-    test: Annotated[list[Path] | None, typer.Option(help="A text to evaluate on; may repeat.")] = None,
-    sparsity: options.Sparsity = 0.5,
-    method: Annotated[str, typer.Option(help="One of " + ", ".join(SPARSIFIERS) + ".")] = "teal",
-    windows: Annotated[int, typer.Option(help="Training windows of a row.")] = BASE.windows,
-    learning_rate: Annotated[float, typer.Option(help="Highest rate, relative to thresholds.")] = BASE.learning_rate,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = CALIBRATION_TOKENS,
-    precisions: Annotated[
-        str, typer.Option(help="For the study precision, the full one first.")
-    ] = "float32,bfloat16,int8,int4",
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions(options.StudyOptions):
+    """Options of `spon ablate`."""
+
+    study: Annotated[str, typer.Option(help="Comma-separated: " + ", ".join(NAMES) + ".")] = "location,halves"
+    sparsity: options.Sparsity = 0.5
+    method: Annotated[str, typer.Option(help="One of " + ", ".join(SPARSIFIERS) + ".")] = "teal"
+    windows: Annotated[int, typer.Option(help="Training windows of a row."), Between(1, options.MANY)] = BASE.windows
+    learning_rate: Annotated[float, typer.Option(help="Highest rate, relative to thresholds.")] = BASE.learning_rate
+    precisions: Annotated[str, typer.Option(help="For the study precision, the full one first.")] = (
+        "float32,bfloat16,int8,int4"
+    )
     adapter: Annotated[
         Path | None, typer.Option(help="For the study precision: in place of training on the full-precision base.")
-    ] = None,
-    window: options.Window = 512,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each test text.")] = MAX_TOKENS,
-    protocol: Annotated[str, typer.Option(help=" or ".join(PROTOCOLS) + "; as in spon eval.")] = PROTOCOLS[0],
-    dtype: options.Dtype = "auto",
-    seed: options.Seed = 0,
-    json: options.Json = False,
-) -> None:
+    ] = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the studies."""
+        return options.split_names(self.study) or []
+
+    @property
+    def levels(self) -> list[str]:
+        """The precisions."""
+        return options.split_names(self.precisions) or []
+
+    def recipe(self) -> Recipe:
+        """The schedule that the studies vary from."""
+        return BASE.with_changes(windows=self.windows, learning_rate=self.learning_rate)
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise `SponError` for what can be told without texts and model."""
+        if not self.names:
+            raise SponError.of("study", self.study, "one of " + ", ".join(NAMES))
+        for name in self.names:
+            options.check_choice("study", name, NAMES)
+        check_sparsity(self.sparsity)
+        get_sparsifier(self.method)
+        if PRECISION in self.names:
+            precision.check_precisions(self.levels)
+            if self.method != "teal":
+                raise SponError.of("method", self.method, "teal, for the study precision")
+        super().check(recipe)
+
+
+@command
+def ablate_command(given: AblateOptions) -> None:
     """Vary one thing at a time: the ablations of the paper (figures 4 and 5), for any model.
 
     location: where alpha is. layer: one decoder block at a time. halves: the first or the last half of them. tokens: to
@@ -76,93 +96,62 @@ def ablate_command(
 
     [dim]spon ablate ./model -o quantized --study precision --precisions float32,int8,int4 --adapter spon50[/dim]
     """
-    names = options.split_names(study) or []
-    if not names:
-        raise SponError.of("study", study, "one of " + ", ".join(NAMES))
-    for name in names:
-        options.check_choice("study", name, NAMES)
-    options.check_choice("protocol", protocol, PROTOCOLS)
-    check_sparsity(sparsity)
-    get_sparsifier(method)
-    recipe = BASE.with_changes(windows=windows, learning_rate=learning_rate)
-    if calibration_tokens < recipe.window:
-        raise SponError.of("calibration_tokens", calibration_tokens, f"at least {recipe.window}, one window")
-    levels = options.split_names(precisions) or []
-    start = None if adapter is None else read_adapter(adapter)
-    if PRECISION in names:
-        precision.check_precisions(levels)
-        if method != "teal":
-            raise SponError.of("method", method, "teal, for the study precision")
-    if not output.is_dir():
-        check_new(output)
-    sources = text_sources(text, dataset, part="train")
-    held_out = text_sources(test, None, part="test")
-    loaded = load(model, dtype)
+    recipe = given.recipe()
+    given.check(recipe)
+    start = None if given.adapter is None else read_adapter(given.adapter)
+    sources, held_out = given.sources("train"), given.tests()
+    loaded = given.load()
     if start is not None:
-        precision.check_adapter(start, linear_inputs(loaded.model), model, sparsity)
-    setup = Setup(loaded.sites, tuple(s.name for s in sources), sparsity, calibration_tokens, recipe)
-    studies = [STUDIES[name](setup) for name in names if name != PRECISION]
-    tests = {s.name: leading_windows(loaded.tokenizer, s.text, window, max_tokens) for s in held_out}
+        precision.check_adapter(start, linear_inputs(loaded.model), given.model, given.sparsity)
+    setup = Setup(
+        loaded.sites, tuple(source.name for source in sources), given.sparsity, given.calibration_tokens, recipe
+    )
+    studies = [STUDIES[name](setup) for name in given.names if name != PRECISION]
+    tests = given.test_windows(loaded, held_out)
     trials = [point.trial for found in studies for point in found.points]
-    pools = _pools(loaded.tokenizer, sources, [*trials, setup.trial], setup, seed)
+    pools = _pools(loaded.tokenizer, sources, [*trials, setup.trial], setup, given.seed)
     settings = {
-        "model": Path(model).name,
-        "weights": weights_digest(loaded.model),
-        "method": method,
-        "dtype": dtype,
-        "seed": seed,
-        "protocol": protocol,
-        "window": window,
-        "tests": {name: windows_digest(rows) for name, rows in tests.items()},
+        **given.common(loaded, tests, recipe),
+        "method": given.method,
         "training": windows_digest(pools[setup.texts, recipe.window]),
-        "recipe": recipe.as_dict(),
-        "calibration_tokens": calibration_tokens,
+        "calibration_tokens": given.calibration_tokens,
     }
-    bench = Ablation(loaded.model, loaded.sites, pools, recipe.window, tests, method, protocol, seed)
+    bench = Ablation(loaded.model, loaded.sites, pools, recipe.window, tests, given.method, given.protocol, given.seed)
     bench.check(plan([*trials, setup.trial]))
-    store = RowStore(output, settings)
-    total = (len(plan(trials)) + 1 if trials else 0) + (2 * len(levels) - 1 if PRECISION in names else 0)
-    report: dict[str, Any] = {"settings": settings}
+    store = RowStore(given.output, settings)
+    total = (len(plan(trials)) + 1 if trials else 0) + (2 * len(given.levels) - 1 if PRECISION in given.names else 0)
     with row_bars(total, _line) as (bench.stage, bench.done):
         rows = bench.run(trials, store) if trials else {}
         for found in studies:
-            report[found.name] = records(found, rows)
-            _write(output, found.name, markdown(found, rows), report[found.name])
-            plot_study(found, rows, output / f"{found.name}.png")
+            _write(given.output, found.name, markdown(found, rows), records(found, rows))
+            plot_study(found, rows, given.output / f"{found.name}.png")
         quantized: list[dict[str, Any]] = []
-        if PRECISION in names:
+        if PRECISION in given.names:
             del loaded.model, bench.model  # one model in memory at a time
-            quantized = _precision(model, levels, setup, pools, bench, store, start, output)
-            report[PRECISION] = precision.records(quantized)
-    if json:
-        show_json(report)
+            quantized = _precision(given, setup, bench, store, start)
+    if given.json:
+        flat = {found.name: records(found, rows) for found in studies}
+        show_json({"settings": settings, **flat, **({PRECISION: precision.records(quantized)} if quantized else {})})
         return
     for found in studies:
         show_table(found.title, columns(found, rows), [cells(point, rows) for point in found.points])
     if quantized:
         show_table("Quantized bases", *precision.table(quantized))
-    note(f"Tables and plots written to {output}")
+    note(f"Tables and plots written to {given.output}")
 
 
 def _precision(
-    model: str,
-    levels: Sequence[str],
-    setup: Setup,
-    pools: Pools,
-    bench: Ablation,
-    store: RowStore,
-    adapter: Adapter | None,
-    output: Path,
+    given: AblateOptions, setup: Setup, bench: Ablation, store: RowStore, adapter: Adapter | None
 ) -> list[dict[str, Any]]:
     """Run the study of quantized bases and write its tables and plot."""
-    pool = pools[setup.texts, setup.recipe.window]
+    pool = bench.pools[setup.texts, setup.recipe.window]
     study = precision.PrecisionStudy(
-        model, levels, setup.trial, pool, bench.tests, bench.protocol, bench.seed, adapter, output, bench.stage,
-        bench.done,
+        given.model, given.levels, setup.trial, pool, bench.tests, bench.protocol, bench.seed, adapter, given.output,
+        bench.stage, bench.done,
     )  # fmt: skip
     rows = study.run(store)
-    _write(output, PRECISION, precision.markdown(rows), precision.records(rows))
-    precision.plot(rows, output / f"{PRECISION}.png")
+    _write(given.output, PRECISION, precision.markdown(rows), precision.records(rows))
+    precision.plot(rows, given.output / f"{PRECISION}.png")
     return rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,8 @@ import typer
 from torch import Tensor
 
 from spon_cli import options
-from spon_cli.loading import Loaded, load
+from spon_cli.command import Between, command
+from spon_cli.loading import Loaded
 from spon_cli.output import note, progress_bars, show_json, show_table
 from spon_cli.study_plots import plot_points, plot_shift
 from spon_plugin import Adapter, SponError, read_adapter, sparse_inputs
@@ -34,7 +35,7 @@ from spon_plugin.studies.hidden_shift import (
     relative_distance,
 )
 from spon_plugin.studies.tables import csv_text, markdown_table
-from spon_transformers.text_sources import text_sources
+from spon_transformers.text_sources import TextSource
 
 SHIFT = ("variant", "block", "distance", "cka")
 NOTES = (
@@ -47,22 +48,40 @@ ALPHA_NOTES = (
 )
 
 
-def analyze_command(
-    model: options.Model,
-    adapter: Annotated[Path, typer.Option(help="The adapter directory.")],
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Directory to make for tables and plots.")
-    ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
-    text: options.Text = None,
-    dataset: options.Dataset = None,
-    count: Annotated[int, typer.Option(help="How many prompts.")] = 50,
-    max_length: Annotated[int, typer.Option(help="Tokens of a prompt; the rest is cut off.")] = 64,
-    projection: Annotated[str, typer.Option(help=" or ".join(PROJECTIONS) + ", for the picture.")] = "tsne",
-    dtype: options.Dtype = "auto",
-    seed: options.Seed = 0,
-    json: options.Json = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeOptions(options.ModelOptions, options.TextOptions, options.SeedOptions):
+    """Options of `spon analyze`."""
+
+    adapter: options.AdapterOption
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory to make for tables and plots.")] = (
+        None
+    )
+    prompts: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None
+    count: Annotated[int, typer.Option(help="How many prompts."), Between(2, options.MANY)] = 50
+    max_length: Annotated[
+        int, typer.Option(help="Tokens of a prompt; the rest is cut off."), Between(2, options.MANY)
+    ] = 64
+    projection: Annotated[str, typer.Option(help=" or ".join(PROJECTIONS) + ", for the picture.")] = "tsne"
+
+    def check(self) -> None:
+        """Raise `SponError` for what can be told without texts and model."""
+        if self.output is not None:
+            check_new(self.output)
+            check_projection(self.projection)
+        if self.prompts is not None and (self.text or self.dataset):
+            raise SponError.of("prompts", str(self.prompts), "either --prompts or --text and --dataset")
+
+    def ids(self, tokenizer: Any, sources: Sequence[TextSource], lines: Sequence[str]) -> list[Tensor]:
+        """The prompts as token ids: lines where there are any, else windows of the texts."""
+        if self.prompts is None:
+            texts = [source.text for source in sources]
+            return list(mixed_windows(tokenizer, texts, self.max_length, self.count, self.seed))
+        rows = [token_ids(tokenizer, line)[: self.max_length] for line in lines[: self.count]]
+        return [torch.tensor(row, dtype=torch.int64) for row in rows]
+
+
+@command
+def analyze_command(given: AnalyzeOptions) -> None:
     """Measure how far masks shift the hidden states, and how much of it alpha brings back: figure 3 of the paper.
 
     Per decoder block: relative distance and linear CKA, TEAL and SPON against the dense model. Then each alpha beside
@@ -73,54 +92,42 @@ def analyze_command(
 
     [dim]spon analyze ./model --adapter spon50 --prompts prompts.txt --json[/dim]
     """
-    if output is not None:
-        check_new(output)
-        check_projection(projection)
-    if prompts is not None and (text or dataset):
-        raise SponError.of("prompts", str(prompts), "either --prompts or --text and --dataset")
-    for name, value in (("count", count), ("max_length", max_length)):
-        if value < 2:
-            raise SponError.of(name, value, "at least 2")
-    loaded_adapter = read_adapter(adapter)
-    sources = [] if prompts is not None else text_sources(text, dataset, part="test")
-    lines = [] if prompts is None else [line for line in read_text(prompts).splitlines() if line.strip()]
-    loaded = load(model, dtype)
-    loaded_adapter.check_base(linear_inputs(loaded.model), model)
-    if lines:
-        ids = [
-            torch.tensor(token_ids(loaded.tokenizer, line)[:max_length], dtype=torch.int64) for line in lines[:count]
-        ]
-    else:
-        ids = list(mixed_windows(loaded.tokenizer, [source.text for source in sources], max_length, count, seed))
-    check_prompts(ids, loaded_adapter.fields.dense_prefix)
+    given.check()
+    adapter = read_adapter(given.adapter)
+    sources = [] if given.prompts is not None else given.sources("test")
+    lines = [] if given.prompts is None else [line for line in read_text(given.prompts).splitlines() if line.strip()]
+    loaded = given.load()
+    adapter.check_base(linear_inputs(loaded.model), given.model)
+    ids = given.ids(loaded.tokenizer, sources, lines)
+    prefix = adapter.fields.dense_prefix
+    check_prompts(ids, prefix)
     with progress_bars() as stage:
-        states = all_states(loaded, loaded_adapter, ids, stage)
+        states = all_states(loaded, adapter, ids, stage)
         statistics = []
-        if loaded_adapter.has_alpha:
-            statistics = alpha_statistics(loaded.model, loaded_adapter, loaded.sites, ids, stage("Alphas"))
+        if adapter.has_alpha:
+            statistics = alpha_statistics(loaded.model, adapter, loaded.sites, ids, stage("Alphas"))
     shift = hidden_shift(states)
     report = {
-        "model": model,
-        "adapter": str(adapter),
-        "prompts": str(prompts) if prompts is not None else [source.name for source in sources],
+        "model": given.model,
+        "adapter": str(given.adapter),
+        "prompts": str(given.prompts) if given.prompts is not None else [source.name for source in sources],
         "count": len(ids),
         "tokens": sum(map(len, ids)),
         "shift": shift,
         "alphas": [asdict(row) for row in statistics],
     }
-    if output is not None:
-        lengths = [len(prompt) - loaded_adapter.fields.dense_prefix for prompt in ids]
-        with new_directory(output) as directory:
+    if given.output is not None:
+        with new_directory(given.output) as directory:
             write(report, statistics, directory)
-            panels = projected(states, lengths, projection, seed)
+            panels = projected(states, [len(prompt) - prefix for prompt in ids], given.projection, given.seed)
             plot_shift(shift, directory / "shift.png")
-            plot_points(panels, projection, directory / f"{projection}.png")
-    if json:
+            plot_points(panels, given.projection, directory / f"{given.projection}.png")
+    if given.json:
         show_json(report)
         return
     show(shift, statistics)
-    if output is not None:
-        note(f"Tables and plots written to {output}")
+    if given.output is not None:
+        note(f"Tables and plots written to {given.output}")
 
 
 def all_states(

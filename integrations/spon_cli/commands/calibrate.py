@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -10,52 +11,66 @@ import typer
 from spon_cli import options
 from spon_cli.adapter_summary import show_sparsity, summary
 from spon_cli.calibration import CALIBRATION_TOKENS, Settings, calibrated
-from spon_cli.loading import load
+from spon_cli.command import Between, command
 from spon_cli.output import note, progress_bars, show_json
 from spon_plugin import write_adapter
 from spon_plugin.adapter.config import ALLOCATIONS
 from spon_plugin.files import check_new
 from spon_plugin.masking import check_sparsity
-from spon_transformers.text_sources import text_sources
 
 
-def calibrate_command(
-    model: options.Model,
-    output: options.Output,
-    sparsity: options.Sparsity = 0.5,
-    allocation: options.Allocation = "uniform",
-    text: options.Text = None,
-    dataset: options.Dataset = None,
-    alpha: Annotated[
-        str, typer.Option(help=r"none (plain TEAL), or mean (the control: E\[x - S(x)], untrained).")
-    ] = "none",
-    match: options.Match = False,
-    target_modules: options.Targets = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens to calibrate on.")] = CALIBRATION_TOKENS,
-    window: options.Window = 256,
-    dense_prefix: options.DensePrefix = None,
-    dtype: options.Dtype = "auto",
-    seed: options.Seed = 0,
-    json: options.Json = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(options.ModelOptions, options.TextOptions, options.SeedOptions):
+    """Options of `spon calibrate`."""
+
+    output: options.Output
+    sparsity: options.Sparsity = 0.5
+    allocation: options.Allocation = "uniform"
+    alpha: Annotated[str, typer.Option(help=r"none (plain TEAL), or mean (the control: E\[x - S(x)], untrained).")] = (
+        "none"
+    )
+    match: options.Match = False
+    target_modules: options.Targets = None
+    tokens: Annotated[int, typer.Option(help="How many tokens to calibrate on."), Between(1, options.MANY)] = (
+        CALIBRATION_TOKENS
+    )
+    window: options.Window = 256
+    dense_prefix: options.DensePrefix = None
+
+    def settings(self) -> Settings:
+        """How to calibrate."""
+        return Settings(
+            self.sparsity,
+            self.allocation,
+            self.alpha,
+            "all",
+            self.dense_prefix,
+            self.window,
+            self.tokens,
+            self.seed,
+            self.match,
+        )
+
+
+@command
+def calibrate_command(given: CalibrateOptions) -> None:
     """Find thresholds that reach a target sparsity, and write an adapter without alphas: plain TEAL.
 
     [dim]spon calibrate ./model --sparsity 0.5 -o teal50[/dim]
 
     [dim]spon calibrate org/model --sparsity 0.4 --allocation greedy --text wiki.txt --text code.txt -o teal40[/dim]
     """
-    check_new(output)
-    check_sparsity(sparsity)
-    options.check_choice("allocation", allocation, ALLOCATIONS)
-    options.check_choice("alpha", alpha, ("none", "mean"))
-    sources = text_sources(text, dataset)
-    settings = Settings(sparsity, allocation, alpha, "all", dense_prefix, window, tokens, seed, match)
-    loaded = load(model, dtype, options.split_names(target_modules))
+    check_new(given.output)
+    check_sparsity(given.sparsity)
+    options.check_choice("allocation", given.allocation, ALLOCATIONS)
+    options.check_choice("alpha", given.alpha, ("none", "mean"))
+    sources = given.sources()
+    loaded = given.load(options.split_names(given.target_modules))
     with progress_bars() as stage:
-        adapter = calibrated(loaded, sources, settings, stage)
-    write_adapter(adapter, output)
-    if json:
-        show_json({"adapter": str(output), **summary(adapter)})
+        adapter = calibrated(loaded, sources, given.settings(), stage)
+    write_adapter(adapter, given.output)
+    if given.json:
+        show_json({"adapter": str(given.output), **summary(adapter)})
         return
     show_sparsity(adapter)
-    note(f"Adapter written to {output}")
+    note(f"Adapter written to {given.output}")

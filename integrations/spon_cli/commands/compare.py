@@ -6,59 +6,68 @@ from __future__ import annotations
 import json as json_module
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
 from spon_cli import options
-from spon_cli.loading import load
+from spon_cli.command import Between, command
+from spon_cli.loading import Loaded
 from spon_cli.output import note, row_bars, show_json, show_table
 from spon_cli.plots import figure
 from spon_plugin import SponError
-from spon_plugin.calibration.text import leading_windows, mixed_windows, windows_digest
+from spon_plugin.calibration.text import mixed_windows, windows_digest
 from spon_plugin.decoder.sites import target_names
-from spon_plugin.files import check_new
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
 from spon_plugin.studies.comparison import DENSE, MEAN, OFF, ON, QUICK, Bench, Key, by_key, keys
 from spon_plugin.studies.comparison_tables import SHARES, alpha_title, cells, markdown, mean, records
-from spon_plugin.studies.evaluation import PROTOCOLS
-from spon_plugin.studies.rows import SETTINGS, RowStore, weights_digest
+from spon_plugin.studies.rows import SETTINGS, RowStore
 from spon_plugin.studies.tables import csv_text, number
-from spon_transformers.text_sources import text_sources
+from spon_plugin.training.recipe import Recipe
+from spon_transformers.text_sources import TextSource
 
 DEFAULT_METHODS = [name for name in SPARSIFIERS if name != "teal-greedy"]
-CALIBRATION_TOKENS, MAX_TOKENS = 8192, 6144
+MAX_TOKENS = 6144
 HIGHEST = 6  # times the dense perplexity, at the top of the plot
 
 
-def compare_command(
-    model: options.Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where rows and tables are kept; may be resumed.")],
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(options.StudyOptions):
+    """Options of `spon compare`."""
+
     methods: Annotated[str, typer.Option(help="Comma-separated: " + ", ".join(SPARSIFIERS) + ".")] = ",".join(
         DEFAULT_METHODS
-    ),
-    sparsity: Annotated[str, typer.Option(help="Comma-separated shares.")] = "0.25,0.4,0.5,0.6",
+    )
+    sparsity: Annotated[str, typer.Option(help="Comma-separated shares.")] = "0.25,0.4,0.5,0.6"
     alpha: Annotated[
         str, typer.Option(help="Comma-separated: off, mean (a bias, untrained), on, or linears such as down_proj.")
-    ] = "off,mean,on",
-    text: options.Text = None,
-    dataset: options.Dataset = None,
-    test: Annotated[list[Path] | None, typer.Option(help="A text to evaluate on; may repeat.")] = None,
-    target_modules: options.Targets = None,
-    windows: Annotated[int, typer.Option(help="Training windows per row.")] = QUICK.windows,
-    epochs: Annotated[int, typer.Option(help="Passes over them.")] = QUICK.epochs,
+    ] = "off,mean,on"
+    target_modules: options.Targets = None
+    windows: Annotated[int, typer.Option(help="Training windows per row."), Between(1, options.MANY)] = QUICK.windows
+    epochs: Annotated[int, typer.Option(help="Passes over them."), Between(1, options.MANY)] = QUICK.epochs
     learning_rate: Annotated[
         float, typer.Option(help="Highest rate, relative to thresholds; sensitivity takes a third of it.")
-    ] = QUICK.learning_rate,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = CALIBRATION_TOKENS,
-    window: options.Window = 512,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each test text.")] = MAX_TOKENS,
-    protocol: Annotated[str, typer.Option(help=" or ".join(PROTOCOLS) + "; as in spon eval.")] = PROTOCOLS[0],
-    dtype: options.Dtype = "auto",
-    seed: options.Seed = 0,
-    json: options.Json = False,
-) -> None:
+    ] = QUICK.learning_rate
+    max_tokens: options.TestTokens = MAX_TOKENS
+
+    def keys(self) -> list[Key]:
+        """The rows that the user asked for."""
+        return keys(
+            options.split_names(self.methods) or [],
+            options.split_numbers("sparsity", self.sparsity),
+            options.split_names(self.alpha) or [],
+        )
+
+    def recipe(self) -> Recipe:
+        """The schedule of every trained row."""
+        return QUICK.with_changes(windows=self.windows, epochs=self.epochs, learning_rate=self.learning_rate)
+
+
+@command
+def compare_command(given: CompareOptions) -> None:
     """Compare sparsification methods at several sparsities, each with and without alpha: table 1 of the paper.
 
     One protocol and one seed for all rows. Each row is kept in OUTPUT as soon as it is measured; the same command goes
@@ -71,53 +80,45 @@ def compare_command(
 
     [dim]spon compare ./model -o teal --methods teal,teal-greedy --alpha off,mean,on,down_proj --windows 300[/dim]
     """
-    wanted = keys(
-        options.split_names(methods) or [],
-        options.split_numbers("sparsity", sparsity),
-        options.split_names(alpha) or [],
-    )
-    options.check_choice("protocol", protocol, PROTOCOLS)
-    if not output.is_dir():
-        check_new(output)
-    recipe = QUICK.with_changes(windows=windows, epochs=epochs, learning_rate=learning_rate)
-    sources = text_sources(text, dataset, part="train")
-    tests = text_sources(test, None, part="test")
-    if calibration_tokens < recipe.window:
-        raise SponError.of("calibration_tokens", calibration_tokens, f"at least {recipe.window}, one window")
-    loaded = load(model, dtype, options.split_names(target_modules))
-    texts = [source.text for source in sources]
-    training = mixed_windows(loaded.tokenizer, texts, recipe.window, recipe.windows, seed)
-    count = calibration_tokens // recipe.window
-    calibration = mixed_windows(loaded.tokenizer, texts, recipe.window, count, seed)
-    if len(calibration) < count:
-        raise SponError.of("calibration_tokens", calibration_tokens, f"at most {calibration.numel()}, all of the text")
-    evaluated = {test.name: leading_windows(loaded.tokenizer, test.text, window, max_tokens) for test in tests}
+    wanted, recipe = given.keys(), given.recipe()
+    given.check(recipe)
+    sources, tests = given.sources("train"), given.tests()
+    loaded = given.load(options.split_names(given.target_modules))
+    calibration, training = _windows(loaded, sources, given, recipe)
+    evaluated = given.test_windows(loaded, tests)
     settings = {
-        "model": Path(model).name,
-        "weights": weights_digest(loaded.model),
-        "dtype": dtype,
+        **given.common(loaded, evaluated, recipe),
         "target_modules": target_names(loaded.sites, loaded.model),
-        "window": window,
-        "seed": seed,
-        "protocol": protocol,
         "texts": [source.name for source in sources],
-        "tests": {name: windows_digest(rows) for name, rows in evaluated.items()},
         "training_windows": windows_digest(training),
         "calibration_windows": windows_digest(calibration),
-        "recipe": recipe.as_dict(),
     }
-    store = RowStore(output, settings)
-    with row_bars(len(wanted) + 1, _line) as (stage, done):
-        bench = Bench(loaded.model, loaded.sites, calibration, training, evaluated, recipe, protocol, seed, stage, done)
+    bench = Bench(loaded.model, loaded.sites, calibration, training, evaluated, recipe, given.protocol, given.seed)
+    bench.check(wanted)
+    store = RowStore(given.output, settings)
+    with row_bars(len(wanted) + 1, _line) as (bench.stage, bench.done):
         bench.run(wanted, store)
     rows = store.all()  # with the rows of earlier runs
     rows.sort(key=_order)
-    write_tables(rows, output)
-    if json:
-        show_json(as_json(rows, output))
+    write_tables(rows, given.output)
+    if given.json:
+        show_json(as_json(rows, given.output))
         return
     show(rows)
-    note(f"Tables and plot written to {output}")
+    note(f"Tables and plot written to {given.output}")
+
+
+def _windows(
+    loaded: Loaded, sources: Sequence[TextSource], given: CompareOptions, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """Windows to calibrate on, and to train on."""
+    texts = [source.text for source in sources]
+    count = given.calibration_tokens // recipe.window
+    calibration = mixed_windows(loaded.tokenizer, texts, recipe.window, count, given.seed)
+    if len(calibration) < count:
+        expected = f"at most {calibration.numel()}, all of the text"
+        raise SponError.of("calibration_tokens", given.calibration_tokens, expected)
+    return calibration, mixed_windows(loaded.tokenizer, texts, recipe.window, recipe.windows, given.seed)
 
 
 def write_tables(rows: Sequence[dict[str, Any]], output: Path) -> None:

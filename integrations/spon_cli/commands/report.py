@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from spon_cli import options
+from spon_cli.command import command
 from spon_cli.output import note, percent, show_json, show_table
 from spon_cli.plots import COLORS, figure
 from spon_cli.results import DENSE, METRICS, Run, Score, read_runs, relative
@@ -21,36 +23,41 @@ CAPTION = (
 )
 
 
-def report_command(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="lm-eval's .json files or directories.")],
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(options.JsonOptions):
+    """Options of `spon report`."""
+
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="lm-eval's .json files or directories.")]
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help=f"Directory for {TABLE} and {PLOT}; made if it is not there.")
-    ] = None,
+    ] = None
     metric: Annotated[
         list[str] | None, typer.Option(help="Metric that stands for a task; may repeat, the first it has counts.")
-    ] = None,
-    json: options.Json = False,
-) -> None:
+    ] = None
+
+
+@command
+def report_command(given: ReportOptions) -> None:
     """Compare the dense model, its masks (TEAL) and SPON on the tasks of lm-eval.
 
     Files of one model make one row. Rows must have been evaluated alike: base model, dtype, number of documents.
 
     [dim]spon report results/dense results/teal50 results/spon50 -o report[/dim]
     """
-    runs = read_runs(results, tuple(metric) if metric else METRICS)
+    runs = read_runs(given.results, tuple(given.metric) if given.metric else METRICS)
     dense = next((run for run in runs if run.label == DENSE), None)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / TABLE).write_text(markdown(runs, dense), encoding="utf-8")
-        plot(runs, dense, output / PLOT)
-    if json:
+    if given.output is not None:
+        given.output.mkdir(parents=True, exist_ok=True)
+        (given.output / TABLE).write_text(markdown(runs, dense), encoding="utf-8")
+        plot(runs, dense, given.output / PLOT)
+    if given.json:
         rows = [{**run.as_json(), "relative": {t: s for t, (s, _) in relative(run, dense).items()}} for run in runs]
         show_json({"tasks": tasks_of(runs), "mean_over": common_tasks(runs), "rows": rows})
         return
     columns = ["", *(f"{task}\n{heading(runs, task)}" for task in tasks_of(runs)), "mean relative", "sparsity"]
     show_table("Zero-shot accuracy, %", columns, [cells(run, runs, dense) for run in runs], CAPTION)
-    if output is not None:
-        note(f"Table and plot written to {output}")
+    if given.output is not None:
+        note(f"Table and plot written to {given.output}")
 
 
 def tasks_of(runs: Sequence[Run]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -14,6 +14,7 @@ import typer
 from spon_cli import options
 from spon_cli.adapter_summary import show_sparsity, summary
 from spon_cli.calibration import Settings, calibrated
+from spon_cli.command import Between, command
 from spon_cli.loading import Loaded, base_of, load
 from spon_cli.output import note, progress_bars, show_json
 from spon_cli.training import save, train, work_directory
@@ -24,53 +25,90 @@ from spon_plugin.adapter.mask import with_alphas
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new
 from spon_plugin.masking import check_sparsity
-from spon_plugin.training.recipe import PRESETS, preset
-from spon_transformers.text_sources import text_sources
+from spon_plugin.training.recipe import PRESETS, Recipe, preset
 
 _OF_THE_PRESET = "the preset's"
+_COUNT = Between(1, options.MANY)
 
 
-def train_command(
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(options.ModelOptions, options.TextOptions, options.SeedOptions):
+    """Options of `spon train`."""
+
     model: Annotated[
         str, typer.Argument(metavar="MODEL|ADAPTER", help="A model to calibrate first, or an adapter to train further.")
-    ],
-    output: options.Output,
+    ]
+    output: options.Output
     sparsity: Annotated[
         float | None, typer.Option(help="Share of the linears' inputs to zero, in [0, 1).", show_default="0.5")
-    ] = None,
-    allocation: options.AllocationOrNone = None,
-    match: options.Match = False,
-    text: options.Text = None,
-    dataset: options.Dataset = None,
+    ] = None
+    allocation: options.AllocationOrNone = None
+    match: options.Match = False
     alpha_modules: Annotated[
         str | None,
         typer.Option(
             help="Which linears carry an alpha: all, or comma-separated names such as down_proj.", show_default="all"
         ),
-    ] = None,
-    target_modules: options.Targets = None,
-    preset_name: Annotated[str, typer.Option("--preset", help="The schedule: " + " or ".join(PRESETS) + ".")] = "fast",
-    windows: Annotated[int | None, typer.Option(help="Training windows in all.", show_default=_OF_THE_PRESET)] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens per window.", show_default=_OF_THE_PRESET)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per step.", show_default=_OF_THE_PRESET)] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the windows.", show_default=_OF_THE_PRESET)] = None,
+    ] = None
+    target_modules: options.Targets = None
+    preset: Annotated[str, typer.Option(help="The schedule: " + " or ".join(PRESETS) + ".")] = "fast"
+    windows: Annotated[
+        int | None, typer.Option(help="Training windows in all.", show_default=_OF_THE_PRESET), _COUNT
+    ] = None
+    window: Annotated[
+        int | None, typer.Option(help="Tokens per window.", show_default=_OF_THE_PRESET), Between(2, options.MANY)
+    ] = None
+    batch_size: Annotated[int | None, typer.Option(help="Windows per step.", show_default=_OF_THE_PRESET), _COUNT] = (
+        None
+    )
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the windows.", show_default=_OF_THE_PRESET), _COUNT
+    ] = None
     learning_rate: Annotated[
         float | None,
         typer.Option(
             help="Highest rate; relative to thresholds for fast, and a third of it under sensitivity.",
             show_default=_OF_THE_PRESET,
         ),
-    ] = None,
+    ] = None
     weight_decay: Annotated[
         float | None, typer.Option(help="Pulls alphas towards zero; in the units of the rate.", show_default="0")
-    ] = None,
-    dense_prefix: options.DensePrefix = None,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same command was interrupted.")] = False,
-    dtype: options.Dtype = "auto",
-    seed: options.Seed = 0,
-    json: options.Json = False,
-) -> None:
+    ] = None
+    dense_prefix: options.DensePrefix = None
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same command was interrupted.")] = False
+
+    @property
+    def targets(self) -> list[str] | None:
+        """Names of the linears to sparsify; None for all."""
+        return options.split_names(self.target_modules)
+
+    @property
+    def carriers(self) -> str | list[str] | None:
+        """Which linears carry an alpha, as the adapter's config says it; None where the user did not."""
+        return "all" if self.alpha_modules == "all" else options.split_names(self.alpha_modules)
+
+    def recipe(self) -> Recipe:
+        """The preset with the changes that the user asked for."""
+        names = ("windows", "window", "batch_size", "epochs", "learning_rate", "weight_decay")
+        return preset(self.preset).with_changes(**{name: getattr(self, name) for name in names})
+
+    def settings(self) -> Settings:
+        """How to calibrate, where there is no adapter yet."""
+        return Settings(
+            check_sparsity(0.5 if self.sparsity is None else self.sparsity),
+            self.allocation or "uniform",
+            "zero",
+            "all" if self.carriers is None else self.carriers,
+            self.dense_prefix,
+            self.recipe().window,
+            seed=self.seed,
+            match=self.match,
+        )
+
+
+@command
+def train_command(given: TrainOptions) -> None:
     """Train spontaneous activations: the sparse model learns to say what the dense one says.
 
     Texts are mixed evenly; several kinds of text generalise better than one. The loss of every step is saved beside the
@@ -80,64 +118,44 @@ def train_command(
 
     [dim]spon train teal50 -o spon50 --alpha-modules down_proj[/dim]
     """
-    check_new(output)
-    recipe = preset(preset_name).with_changes(
-        windows=windows,
-        window=window,
-        batch_size=batch_size,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-    )
-    options.check_choice("allocation", allocation or "uniform", ALLOCATIONS)
-    targets = options.split_names(target_modules)
-    carriers = "all" if alpha_modules == "all" else options.split_names(alpha_modules)
-    start = read_adapter(model) if is_adapter(model) else None
+    check_new(given.output)
+    recipe, settings = given.recipe(), given.settings()
+    options.check_choice("allocation", settings.allocation, ALLOCATIONS)
+    start = read_adapter(given.model) if is_adapter(given.model) else None
     if start is not None:
-        _check_continued(start, sparsity, allocation, dense_prefix, targets, carriers)
-    target = check_sparsity(0.5 if sparsity is None else sparsity)
-    work = work_directory(output, resume)
-    sources = text_sources(text, dataset)
-    base = model if start is None else base_of(start, model)
-    loaded = load(base, dtype, targets)
-    wanted = "all" if carriers is None else carriers
-    settings = Settings(
-        target, allocation or "uniform", "zero", wanted, dense_prefix, recipe.window, seed=seed, match=match
-    )
+        _check_continued(start, given)
+    work = work_directory(given.output, given.resume)
+    sources = given.sources()
+    base = given.model if start is None else base_of(start, given.model)
+    loaded = load(base, given.dtype, given.targets)
     with progress_bars() as stage:
         if start is None:
             adapter = calibrated(loaded, sources, settings, stage)
         else:
             start.check_base(linear_inputs(loaded.model), base)
-            adapter = _with_alphas(start, loaded, wanted)
-            adapter.fields.calibration["matched"] = match or bool(start.fields.calibration.get("matched"))
-        adapter, losses = train(loaded, adapter, sources, recipe, work, seed, gradient_checkpointing, stage)
-    save(adapter, losses, output)
+            adapter = _with_alphas(start, loaded, settings.alpha_modules)
+            adapter.fields.calibration["matched"] = given.match or bool(start.fields.calibration.get("matched"))
+        adapter, losses = train(loaded, adapter, sources, recipe, work, given.seed, given.gradient_checkpointing, stage)
+    save(adapter, losses, given.output)
     shutil.rmtree(work)
-    if json:
-        show_json({"adapter": str(output), **summary(adapter), "recipe": recipe.as_dict(), "loss": _ends(losses)})
+    ends = _ends(losses)
+    if given.json:
+        show_json({"adapter": str(given.output), **summary(adapter), "recipe": recipe.as_dict(), "loss": ends})
         return
     show_sparsity(adapter)
-    note(f"KL from {_ends(losses)['first']:.3f} to {_ends(losses)['last']:.3f} nats per token over {len(losses)} steps")
-    note(f"Adapter written to {output}; the loss curve is in {output / 'loss.png'}")
+    note(f"KL from {ends['first']:.3f} to {ends['last']:.3f} nats per token over {len(losses)} steps")
+    note(f"Adapter written to {given.output}; the loss curve is in {given.output / 'loss.png'}")
 
 
-def _check_continued(
-    start: Adapter,
-    sparsity: float | None,
-    allocation: str | None,
-    dense_prefix: int | None,
-    targets: list[str] | None,
-    carriers: str | list[str] | None,
-) -> None:
+def _check_continued(start: Adapter, given: TrainOptions) -> None:
     """Raise `SponError` for an option that an adapter to train further has settled already."""
     fields = start.fields
     settled: list[tuple[str, Any, Any]] = [
-        ("sparsity", sparsity, fields.sparsity),
-        ("allocation", allocation, fields.allocation),
-        ("dense_prefix", dense_prefix, fields.dense_prefix),
-        ("target_modules", targets, start.peft.get("target_modules")),
-        ("alpha_modules", carriers, fields.alpha_modules if start.has_alpha else None),
+        ("sparsity", given.sparsity, fields.sparsity),
+        ("allocation", given.allocation, fields.allocation),
+        ("dense_prefix", given.dense_prefix, fields.dense_prefix),
+        ("target_modules", given.targets, start.peft.get("target_modules")),
+        ("alpha_modules", given.carriers, fields.alpha_modules if start.has_alpha else None),
     ]
     for field, value, kept in settled:
         if value is None or kept is None:
