@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from spon_plugin.kernels import sparse_linear
+from spon_plugin.kernels.gemm import dense_linear
 from spon_plugin.masking import deviation, sparsify
 from spon_vllm import metrics
 
@@ -53,12 +53,12 @@ def linear(
     Returns:
         ``[..., out_features]`` in `x.dtype`.
     """
+    weight_t = weight.as_subclass(Tensor).t()  # not vLLM's parameter class, which would cost the kernel its short way
     if not runs_sparse(x, limit):
         metrics.COUNTERS.dense_calls += 1
-        return F.linear(x, weight, dense_bias)
+        return dense_linear(x, weight_t, dense_bias)
     x = deviation(x, center)
     metrics.COUNTERS.count_sparse(x, threshold)
-    weight_t = weight.as_subclass(Tensor).t()  # not vLLM's parameter class, which would cost the kernel its short way
     return sparse_linear(x, weight_t, threshold, sparse_bias, shard_sizes=shard_sizes or [weight.shape[0]])
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spon_plugin.decoder.tokens import Attachment, DenseTokens
 from spon_plugin.kernels import sparse_linear
 from spon_plugin.kernels.cpu.layer_call import LayerCall
+from spon_plugin.kernels.gemm import dense_linear
 from spon_plugin.kernels.op import implementation
 from spon_plugin.layers.kinds import linear_features
 from spon_plugin.masking import deviation, sparse_deviation
@@ -77,12 +77,11 @@ class _SparseLayer(nn.Module):
         own = dense is None and x.dtype == weight_t.dtype and weight_t.is_contiguous()
         if own and not torch.is_autocast_enabled(x.device.type):
             return sparse_linear(x, weight_t, self.spon_threshold, self.bias)
-        weight = weight_t.t()
         kept = sparse_deviation(x, self.spon_threshold, dense, center)
         if dense is None or self.spon_dense_bias is None:
-            return F.linear(kept, weight, self.bias)
+            return dense_linear(kept, weight_t, self.bias)
         bias = torch.zeros_like(self.spon_dense_bias) if self.bias is None else self.bias
-        return F.linear(kept, weight) + torch.where(dense.unsqueeze(-1), self.spon_dense_bias, bias)
+        return dense_linear(kept, weight_t) + torch.where(dense.unsqueeze(-1), self.spon_dense_bias, bias)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         _apply_keeping_float32(self, fn, super()._apply, recurse)

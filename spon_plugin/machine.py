@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine multiplies natively, and the dtype to compute in for that.
+
+CPUs without AVX512-BF16 or AMX, as in most laptops, emulate products of bfloat16: torch then runs them at a quarter of
+float32's speed. The dtype of the work follows the machine wherever a default stands; what is stored stays what it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+
+from spon_plugin.errors import SponError
+
+OVERRIDE = "SPON_NATIVE_DTYPES"
+"""An environment variable that takes the place of what torch says: ``bfloat16``, ``bfloat16,float16``, or ``none``."""
+
+_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@functools.lru_cache(maxsize=1)
+def native_dtypes() -> frozenset[torch.dtype]:
+    """Of bfloat16 and float16, those whose products this CPU does not emulate.
+
+    Raises:
+        SponError: `OVERRIDE` names another dtype.
+    """
+    override = os.environ.get(OVERRIDE)
+    if override is not None:
+        names = [name.strip() for name in override.split(",") if name.strip() not in ("", "none")]
+        for name in names:
+            if name not in _HALVES:
+                raise SponError.of(OVERRIDE, override, "comma-separated names out of bfloat16 and float16, or none")
+        return frozenset(_HALVES[name] for name in names)
+    checks: Any = torch.ops.mkldnn
+    found = set()
+    for dtype, check in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported")):
+        # A build without oneDNN has neither operator, and emulates both.
+        if hasattr(checks, check) and getattr(checks, check)():
+            found.add(dtype)
+    return frozenset(found)
+
+
+def is_native(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
+    """Whether `device` multiplies `dtype` as it is. Of accelerators, and of wider dtypes, that is taken for granted."""
+    if dtype not in _HALVES.values() or torch.device(device).type != "cpu":
+        return True
+    return dtype in native_dtypes()
+
+
+def compute_dtype(stored: torch.dtype, device: torch.device | str = "cpu") -> torch.dtype:
+    """The dtype to compute in with weights that are stored in `stored`: that one where it is native, or float32."""
+    return stored if is_native(stored, device) else torch.float32
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype as users write it: ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def description() -> str:
+    """The machine in a few words: its accelerator, or the threads that torch has here and what they multiply."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    bfloat16 = "native" if is_native(torch.bfloat16) else "emulated"
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}, bfloat16 {bfloat16}"
