@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import vllm.envs as envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
@@ -17,6 +18,8 @@ from spon_plugin.adapter.directory import read_adapter
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.adapter.merged import Announced
 from spon_plugin.decoder.sites import is_expert
+from spon_plugin.errors import SponError
+from spon_plugin.kernels.triton.launch import LEAST_CAPABILITY
 from spon_vllm import QUANT_METHOD
 from spon_vllm.checks import check_centers, check_fit, check_shards
 from spon_vllm.linear import SponLinearMethod
@@ -60,8 +63,9 @@ class SponConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Compute capability 7.0 and later."""
-        return 70
+        """That of the GPU kernels."""
+        major, minor = LEAST_CAPABILITY
+        return 10 * major + minor
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -89,8 +93,17 @@ class SponConfig(QuantizationConfig):
             revision: of the model, on the hub.
 
         Raises:
-            SponError: there is no adapter, or it does not fit; the message says what to do.
+            SponError: there is no adapter, it does not fit, or the server is to be batch-invariant, which sparse steps
+                are not; the message says what to do.
         """
+        if envs.VLLM_BATCH_INVARIANT:
+            raise SponError.of(
+                "VLLM_BATCH_INVARIANT",
+                "1",
+                "0 with --quantization spon: what a sparse step skips, and in what order it sums up, depends on the "
+                "other requests in it",
+                "Unset it, or serve the base model without the adapter.",
+            )
         self.settings, merged = resolve(self.given, _stored(model_name, revision))
         if self.settings.base_quantization is not None:
             self.inner = _inner_config(dict(self.settings.base_quantization), hf_config)
@@ -192,8 +205,19 @@ def _stored(model_name: str, revision: str | None) -> dict[str, Any] | None:
 
 
 def _inner_config(base: dict[str, Any], hf_config: Any) -> Any:
-    """The base's own quantization, chosen as vLLM's `ModelConfig._verify_quantization` chooses it."""
+    """The base's own quantization, chosen as vLLM's `ModelConfig._verify_quantization` chooses it.
+
+    Raises:
+        SponError: the base is in a format that vLLM reads by a loader of its own, chosen by ``--quantization``.
+    """
     name = base["quant_method"]
+    if name in ("bitsandbytes", "gguf"):
+        raise SponError.of(
+            "the base model's quant_method",
+            name,
+            "a format that vLLM's default loader reads, such as compressed-tensors, GPTQ, AWQ or FP8",
+            "Serve the base in its own precision or another format; the adapter fits any of them.",
+        )
     for method in QUANTIZATION_METHODS:
         if method == QUANT_METHOD:
             continue

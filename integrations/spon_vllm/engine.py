@@ -29,7 +29,9 @@ def install() -> None:
     @wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         with serving_adapter(name_adapter(self)):
-            return original(self, *args, **kwargs)
+            config = original(self, *args, **kwargs)
+        finish_config(config, sparse=self.quantization == QUANT_METHOD)
+        return config
 
     create_engine_config.spon_wrapped = True  # type: ignore[attr-defined]
     EngineArgs.create_engine_config = create_engine_config
@@ -49,19 +51,54 @@ def name_adapter(arguments: Any) -> str | None:
             something else.
     """
     model = arguments.model
-    if not (isinstance(model, str) and is_adapter(model)):
-        if os.environ.get(ADAPTER_VARIABLE) and arguments.quantization is None:
-            arguments.quantization = QUANT_METHOD
+    served = isinstance(model, str) and is_adapter(model)
+    if not served and not os.environ.get(ADAPTER_VARIABLE):
         return None
     if arguments.quantization not in (None, QUANT_METHOD):
-        raise SponError.of("--quantization", arguments.quantization, f"{QUANT_METHOD!r}, as the model is an adapter")
+        why = "the model is an adapter" if served else f"{ADAPTER_VARIABLE} names an adapter"
+        raise SponError.of("--quantization", arguments.quantization, f"{QUANT_METHOD!r}, as {why}")
     arguments.quantization = QUANT_METHOD
+    if not served:
+        return None
     base = _base_model(model)
     arguments.served_model_name = arguments.served_model_name or [model]
     if arguments.tokenizer == model:
         arguments.tokenizer = None
     arguments.model = base
     return model
+
+
+def finish_config(config: Any, sparse: bool) -> None:
+    """Check that vLLM has not left the adapter out, and have it look for missing weights as in a dense model.
+
+    vLLM looks for weights that the checkpoint lacks only where no quantization is asked for, or where it is told to.
+
+    Args:
+        config: the `VllmConfig`.
+        sparse: whether ``--quantization spon`` was asked for.
+
+    Raises:
+        SponError: vLLM serves the model by another method.
+    """
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from spon_vllm.config import SponConfig
+
+    method = config.quant_config
+    if not isinstance(method, SponConfig):
+        if sparse:
+            raise SponError.of(
+                "--quantization", config.model_config.quantization, f"{QUANT_METHOD!r}, which vLLM has put another for",
+                "This kind of checkpoint is read by a method of its own; serve the base in another format.",
+            )  # fmt: skip
+        return
+    load = config.load_config
+    extra = load.model_loader_extra_config
+    # A quantized base may rightly lack tensors that its method makes. Before 0.23 vLLM could not be told.
+    plain = method.inner is None and isinstance(extra, dict) and hasattr(DefaultModelLoader, "track_weights_loading")
+    if plain and type(get_model_loader(load)) is DefaultModelLoader:
+        extra.setdefault("enable_weights_track", True)
 
 
 def _base_model(adapter: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config.vllm import get_current_vllm_config_or_none
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.model_executor.layers.linear import (
     WEIGHT_LOADER_V2_SUPPORTED,
@@ -26,13 +27,11 @@ import spon_vllm.ops  # noqa: F401 (registers torch.ops.spon_vllm)
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.adapter.merged import Announced
 from spon_plugin.errors import SponError
-from spon_plugin.layers.fold import probe
+from spon_vllm import steps
 from spon_vllm.checks import check_centers
+from spon_vllm.fold import StoredWeight, ask, stored_weight
 from spon_vllm.report import Coverage
 from spon_vllm.settings import Settings
-
-_FOLD_ROWS = 8192
-"""Rows of a weight that are float32 at a time while alpha is folded."""
 
 
 class _ChannelParameter(PerTensorScaleParameter):
@@ -99,12 +98,17 @@ class SponLinearMethod(LinearMethodBase):
         """
         self._check(input_size, output_partition_sizes)
         self.sizes, self.in_part, self.in_full = list(output_partition_sizes), input_size_per_partition, input_size
+        steps.configure(get_current_vllm_config_or_none())
         attributes = dict(extra_weight_attrs)
         if not self.plain and type(self.inner).__name__ not in WEIGHT_LOADER_V2_SUPPORTED:
             attributes["weight_loader"] = layer.weight_loader  # vLLM chose one by the name of this class
         self.inner.create_weights(
             layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **attributes
         )
+        # A layer before this one must not quantize for the inner method what is to be masked first (vLLM 0.32).
+        layer.requires_unquantized_input = True
+        if self.plain:
+            layer.weight.data[:, 0] = torch.nan  # stays where the checkpoint has no such tensor
         if self.settings.merged:
             self._expect_merged(layer, params_dtype, extra_weight_attrs["weight_loader"])
 
@@ -125,7 +129,7 @@ class SponLinearMethod(LinearMethodBase):
     def _expect_merged(self, layer: Any, dtype: torch.dtype, loader: Any) -> None:
         """Let vLLM's loader fill what a merged checkpoint has for every sparse linear."""
         count, width = len(self.sizes), sum(self.sizes)
-        # NaN stays where the checkpoint has no such tensor; vLLM does not look for missing ones.
+        # As with the weight: NaN stays where the checkpoint has no such tensor.
         vector = torch.full((self.in_full,) if count == 1 else (count, self.in_full), torch.nan, dtype=torch.float32)
         threshold: Any = PerTensorScaleParameter(data=torch.zeros(count, dtype=torch.float32), weight_loader=loader)
         if any(mask.threshold is None for mask in self.announced):
@@ -156,21 +160,34 @@ class SponLinearMethod(LinearMethodBase):
         if getattr(layer, "_use_min_latency_gemm", False):
             layer._use_min_latency_gemm = False  # DeepSeek V3 on Hopper: a kernel of its own would go past `apply`
         if self.plain:
+            self._check_loaded(layer)
+        masks = self._loaded_masks(layer) if self.settings.merged else self.masks
+        weight = None if self.settings.merged else stored_weight(layer, self.sizes, self.in_part)
+        total = None if weight is None else self._fold(layer, weight)
+        if self.plain:
             # One copy, [in, out] in memory and [out, in] to everything that asks; the parameter keeps its loader.
             layer.weight.data = layer.weight.data.t().contiguous().t()
+            if getattr(layer.weight, "_vllm_is_uva_offloaded", False):
+                del layer.weight._vllm_is_uva_offloaded  # --cpu-offload-gb: the new data is to go to the host, too
         else:
             self.inner.process_weights_after_loading(layer)
+            if hasattr(layer, "_input_quant_key"):
+                del layer._input_quant_key  # as `requires_unquantized_input`, before vLLM 0.32
         # vLLM adds a row-parallel layer's bias on one rank, and none where the model adds it itself.
         row_parallel = self.in_part != self.in_full or hasattr(layer, "input_is_parallel")
         bias = layer.bias if not layer.skip_bias_add and not (row_parallel and layer.tp_rank > 0) else None
-        thresholds, center = self._own_masks(layer)
-        total = self._merged_bias(layer, bias, row_parallel) if self.settings.merged else self._fold(layer)
+        thresholds, center = self._own_masks(layer, masks)
+        if total is None:
+            total = self._merged_bias(layer, bias, row_parallel) if self.settings.merged else self._fold(layer, None)
         if bias is not None and self.plain and not self.settings.merged:
             total += bias.float()
-        layer.register_buffer("spon_threshold", thresholds.to(total.device), persistent=False)
-        layer.register_buffer("spon_center", None if center is None else center.to(total.device), persistent=False)
-        layer.register_buffer("spon_bias", total.contiguous(), persistent=False)
+        # Parameters, not buffers: when weights are loaded again, vLLM runs this method and copies what it made into the
+        # tensors that graphs hold, except for buffers that no checkpoint stores.
+        for name, vector in (("threshold", thresholds), ("center", center), ("bias", total)):
+            own = None if vector is None else nn.Parameter(vector.to(total.device).contiguous(), requires_grad=False)
+            layer.register_parameter(f"spon_{name}", own)
         self.coverage.finish(
+            layer.spon_threshold,
             4 * (total.numel() + thresholds.numel() + (0 if center is None else center.numel())),
             self.settings,
             layer.quant_config.names,
@@ -178,15 +195,24 @@ class SponLinearMethod(LinearMethodBase):
             get_pp_group().world_size == 1,
         )
 
-    def _own_masks(self, layer: Any) -> tuple[Tensor, Tensor | None]:
-        """This rank's thresholds, as `ops.linear` takes them, and its part of the centre.
+    def _check_loaded(self, layer: Any) -> None:
+        """Check that every linear's weight has been loaded: vLLM itself does not, under ``--quantization``.
 
         Raises:
-            SponError: what a merged checkpoint holds is missing, wrong, or several centres for one input.
+            SponError: the checkpoint has no such weight, or a broken one.
         """
-        if self.settings.merged:
-            self._take_loaded(layer)
-        thresholds = [mask.threshold for mask in self.masks]
+        missing = torch.isnan(layer.weight.data[:, 0])
+        if bool(missing.any()):
+            ends = torch.tensor(self.sizes if len(self.paths) > 1 else [sum(self.sizes)]).cumsum(0)
+            index = int((ends <= int(missing.nonzero()[0])).sum())
+            raise SponError.of(
+                f"{self.paths[index]}.weight", "no such tensor, or NaN", "one in the checkpoint",
+                "The checkpoint is incomplete or damaged; copy or make it again.",
+            )  # fmt: skip
+
+    def _own_masks(self, layer: Any, masks: Sequence[Mask]) -> tuple[Tensor, Tensor | None]:
+        """This rank's thresholds, as `ops.linear` takes them, and its part of the centre."""
+        thresholds = [mask.threshold for mask in masks]
         if all(threshold.numel() == 1 for threshold in thresholds):
             rows = torch.cat([threshold.reshape(1) for threshold in thresholds])
         else:
@@ -195,29 +221,39 @@ class SponLinearMethod(LinearMethodBase):
             rows = rows[:1]
         else:
             self.shard_sizes = self.sizes
-        center = self.masks[0].center
+        center = masks[0].center
         return rows, None if center is None else self._own_part(layer, center)
 
-    def _take_loaded(self, layer: Any) -> None:
-        """Take the vectors that vLLM's loader has brought out of the layer's parameters."""
-        self.masks = []
+    def _loaded_masks(self, layer: Any) -> list[Mask]:
+        """Take the vectors that vLLM's loader has brought out of the layer's parameters.
+
+        Raises:
+            SponError: what a merged checkpoint holds is missing, wrong, or several centres for one input.
+        """
+        masks = []
         for index, (path, announced) in enumerate(zip(self.paths, self.announced, strict=True)):
             found = {name: getattr(layer, name).data for name in announced.vectors}
             rows = {name: data if data.dim() == 1 else data[index] for name, data in found.items()}
             vectors = {name: row.float().cpu().clone() for name, row in rows.items()}
-            self.masks.append(announced.mask(path, self.in_full, vectors))
-        check_centers(dict(zip(self.paths, (mask.center for mask in self.masks), strict=True)), "one layer")
+            masks.append(announced.mask(path, self.in_full, vectors))
+        check_centers(dict(zip(self.paths, (mask.center for mask in masks), strict=True)), "one layer")
         del layer.spon_threshold
         if hasattr(layer, "spon_center"):
             del layer.spon_center
+        return masks
 
     def _own_part(self, layer: Any, vector: Tensor) -> Tensor:
         """This rank's part of a vector over the inputs of the whole layer."""
         first = layer.tp_rank * self.in_part if self.in_part != self.in_full else 0
         return vector[first : first + self.in_part].contiguous()
 
-    def _fold(self, layer: Any) -> Tensor:
-        """``W (center + alpha)`` of this rank's inputs, float32 ``[out_features]``; the all-reduce adds them up."""
+    def _fold(self, layer: Any, weight: StoredWeight | None) -> Tensor:
+        """``W (center + alpha)`` of this rank's inputs, float32 ``[out_features]``; the all-reduce adds them up.
+
+        Args:
+            layer: vLLM's.
+            weight: as stored; None where it cannot be read, and the inner method is asked.
+        """
         rows = []
         for index, mask in enumerate(self.masks):
             start = sum(self.sizes[:index])
@@ -227,12 +263,10 @@ class SponLinearMethod(LinearMethodBase):
                 rows.append(torch.zeros(size, dtype=torch.float32, device=_device(layer)))
                 continue
             alpha = self._own_part(layer, constant).to(_device(layer))
-            if self.plain:
-                weight = layer.weight.data[start : start + size]
-                rows.append(torch.cat([part.float() @ alpha for part in weight.split(_FOLD_ROWS)]))
+            if weight is not None:
+                rows.append(weight.product(alpha, start, start + size))
             else:
-                product = probe(lambda rows: self.inner.apply(layer, rows, None), alpha, layer.params_dtype)
-                rows.append(product[start : start + size])
+                rows.append(ask(self.inner, layer, alpha, self.paths[index])[start : start + size])
         return torch.cat(rows)
 
     def _merged_bias(self, layer: Any, bias: Tensor | None, row_parallel: bool) -> Tensor:

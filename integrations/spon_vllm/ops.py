@@ -3,7 +3,7 @@
 
 vLLM drops Dynamo's guards, so whatever Python decides while a graph is traced stays decided: a branch on the number of
 tokens, a threshold that is a float, a bias that is None. Here the branch is inside the operator, and thresholds and
-biases are tensors.
+biases are tensors. What the operator may know about a step is in `steps`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from spon_plugin.kernels import sparse_linear
 from spon_plugin.kernels.gemm import dense_linear
 from spon_plugin.masking import deviation, sparsify
-from spon_vllm import metrics
+from spon_vllm import metrics, steps
 
 _LIBRARY = torch.library.Library("spon_vllm", "DEF")
 _LIBRARY.define(
@@ -35,7 +35,7 @@ def linear(
     limit: int,
     center: Tensor | None = None,
 ) -> Tensor:
-    """``S(x) weight^T + sparse_bias`` in a step of at most `limit` tokens, ``x weight^T + dense_bias`` in a larger one.
+    """``S(x) weight^T + sparse_bias`` in a sparse step, ``x weight^T + dense_bias`` in a dense one; see `runs_sparse`.
 
     With a centre it is ``(S(x) - center) weight^T + sparse_bias``.
 
@@ -47,7 +47,7 @@ def linear(
         sparse_bias: float32 ``[out_features]``, ``b + W (center + alpha)``.
         dense_bias: ``[out_features]``, the base model's; None for none.
         shard_sizes: the widths of the linears fused in `weight`, where their thresholds differ.
-        limit: in tokens; negative for none.
+        limit: as in `runs_sparse`.
         center: float32 ``[in_features]``, or None for 0.
 
     Returns:
@@ -55,17 +55,17 @@ def linear(
     """
     weight_t = weight.as_subclass(Tensor).t()  # not vLLM's parameter class, which would cost the kernel its short way
     if not runs_sparse(x, limit):
-        metrics.COUNTERS.dense_calls += 1
+        metrics.COUNTERS.count_dense(x, threshold)
         return dense_linear(x, weight_t, dense_bias)
-    x = deviation(x, center)
+    x = _zero_padding(deviation(x, center))
     metrics.COUNTERS.count_sparse(x, threshold)
     return sparse_linear(x, weight_t, threshold, sparse_bias, shard_sizes=shard_sizes or [weight.shape[0]])
 
 
 def mask(x: Tensor, threshold: Tensor, limit: int, center: Tensor | None = None) -> Tensor:
-    """``S(x) - center`` in a step of at most `limit` tokens, a copy of `x` in a larger; for other weight formats."""
+    """``S(x) - center`` in a sparse step, a copy of `x` in a dense one; for other weight formats."""
     if not runs_sparse(x, limit):
-        metrics.COUNTERS.dense_calls += 1
+        metrics.COUNTERS.count_dense(x, threshold)
         return x.clone()
     x = deviation(x, center)
     metrics.COUNTERS.count_sparse(x, threshold)
@@ -73,13 +73,30 @@ def mask(x: Tensor, threshold: Tensor, limit: int, center: Tensor | None = None)
 
 
 def add_bias(y: Tensor, extra: Tensor, limit: int) -> Tensor:
-    """``y + extra`` in a step of at most `limit` tokens, a copy of `y` in a larger one; added in float32."""
+    """``y + extra`` in a sparse step, a copy of `y` in a dense one; added in float32."""
     return (y.float() + extra).to(y.dtype) if runs_sparse(y, limit) else y.clone()
 
 
 def runs_sparse(x: Tensor, limit: int) -> bool:
-    """Whether a step with the tokens of `x` ``[..., features]`` is sparse."""
-    return limit < 0 or x.shape[:-1].numel() <= limit
+    """Whether a step with the tokens of `x` ``[..., features]`` is sparse.
+
+    Args:
+        x: of some linear layer.
+        limit: negative for every step; else a step is sparse that has at most so many tokens, padding included, and one
+            in each request, as far as that is known (`steps.decodes_only`).
+    """
+    tokens = x.shape[:-1].numel()
+    return limit < 0 or tokens == 1 or (tokens <= limit and steps.decodes_only(tokens))
+
+
+def _zero_padding(x: Tensor) -> Tensor:
+    """`x` with the rows of padding zeroed, which no threshold keeps.
+
+    What they hold is left over, NaN at times: kept, it would make a kernel read weights that no token needs.
+    """
+    tokens = x.shape[:-1].numel()
+    rows = None if tokens == 1 else steps.padding(tokens)
+    return x if rows is None else x.masked_fill(rows.view(*x.shape[:-1], 1), 0)
 
 
 def _like_linear(

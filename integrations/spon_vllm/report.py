@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from vllm.logger import init_logger
+
+from spon_vllm import metrics, steps
 
 if TYPE_CHECKING:
     from spon_vllm.settings import Settings
@@ -23,34 +26,51 @@ class Coverage:
         made: layers that have been made.
         ready: layers whose weights are in place.
         modules: the adapter's linears in them.
-        extra_bytes: memory that the sparse layers add: thresholds and biases.
+        extra_bytes: memory that the sparse layers add: thresholds, centres and biases.
+        thresholds: the layers' own, in order.
     """
 
     made: int = 0
     ready: int = 0
     modules: set[str] = field(default_factory=set)
     extra_bytes: int = 0
+    thresholds: list[Tensor] = field(default_factory=list)
 
     def add(self, modules: Iterable[str]) -> None:
         """A layer for `modules` has been made."""
         self.made += 1
         self.modules.update(modules)
 
-    def finish(self, extra_bytes: int, settings: Settings, wanted: Iterable[str], speaks: bool, whole: bool) -> None:
-        """A layer is ready; after the last one, log.
+    def finish(
+        self, threshold: Tensor, extra_bytes: int, settings: Settings, wanted: Iterable[str], speaks: bool, whole: bool
+    ) -> None:
+        """A layer is ready; after the last one, count and log. When weights are loaded again, nothing happens.
 
         Args:
+            threshold: the layer's.
             extra_bytes: what the layer adds.
             settings: what is served.
             wanted: the adapter's linears, as vLLM names them.
             speaks: whether this worker logs; the others hold the same layers.
             whole: whether this worker holds every block of the model (no pipeline parallelism).
         """
+        if self.ready == self.made:
+            return
         self.ready += 1
         self.extra_bytes += extra_bytes
-        if self.ready != self.made or not speaks:
+        self.thresholds.append(threshold)
+        if self.ready != self.made:
+            return
+        metrics.COUNTERS.watch(self.thresholds)
+        if not speaks:
             return
         logger.info("%s", self.line(settings))
+        if settings.token_mode == "decode" and not steps.served_limit(settings.max_sparse_tokens):
+            logger.warning(
+                "SPON: every step runs dense: the smallest CUDA graph is for more tokens than max_sparse_tokens, %d. "
+                "Add a size to --cudagraph-capture-sizes, or raise max_sparse_tokens.",
+                settings.max_sparse_tokens,
+            )
         dense = sorted(set(wanted) - self.modules)
         if dense and whole:
             logger.warning(
@@ -64,7 +84,8 @@ class Coverage:
         source = settings.adapter or "merged into the checkpoint"
         mode = settings.token_mode
         if mode == "decode":
-            mode += f" (sparse up to {settings.max_sparse_tokens} tokens in a step, dense above)"
+            served = steps.served_limit(settings.max_sparse_tokens)
+            mode += f" (sparse in decoding steps of up to {served} token{'s' * (served != 1)}, dense else)"
         return (
             f"SPON: adapter {source}, digest {settings.digest[:12]}, target sparsity {settings.sparsity:.0%}, "
             f"{len(self.modules)} linears in {self.made} layers, tokens: {mode}, "

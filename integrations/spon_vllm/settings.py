@@ -17,6 +17,7 @@ from typing import Any
 from spon_plugin.adapter.directory import read_adapter
 from spon_plugin.adapter.merged import centered_modules, check_thresholds, holds_dense_biases, read_fields
 from spon_plugin.errors import SponError
+from spon_plugin.kernels.few_rows import row_limit
 from spon_plugin.masking import TOKEN_MODES
 from spon_vllm import QUANT_METHOD
 
@@ -25,7 +26,6 @@ TOKEN_MODE_VARIABLE = "SPON_TOKEN_MODE"
 MAX_SPARSE_TOKENS_VARIABLE = "SPON_MAX_SPARSE_TOKENS"
 
 DEFAULT_TOKEN_MODE = "decode"
-DEFAULT_MAX_SPARSE_TOKENS = 8
 EVERY_STEP = -1
 """The limit of mode ``all``: no step is too large to be sparse."""
 
@@ -64,7 +64,8 @@ class Settings:
         sparsity: the target.
         has_dense_bias: whether a merged checkpoint holds the dense model's biases beside the folded ones.
         token_mode: ``all``, every step is sparse; ``decode``, steps of more than `max_sparse_tokens` tokens are dense.
-        max_sparse_tokens: the largest number of tokens in a step that runs sparse in mode ``decode``.
+        max_sparse_tokens: the largest number of tokens in a step that runs sparse in mode ``decode``; where nobody says
+            one, `spon_plugin.kernels.few_rows.row_limit` of the adapter's sparsity and the platform.
         base_quantization: `quantization_config` of the base model, if its weights are quantized.
     """
 
@@ -76,7 +77,7 @@ class Settings:
     sparsity: float = 0.0
     has_dense_bias: bool = False
     token_mode: str = DEFAULT_TOKEN_MODE
-    max_sparse_tokens: int = DEFAULT_MAX_SPARSE_TOKENS
+    max_sparse_tokens: int = 1
     base_quantization: Mapping[str, Any] | None = None
 
     @property
@@ -124,12 +125,11 @@ def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -
             checkpoint for what it does not hold.
     """
     given, base, merged = _split(given, stored)
-    settings = _token_settings(given)
-    if base is not None:
-        settings = replace(settings, base_quantization=base)
+    settings, limit = Settings(token_mode=_token_mode(given), base_quantization=base), _max_sparse_tokens(given)
     adapter = given.get("adapter") or _served_adapter.get() or os.environ.get(ADAPTER_VARIABLE)
     if merged is None:
-        return _with_adapter(settings, adapter), {}
+        settings = _with_adapter(settings, adapter)
+        return replace(settings, max_sparse_tokens=limit or _row_limit(settings.sparsity)), {}
     if adapter is not None and read_adapter(adapter).digest != merged.get("adapter_digest"):
         raise SponError.of(
             "adapter", adapter, "none, as the checkpoint has another one merged into it", "Serve the base model."
@@ -142,6 +142,7 @@ def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -
         modules=tuple(thresholds),
         digest=str(merged.get("adapter_digest")),
         sparsity=fields.sparsity,
+        max_sparse_tokens=limit or _row_limit(fields.sparsity),
         has_dense_bias=holds_dense_biases(fields.dense_prefix, fields.tokens),
     )
     if not settings.has_dense_bias and settings.token_mode == "decode":
@@ -180,20 +181,32 @@ def _asked_mode(given: Mapping[str, Any]) -> Any:
     return given.get("token_mode") or os.environ.get(TOKEN_MODE_VARIABLE)
 
 
-def _token_settings(given: Mapping[str, Any]) -> Settings:
+def _token_mode(given: Mapping[str, Any]) -> str:
     mode = _asked_mode(given) or DEFAULT_TOKEN_MODE
     if mode not in TOKEN_MODES:
         raise SponError.of("token_mode", mode, "one of " + ", ".join(TOKEN_MODES))
+    return str(mode)
+
+
+def _max_sparse_tokens(given: Mapping[str, Any]) -> int | None:
     limit: Any = given.get("max_sparse_tokens")
     if limit is None:
-        limit = os.environ.get(MAX_SPARSE_TOKENS_VARIABLE, DEFAULT_MAX_SPARSE_TOKENS)
+        limit = os.environ.get(MAX_SPARSE_TOKENS_VARIABLE)
+    if limit is None:
+        return None
     try:
         number = -1 if isinstance(limit, bool | float) else int(limit)
     except (TypeError, ValueError):
         number = -1
     if number < 1:
         raise SponError.of("max_sparse_tokens", limit, "a whole number >= 1")
-    return Settings(token_mode=mode, max_sparse_tokens=number)
+    return number
+
+
+def _row_limit(sparsity: float) -> int:
+    from vllm.platforms import current_platform
+
+    return row_limit(sparsity, current_platform.device_type)
 
 
 def _with_adapter(settings: Settings, adapter: Any) -> Settings:
@@ -208,5 +221,13 @@ def _with_adapter(settings: Settings, adapter: Any) -> Settings:
         )
     path = os.path.abspath(os.path.expanduser(adapter))
     loaded = read_adapter(path)
+    saved = loaded.peft.get("modules_to_save")
+    if saved:
+        raise SponError.of(
+            f"{path}: modules_to_save",
+            saved,
+            "none: vLLM serves the base model's own modules in their place",
+            "Save the base model with the trained modules in it, and the adapter without them.",
+        )
     modules = tuple(loaded.masks)
     return replace(settings, adapter=path, modules=modules, digest=loaded.digest, sparsity=loaded.fields.sparsity)

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from spon_plugin.kernels import gemm
 from spon_plugin.kernels.arguments import Thresholds, check_arguments, check_threshold
 from spon_plugin.kernels.cpu import kernel as cpu
+from spon_plugin.kernels.few_rows import CPU_ROWS
 from spon_plugin.kernels.triton import launch as cuda
 from spon_plugin.masking import keep_mask, sparsify
-
-# The largest batch of the CPU kernel. Beyond it hardly an input is masked in all rows, and a GEMM reuses each weight.
-CPU_ROWS = 8
 
 _LIBRARY = torch.library.Library("spon", "DEF")
 _LIBRARY.define(

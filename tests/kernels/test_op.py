@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from spon_plugin import SparseLinear, SponError
 from spon_plugin.kernels import op, reference, sparse_linear
 from spon_plugin.kernels.cpu import kernel as cpu
+from spon_plugin.kernels.few_rows import CPU_ROWS
 
 OPERATOR = torch.ops.spon.sparse_linear.default
 SHARDS = {"one": (None, (1,)), "channels": (None, (12,)), "shards": ([4, 6], (2,)), "both": ([4, 6], (2, 12))}
@@ -98,7 +99,7 @@ def test_compiles_whole_and_follows_batch_and_threshold() -> None:
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
     compiled_layer = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.no_grad():
-        for rows in (2, 3, op.CPU_ROWS, op.CPU_ROWS + 1, 40):
+        for rows in (2, 3, CPU_ROWS, CPU_ROWS + 1, 40):
             x = torch.randn(rows, 12)
             for tau in (threshold, threshold + 0.4):
                 torch.testing.assert_close(compiled(x, tau), function(x, tau))
@@ -141,14 +142,14 @@ def test_wrong_arguments_are_named(wrong: str, rows: int) -> None:
         call(sparse_linear, given)
 
 
-@pytest.mark.parametrize("rows", [1, op.CPU_ROWS], ids="rows={}".format)
+@pytest.mark.parametrize("rows", [1, CPU_ROWS], ids="rows={}".format)
 def test_implementation(rows: int) -> None:
     few = "cpu" if cpu.is_available() else "gemm"
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert op.implementation(torch.zeros(rows, 12, dtype=dtype)) == few
     assert op.implementation(torch.zeros(12)) == op.implementation(torch.zeros(2, 4, 12)) == few
     for x in (
-        torch.zeros(op.CPU_ROWS + 1, 12),
+        torch.zeros(CPU_ROWS + 1, 12),
         torch.zeros(0, 12),
         torch.zeros(rows, 0),
         torch.zeros(rows, 12).double(),

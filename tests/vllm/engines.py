@@ -28,6 +28,8 @@ SHAPE = dict(
     vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1, tie_word_embeddings=False,
 )  # fmt: skip
+# The prompts decode together, sparsely. By default a CPU at 50% does so for two.
+DECODE = dict(token_mode="decode", max_sparse_tokens=8)
 PROMPTS = [torch.randint(0, 256, (12,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
 
 

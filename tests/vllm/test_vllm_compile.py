@@ -3,6 +3,7 @@
 
 import pytest
 from engines import (
+    DECODE,
     PROMPTS,
     dense_model,
     engine,
@@ -38,13 +39,12 @@ def test_compiled_engine(tmp_path, cache):
     make_adapter(tmp_path / "second", model, base, sparsity=0.7, alpha=0.4)
 
     def run(source, mode, dense_prefix=0):
-        before = COUNTERS.values()
-        with engine(base, **override(source, token_mode=mode), enforce_eager=False) as llm:
+        with engine(base, **override(source, **{**DECODE, "token_mode": mode}), enforce_eager=False) as llm:
             assert llm.llm_engine.vllm_config.compilation_config.mode > 0
-            COUNTERS.sparse_calls = COUNTERS.dense_calls = 0
+            before = COUNTERS.values()
             tokens, logprobs = generate(llm, count=16)
-        del before
-        return tokens, logprobs, (COUNTERS.sparse_calls, COUNTERS.dense_calls)
+            counted = [value - before[name] for name, value in COUNTERS.values().items()]
+        return tokens, logprobs, tuple(counted[:2])
 
     tokens, logprobs, calls = run(tmp_path / "first", "decode")
     expected = forced(peft_model(base, with_prefix(first, tmp_path / "first-12", len(PROMPTS[0]))), tokens)

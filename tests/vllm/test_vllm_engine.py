@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from engines import (
+    DECODE,
     PROMPTS,
     dense_model,
     engine,
@@ -66,7 +67,7 @@ def test_masked_model_is_that_of_peft(made, kind):
 
 def test_decode_leaves_the_context_dense(made):
     base, adapter_dir, adapter = made()
-    with engine(base, **override(adapter_dir, token_mode="decode")) as llm:
+    with engine(base, **override(adapter_dir, **DECODE)) as llm:
         tokens, logprobs = generate(llm)
     assert (logprobs - reference(base, adapter_dir, adapter, tokens, LENGTH)).abs().mean() <= 0.001
     assert torch.allclose(logprobs[:, 0], forced(dense_model(base), tokens)[:, 0], atol=1e-4)
@@ -93,7 +94,7 @@ def test_merged_checkpoint_serves(made, kind, mode, tmp_path):
     base, adapter_dir, adapter = made(kind)
     source = with_prefix(adapter, adapter_dir.with_name("adapter-prefix1"), 1)  # its merge holds the dense biases too
     merged = merge(base, source, tmp_path / "merged")
-    quantization = {"quant_method": "spon", "token_mode": mode}
+    quantization = {"quant_method": "spon", **DECODE, "token_mode": mode}
     with engine(merged, hf_overrides={"quantization_config": quantization}) as llm:
         tokens, logprobs = generate(llm)
     expected = reference(base, adapter_dir, adapter, tokens, 0 if mode == "all" else LENGTH)

@@ -217,3 +217,68 @@ def test_register_is_idempotent():
     spon_vllm._registered = False
     spon_vllm.register()
     assert EngineArgs.create_engine_config is once and spon_vllm._registered
+
+
+@pytest.mark.parametrize(("sparsity", "limit"), [(0.5, 2), (0.6, 2), (0.7, 3), (0.8, 6)], ids="{}".format)
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+def test_steps_are_sparse_while_their_tokens_skip_enough(llama, tmp_path, sparsity, limit, merged):
+    fields = replace(llama[2].fields, sparsity=sparsity)
+    adapter = write_adapter(replace(llama[2], fields=fields), tmp_path / "adapter")
+    if merged:
+        config = configure(merge(llama[0], adapter, tmp_path / "merged"))
+    else:
+        config = configure(llama[0], **override(adapter))
+    assert config.quant_config.settings.max_sparse_tokens == limit
+
+
+def test_trained_modules_are_not_dropped(llama, tmp_path):
+    path = edited(llama[1], tmp_path / "saved", modules_to_save=["lm_head"])
+    with pytest.raises(
+        ValueError, match=r"modules_to_save: got \['lm_head'\].*base model's own modules.*Save the base"
+    ):
+        configure(llama[0], **override(path))
+
+
+def test_batch_invariance_is_not_promised(llama, monkeypatch):
+    import vllm.envs as envs
+
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    with pytest.raises(ValueError, match="VLLM_BATCH_INVARIANT: got '1'.*on the other requests in it"):
+        configure(llama[0], **override(llama[1]))
+
+
+def test_base_that_vllm_reads_by_a_loader_of_its_own(llama, tmp_path):
+    shutil.copytree(llama[0], tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="quant_method: got 'bitsandbytes'.*default loader.*another format"):
+        configure(tmp_path / "base", **override(llama[1]))
+
+
+def test_the_environment_names_an_adapter_and_the_arguments_another_method(llama, monkeypatch):
+    monkeypatch.setenv("SPON_ADAPTER", str(llama[1]))
+    with pytest.raises(ValueError, match="--quantization: got 'fp8'.*'spon', as SPON_ADAPTER names an adapter"):
+        configure(llama[0], quantization="fp8")
+
+
+def test_a_method_that_vllm_chooses_itself_leaves_no_adapter_out(llama, monkeypatch):
+    """As vLLM does for GGUF files: it overwrites `--quantization`."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    make = EngineArgs.create_model_config
+
+    def overwrite(self, *args, **kwargs):
+        self.quantization, self.hf_overrides = None, {}
+        return make(self, *args, **kwargs)
+
+    monkeypatch.setattr(EngineArgs, "create_model_config", overwrite)
+    with pytest.raises(ValueError, match="--quantization: got None, expected 'spon'"):
+        configure(llama[0], **override(llama[1]))
+
+
+def test_the_least_gpu_is_that_of_the_kernels():
+    from spon_plugin.kernels.triton.launch import LEAST_CAPABILITY
+    from spon_vllm.config import SponConfig
+
+    assert LEAST_CAPABILITY == (8, 0) and SponConfig.get_min_capability() == 80

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from engines import (
+    DECODE,
     PROMPTS,
     dense_model,
     engine,
@@ -82,7 +83,7 @@ def reference(base, adapter_dir, adapter, tokens, mode):
 @pytest.mark.parametrize("kind", KINDS)
 def test_masked_model_is_that_of_peft(made, kind, mode):
     base, adapter_dir, adapter = made(kind)
-    with engine(base, **override(adapter_dir, token_mode=mode)) as llm:
+    with engine(base, **override(adapter_dir, **{**DECODE, "token_mode": mode})) as llm:
         tokens, logprobs = generate(llm)
     assert (logprobs - reference(base, adapter_dir, adapter, tokens, mode)).abs().mean() <= 0.001
     assert (logprobs - forced(dense_model(base), tokens)).abs().mean() > 0.05
@@ -102,7 +103,7 @@ def test_merged_checkpoint_serves(made, kind, mode, tmp_path):
     base, adapter_dir, adapter = made(kind)
     source = with_prefix(adapter, adapter_dir.with_name("adapter-prefix1"), 1)
     merged = merge(base, source, tmp_path / "merged")
-    quantization = {"quant_method": "spon", "token_mode": mode}
+    quantization = {"quant_method": "spon", **DECODE, "token_mode": mode}
     with engine(merged, hf_overrides={"quantization_config": quantization}) as llm:
         tokens, logprobs = generate(llm)
     assert (logprobs - reference(base, adapter_dir, adapter, tokens, mode)).abs().mean() <= 0.001
@@ -127,7 +128,7 @@ def test_one_mask_for_a_fused_layer(made, tmp_path):
 @pytest.mark.slow
 def test_compiled_engine(made):
     base, adapter_dir, adapter = made()
-    with engine(base, **override(adapter_dir, token_mode="decode"), enforce_eager=False) as llm:
+    with engine(base, **override(adapter_dir, **DECODE), enforce_eager=False) as llm:
         tokens, logprobs = generate(llm, count=16)
     assert (logprobs - reference(base, adapter_dir, adapter, tokens, "decode")).abs().mean() <= 0.001
 

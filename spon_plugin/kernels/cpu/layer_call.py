@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spon_plugin.kernels.cpu import kernel as cpu
-from spon_plugin.kernels.op import CPU_ROWS, is_plain
+from spon_plugin.kernels.few_rows import CPU_ROWS
+from spon_plugin.kernels.op import is_plain
 
 
 class LayerCall:

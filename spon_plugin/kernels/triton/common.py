@@ -23,7 +23,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from spon_plugin.errors import SponError
 from spon_plugin.kernels.arguments import Thresholds, check_arguments
-from spon_plugin.kernels.triton.configs import DTYPES, MAX_ROWS, Launch, next_power_of_two
+from spon_plugin.kernels.few_rows import GPU_ROWS
+from spon_plugin.kernels.triton.configs import DTYPES, Launch, next_power_of_two
 
 # Said, because the default changes between versions of Triton, and with it the last bit.
 FLOAT_OPTIONS = {"enable_fp_fusion": True}
@@ -225,7 +226,7 @@ class Problem:
 
         Raises:
             SponError: arguments that do not fit each other, a dtype other than float32, bfloat16 and float16, more
-                than `MAX_ROWS` rows, or nothing to compute.
+                than `GPU_ROWS` rows, or nothing to compute.
         """
         check_arguments(x, weight_t, bias)
         if x.dtype not in DTYPES.values():
@@ -233,9 +234,9 @@ class Problem:
         in_features, out_features = weight_t.shape
         flat = x.reshape(-1, in_features) if x.numel() else x.new_empty(0, in_features)
         rows = flat.shape[0]
-        if not 0 < rows <= MAX_ROWS or not out_features:
+        if not 0 < rows <= GPU_ROWS or not out_features:
             raise SponError.of(
-                "x", f"{rows} rows, {out_features} outputs", f"1 to {MAX_ROWS} rows and an output", "Use sparse_linear."
+                "x", f"{rows} rows, {out_features} outputs", f"1 to {GPU_ROWS} rows and an output", "Use sparse_linear."
             )
         thresholds = Thresholds.of(threshold, weight_t, shard_sizes)
         return Problem(

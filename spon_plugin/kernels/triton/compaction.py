@@ -44,7 +44,7 @@ def sparse_linear(
     Deterministic, without atomics.
 
     Args:
-        x: as in `reference.sparse_linear`, at most `MAX_ROWS` rows in all.
+        x: as in `reference.sparse_linear`, at most `GPU_ROWS` rows in all.
         weight_t: likewise.
         threshold: likewise.
         bias: likewise.

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 
 from spon_plugin.errors import SponError
+from spon_plugin.kernels.few_rows import GPU_ROWS
 
 FORMAT_VERSION = 1
 DIRECTORY = Path(__file__).parents[1] / "configs"
 DEFAULT = "default"
 KERNELS = ("dense_mask", "compaction")
-# More rows than that never go to a sparse kernel: hardly any channel is masked by all of them.
-MAX_ROWS = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -196,7 +195,7 @@ def _shape(data: Any, name: str) -> Shape:
         raise SponError.of(f"{name}.source", data["source"], "a label of the file's sources")
     for key in ("in_features", "out_features"):
         _integer(data[key], f"{name}.{key}", 1)
-    crossover = _integer(data["crossover"], f"{name}.crossover", 0, MAX_ROWS)
+    crossover = _integer(data["crossover"], f"{name}.crossover", 0, GPU_ROWS)
     if not isinstance(data["launches"], dict):
         raise SponError.of(f"{name}.launches", data["launches"], "launches by their largest number of rows")
     launches = {}

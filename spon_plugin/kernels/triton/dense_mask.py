@@ -37,7 +37,7 @@ def sparse_linear(
     Deterministic, without atomics; shapes of the scratch depend on no data.
 
     Args:
-        x: as in `reference.sparse_linear`, at most `MAX_ROWS` rows in all.
+        x: as in `reference.sparse_linear`, at most `GPU_ROWS` rows in all.
         weight_t: likewise.
         threshold: likewise.
         bias: likewise.

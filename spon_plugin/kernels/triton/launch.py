@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from spon_plugin.kernels import gemm, reference
-from spon_plugin.kernels.triton.configs import DTYPES, MAX_ROWS, choose
+from spon_plugin.kernels.few_rows import GPU_ROWS
+from spon_plugin.kernels.triton.configs import DTYPES, choose
 
 # Tensor cores that take bfloat16, and asynchronous copies, came with this one.
 LEAST_CAPABILITY = (8, 0)
@@ -52,7 +53,7 @@ def sparse_linear(
     if x.dtype not in DTYPES.values() or not in_features or not out_features or not rows:
         return reference.sparse_linear(x, weight_t, threshold, bias, shard_sizes=shard_sizes)
     name = device_name(x.device)
-    launch = choose(name, x.dtype, in_features, out_features, rows) if rows <= MAX_ROWS else None
+    launch = choose(name, x.dtype, in_features, out_features, rows) if rows <= GPU_ROWS else None
     kernel = None if launch is None else kernel_of(launch.kernel, x.device)
     if kernel is None:
         return gemm.sparse_linear(x, weight_t, threshold, bias, shard_sizes=shard_sizes)

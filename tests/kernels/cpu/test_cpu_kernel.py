@@ -16,6 +16,7 @@ from torch import Tensor
 from spon_plugin.kernels import op, reference
 from spon_plugin.kernels.arguments import Thresholds
 from spon_plugin.kernels.cpu import kernel as cpu
+from spon_plugin.kernels.few_rows import CPU_ROWS
 from spon_plugin.masking import keep_mask
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -280,7 +281,7 @@ def test_operator_takes_an_empty_batch_and_crosses_to_a_gemm(monkeypatch: pytest
     called = []
     kernel = cpu.sparse_linear
     monkeypatch.setattr(cpu, "sparse_linear", lambda *args, **kwargs: called.append(1) or kernel(*args, **kwargs))
-    for rows in (op.CPU_ROWS, op.CPU_ROWS + 1):
+    for rows in (CPU_ROWS, CPU_ROWS + 1):
         case = arguments(rows=rows)
         assert_near(op.sparse_linear(**case), exact(case), 1e-5)
     assert len(called) == 1

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from spon_plugin import SponError
+from spon_plugin.kernels.few_rows import GPU_ROWS
 from spon_plugin.kernels.triton import configs
-from spon_plugin.kernels.triton.configs import DIRECTORY, DTYPES, MAX_ROWS, Launch, choose, file_of, parse, read
+from spon_plugin.kernels.triton.configs import DIRECTORY, DTYPES, Launch, choose, file_of, parse, read
 
 LAUNCH = {"kernel": "dense_mask", "block_in": 64, "block_out": 128, "splits": 8, "num_warps": 4, "num_stages": 1}
 SHAPE = {
@@ -52,7 +53,7 @@ def test_shipped_files_are_valid_and_say_where_they_come_from(path: Path) -> Non
 @pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA A100-SXM4-80GB", "cpu"])
 def test_every_shape_and_batch_has_an_answer(device: str, dtype: torch.dtype) -> None:
     for shape in ((1, 1), (576, 1536), (4096, 6144), (14336, 4096), (28672, 8192), (4096, 128256)):
-        chosen = [choose(device, dtype, *shape, rows) for rows in range(1, MAX_ROWS + 2)]
+        chosen = [choose(device, dtype, *shape, rows) for rows in range(1, GPU_ROWS + 2)]
         assert chosen[0] is not None and chosen[-1] is None
         crossover = chosen.index(None)
         assert not any(chosen[crossover:]), "sparse again above the crossover"

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single layers of vLLM's: what survives a reload, what is folded, and what vLLM must not do around them."""
+
+import pytest
+import torch
+from layers import load, make_layer, one_process
+
+from spon_plugin import Mask, SponError
+
+IN = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone(tmp_path_factory):
+    with one_process(tmp_path_factory.mktemp("group")):
+        yield
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+MASK = Mask(0.5 * random(IN, seed=1).abs(), 0.3 * random(IN, seed=3), 0.1 * random(IN, seed=2))
+
+
+def expected(x, weight, bias, mask=MASK):
+    """What a sparse layer computes, in float64: ``W S(x) + b + W alpha``."""
+    x, weight = x.double(), weight.double()
+    center = 0 if mask.center is None else mask.center.double()
+    kept = torch.where((x - center).abs() > mask.threshold.double(), x, center)
+    alpha = 0 if mask.alpha is None else mask.alpha.double()
+    return (kept + alpha) @ weight.t() + (0 if bias is None else bias.double())
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_loading_weights_again_folds_again(bias):
+    from vllm.model_executor.model_loader.reload.layerwise import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+        record_metadata_for_reloading,
+    )
+
+    model = make_layer([32], IN, [MASK], bias=bias)
+    record_metadata_for_reloading(model)
+    tensors = [
+        {"weight": random(32, IN, seed=seed), **({"bias": random(32, seed=seed)} if bias else {})} for seed in (4, 5)
+    ]
+    load(model.l, **tensors[0])
+    model.l.quant_method.process_weights_after_loading(model.l)
+    x = random(3, IN, seed=6)
+    close = dict(rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.l(x)[0].double(), expected(x, *_both(tensors[0])), **close)
+    places = {name: parameter.data_ptr() for name, parameter in model.l.named_parameters()}
+
+    initialize_layerwise_reload(model)
+    load(model.l, **tensors[1])
+    finalize_layerwise_reload(model, None)
+    torch.testing.assert_close(model.l(x)[0].double(), expected(x, *_both(tensors[1])), **close)
+    assert {name: parameter.data_ptr() for name, parameter in model.l.named_parameters()} == places  # graphs hold them
+
+
+def _both(tensors):
+    return tensors["weight"], tensors.get("bias")
+
+
+def test_offloaded_weight_goes_back_to_the_host():
+    """`--cpu-offload-gb`: vLLM moves back what has no such mark after processing, and skips what still has it."""
+    model = make_layer([32], IN, [MASK])
+    load(model.l, weight=random(32, IN))
+    model.l.weight._vllm_is_uva_offloaded = True
+    model.l.quant_method.process_weights_after_loading(model.l)
+    assert not getattr(model.l.weight, "_vllm_is_uva_offloaded", False)
+
+
+def test_no_layer_before_quantizes_the_input():
+    fusion = pytest.importorskip("vllm.model_executor.layers.fusion.quant_activation")
+    model = make_layer([32], IN, [MASK])
+    load(model.l, weight=random(32, IN))
+    model.l._input_quant_key = "of a kernel that takes FP8"
+    model.l.quant_method.process_weights_after_loading(model.l)
+    assert fusion.get_input_quant_key(model.l) is None
+    model.l._input_quant_key = "of a kernel that takes FP8"  # as a method may set it later
+    assert fusion.get_input_quant_key(model.l) is None
+
+
+def test_missing_weight_of_a_fused_layer():
+    model = make_layer([16, 32], IN, [Mask(MASK.threshold)] * 2)
+    weight = model.l.weight
+    weight.weight_loader(weight, random(16, IN), 0)
+    with pytest.raises(SponError, match=r"shard1\.weight: got 'no such tensor, or NaN'.*incomplete"):
+        model.l.quant_method.process_weights_after_loading(model.l)
+
+
+def int8(weight):
+    """Codes and scales by output of a weight that compressed-tensors would write as W8A8."""
+    scales = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scales).round().to(torch.int8), scales
+
+
+def test_w8a8_folds_the_weight_and_not_rounded_alphas():
+    """Half of these alphas are large: rounding them together with the small ones to 8 bits would lose those."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    group = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    inputs = {**group, "strategy": "token", "dynamic": True}
+    given = {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": [],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": group, "input_activations": inputs}},
+    }  # fmt: skip
+    alphas = [0.05 * random(IN, seed=seed) + 20 * (torch.arange(IN) == 7) for seed in (1, 2)]
+    masks = [Mask(torch.tensor([0.5]), alpha=alpha) for alpha in alphas]
+    model = make_layer([16, 32], IN, masks, inner=CompressedTensorsConfig.from_config(given), dtype=torch.bfloat16)
+    parts = [int8(random(size, IN, seed=size)) for size in (16, 32)]
+    load(model.l, weight=[codes for codes, _ in parts], weight_scale=[scales for _, scales in parts])
+    model.l.quant_method.process_weights_after_loading(model.l)
+    meant = [codes.double() * scales.double() for codes, scales in parts]
+    folded = torch.cat([weight @ alpha.double() for weight, alpha in zip(meant, alphas, strict=True)])
+    torch.testing.assert_close(model.l.spon_bias.double(), folded, rtol=1e-5, atol=1e-4)
+    x = torch.zeros(3, IN, dtype=torch.bfloat16)  # all masked: what is left is the bias
+    torch.testing.assert_close(model.l(x)[0].double(), folded.expand(3, -1), rtol=0.01, atol=0.01)
