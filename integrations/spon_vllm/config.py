@@ -211,7 +211,7 @@ def _inner_config(base: dict[str, Any], hf_config: Any) -> Any:
         SponError: the base is in a format that vLLM reads by a loader of its own, chosen by ``--quantization``.
     """
     name = base["quant_method"]
-    if name in ("bitsandbytes", "gguf"):
+    if name == "bitsandbytes":
         raise SponError.of(
             "the base model's quant_method",
             name,

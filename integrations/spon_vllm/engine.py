@@ -29,8 +29,9 @@ def install() -> None:
     @wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         with serving_adapter(name_adapter(self)):
+            sparse = self.quantization == QUANT_METHOD  # vLLM overwrites it for formats with a method of their own
             config = original(self, *args, **kwargs)
-        finish_config(config, sparse=self.quantization == QUANT_METHOD)
+        finish_config(config, sparse)
         return config
 
     create_engine_config.spon_wrapped = True  # type: ignore[attr-defined]
