@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spon_plugin import Adapter, Site, SponError, find_sites
+import torch
+
+from spon_cli.output import note
+from spon_plugin import Adapter, Site, SponError, find_sites, machine
 
 
 @dataclass
@@ -17,7 +20,7 @@ class Loaded:
 
     Attributes:
         name: as the user gave it.
-        dtype: likewise.
+        dtype: what the model computes in.
     """
 
     name: str
@@ -26,13 +29,20 @@ class Loaded:
     tokenizer: Any
     sites: list[Site]
 
+    def follow_machine(self) -> None:
+        """Compute in float32 from here on if the machine emulates the model's dtype."""
+        from spon_transformers.loading import follow_machine
+
+        self.model = follow_machine(self.model)
+        self.dtype = machine.name_of(self.model.dtype)
+
 
 def load(name: str, dtype: str, target_modules: Sequence[str] | None = None, precision: str | None = None) -> Loaded:
     """Load a model and its tokenizer and find its input sites.
 
     Args:
         name: as the user gave it.
-        dtype: of the weights.
+        dtype: of the weights; ``auto`` follows the machine, see `spon_transformers.loading.load_model`.
         target_modules: names of the linears to sparsify; all by default.
         precision: quantizes the linears, see `load_precision`.
 
@@ -48,7 +58,10 @@ def load(name: str, dtype: str, target_modules: Sequence[str] | None = None, pre
     logging.disable_progress_bar()  # ours say what is going on
     tokenizer = load_tokenizer(name)
     model = load_model(name, dtype) if precision is None else load_precision(name, precision, dtype)
-    return Loaded(name, dtype, model, tokenizer, find_sites(model, target_modules))
+    kept = getattr(model.config, "dtype", None)
+    if dtype == "auto" and isinstance(kept, torch.dtype) and not machine.is_native(kept, model.device):
+        note(f"This CPU emulates {machine.name_of(kept)}: computing in {machine.name_of(model.dtype)}.")
+    return Loaded(name, machine.name_of(model.dtype), model, tokenizer, find_sites(model, target_modules))
 
 
 def base_name(model: str) -> str:

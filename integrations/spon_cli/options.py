@@ -70,9 +70,12 @@ class SeedOptions(JsonOptions):
 class DtypeOptions:
     """How a model is loaded."""
 
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; of the base model's weights.")] = (
-        "auto"
-    )
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, bfloat16 or float16; auto is the model's own, and float32 on a CPU that emulates that."
+        ),
+    ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +136,7 @@ class StudyOptions(ModelOptions, TextOptions, SeedOptions):
         return {
             "model": Path(self.model).name,
             "weights": weights_digest(loaded.model),
-            "dtype": self.dtype,
+            "dtype": loaded.dtype,
             "window": self.window,
             "seed": self.seed,
             "protocol": self.protocol,

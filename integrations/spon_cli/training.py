@@ -60,6 +60,7 @@ def train(
     stage("Measuring the sparsity")
     adapter = settle(loaded.model, adapter, windows, held_out)
     training = {**actual.as_dict(), "text": [s.name for s in sources], "seed": seed, "tokens": int(windows.numel())}
+    training["dtype"] = loaded.dtype
     adapter.fields.calibration = {**adapter.fields.calibration, "training": training}
     return adapter, losses
 

@@ -17,6 +17,8 @@ from spon_lm_eval.counts import InputCounts, Totals
 from spon_lm_eval.layers import SparseModel, kernel_of, with_adapter
 from spon_plugin import __version__
 from spon_plugin.errors import SponError
+from spon_plugin.machine import name_of
+from spon_transformers.loading import follow_machine
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -84,7 +86,15 @@ class SponHFLM(HFLM):
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         super()._create_model(*args, **kwargs)
+        if kwargs.get("dtype", "auto") == "auto":
+            self._follow_machine()
         self._sparsify()
+
+    def _follow_machine(self) -> None:
+        model: Any = self._model
+        stored = model.dtype
+        if follow_machine(model).dtype != stored:
+            log.info("This CPU emulates %s: computing in %s.", name_of(stored), name_of(model.dtype))
 
     def _sparsify(self) -> None:
         if self.backend != "causal":

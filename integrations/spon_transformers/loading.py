@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from spon_plugin import machine
 from spon_plugin.errors import SponError
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,13 +57,15 @@ def model_source(name: str) -> ModelSource:
     return ModelSource(name)
 
 
-def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Any:
+def load_model(name: str, dtype: str = "auto", device: str | None = None, stored: bool = False) -> Any:
     """Load a causal language model for evaluation.
 
     Args:
         name: see `model_source`.
-        dtype: ``auto`` (the checkpoint's own; bfloat16 for GGUF), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``auto`` (the checkpoint's own, bfloat16 for GGUF; on a CPU that emulates it, its values in float32),
+            ``float32``, ``bfloat16`` or ``float16``.
         device: where to put it; the first accelerator, else the CPU, by default.
+        stored: ``auto`` is the checkpoint's own dtype, whatever the machine multiplies.
 
     Returns:
         A `PreTrainedModel` in eval mode, without gradients.
@@ -84,7 +87,21 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Any
         ) from error
     if source.gguf_file:
         _forget_gguf(model)
-    return model.to(device or _best_device()).eval().requires_grad_(False)  # type: ignore[arg-type]
+    model = model.to(device or best_device()).eval().requires_grad_(False)  # type: ignore[arg-type]
+    return follow_machine(model) if dtype == "auto" and not stored else model
+
+
+def follow_machine(model: Any) -> Any:
+    """Cast a model in place to the dtype that its device computes in; a quantized one keeps what it has.
+
+    Args:
+        model: a `PreTrainedModel` with weights of one floating dtype.
+
+    Returns:
+        The same model.
+    """
+    wanted = machine.compute_dtype(model.dtype, model.device)
+    return model if wanted is model.dtype or getattr(model, "is_quantized", False) else model.to(wanted)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -110,7 +127,8 @@ def _forget_gguf(model: Any) -> None:
     model.is_quantized = False
 
 
-def _best_device() -> str:
+def best_device() -> str:
+    """The first accelerator, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True) if hasattr(torch, "accelerator") else None
     return str(accelerator) if accelerator is not None else "cpu"
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from spon_plugin import machine
 from spon_plugin.errors import SponError
-from spon_transformers.loading import DTYPES, load_model, model_source
+from spon_transformers.loading import DTYPES, best_device, load_model, model_source
 
 FLOATS = tuple(name for name in DTYPES if name != "auto")
 BNB = ("int8", "int4")
@@ -46,7 +47,7 @@ def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
     Args:
         name: as for `load_model`; not GGUF for a quantized precision.
         precision: one of `PRECISIONS`.
-        dtype: of what is not quantized; ignored for a floating-point precision.
+        dtype: of what is not quantized; ignored for a floating-point precision. ``auto`` is that of `load_model`.
 
     Returns:
         A `PreTrainedModel` in eval mode, without gradients, whose linears have one for their input.
@@ -57,7 +58,7 @@ def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
     check_precision(precision)
     if precision in FLOATS:
         return load_model(name, precision)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     source = model_source(name)
     if source.gguf_file:
@@ -65,9 +66,10 @@ def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
     config = _config(precision, DTYPES[dtype] or torch.float32)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a warning per layer and pass about float16
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.name, dtype=DTYPES[dtype] or "auto", quantization_config=config
-        )
+        rest: Any = DTYPES[dtype] or AutoConfig.from_pretrained(source.name).dtype or "auto"
+        if dtype == "auto" and isinstance(rest, torch.dtype):
+            rest = machine.compute_dtype(rest, best_device())
+        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=rest, quantization_config=config)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

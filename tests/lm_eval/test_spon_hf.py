@@ -24,7 +24,16 @@ from tiny_models import make_byte_tokenizer, make_tiny_llama
 
 import spon_lm_eval
 from spon_lm_eval.model import SponHFLM
-from spon_plugin import Adapter, SparsityCounter, SponError, SponFields, find_sites, read_adapter, sparse_inputs
+from spon_plugin import (
+    Adapter,
+    SparsityCounter,
+    SponError,
+    SponFields,
+    find_sites,
+    machine,
+    read_adapter,
+    sparse_inputs,
+)
 from spon_plugin import write_adapter as write
 from spon_plugin.decoder.sites import linear_inputs, module_weights, target_names
 
@@ -99,6 +108,19 @@ def dense(base, **arguments) -> HFLM:
 
 def sparse(base, adapter, **arguments) -> SponHFLM:
     return build(SponHFLM, base, spon=str(adapter), **arguments)
+
+
+@pytest.mark.parametrize(("native", "computes"), [(True, "bfloat16"), (False, "float32")], ids=["native", "emulated"])
+def test_dtype_auto_follows_the_machine(base, spon50, tmp_path, monkeypatch, caplog, native, computes):
+    dtypes = frozenset([torch.bfloat16] if native else [])
+    monkeypatch.setattr(machine, "native_dtypes", lambda: dtypes)
+    make_tiny_llama(eos_token_id=10).bfloat16().save_pretrained(tmp_path / "half")
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "half")
+    caplog.set_level(logging.INFO)
+    lm = sparse(tmp_path / "half", spon50, dtype="auto")
+    assert lm.get_model_info()["model_dtype"] == getattr(torch, computes)
+    assert ("This CPU emulates bfloat16: computing in float32." in caplog.text) != native
+    assert sparse(tmp_path / "half", spon50, dtype="bfloat16").get_model_info()["model_dtype"] == torch.bfloat16
 
 
 def instances(kind: str, arguments: list[tuple]) -> list[Instance]:

@@ -19,12 +19,15 @@ from spon_plugin.files import check_new, new_directory
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(options.DtypeOptions, options.JsonOptions):
+class MergeOptions(options.JsonOptions):
     """Options of `spon merge`."""
 
     adapter: options.AdapterDir
     output: options.Output
     model: Annotated[str | None, typer.Option(help="The base model, if it is no longer where the adapter says.")] = None
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16, of the merged weights; auto is the base model's own.")
+    ] = "auto"
 
 
 @command
@@ -44,7 +47,7 @@ def merge_command(given: MergeOptions) -> None:
     from spon_transformers.loading import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(base)
-    model = load_model(base, given.dtype)
+    model = load_model(base, given.dtype, stored=True)
     adapter.check_base(linear_inputs(model), base)
     with progress_bars() as stage, new_directory(given.output) as directory:
         advance = stage("Merging")

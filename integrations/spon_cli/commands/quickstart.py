@@ -57,6 +57,7 @@ def quickstart_command(given: QuickstartOptions) -> None:
         loaded = load(str(gguf), "bfloat16")
         loaded.model.save_pretrained(directory / "model")
         loaded.tokenizer.save_pretrained(directory / "model")
+        loaded.follow_machine()
         settings = Settings(given.sparsity, alpha="zero", window=recipe.window, seed=given.seed)
         adapter = calibrated(loaded, sources, settings, stage)
         adapter.peft["base_model_name_or_path"] = str(model_directory.absolute())
