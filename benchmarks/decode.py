@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 from benchmarks.sparse_linear import DTYPES, device_name
 from spon_plugin import Mask, SparseLinear, read_adapter
 from spon_plugin.decoder.sites import find_sites
-from spon_plugin.layers.fold import fold_alpha
+from spon_plugin.weights.fold import fold_alpha
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3-8b": {

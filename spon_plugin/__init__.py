@@ -7,9 +7,9 @@ from spon_plugin.adapter.mask import Mask
 from spon_plugin.decoder.sites import Site, find_sites
 from spon_plugin.decoder.sparse_inputs import SparsityCounter, sparse_inputs
 from spon_plugin.errors import SponError
-from spon_plugin.layers.fold import fold_alpha
 from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
 from spon_plugin.masking import keep_mask, sparsify
+from spon_plugin.weights.fold import fold_alpha
 
 __version__ = "0.1.0.dev0"
 

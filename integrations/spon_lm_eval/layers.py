@@ -13,8 +13,8 @@ from spon_plugin.adapter.mask import Mask
 from spon_plugin.decoder.sites import Site, find_sites
 from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
-from spon_plugin.layers.kinds import linear_features
 from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
+from spon_plugin.weights.linears import linear_features
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from spon_peft.tokens import AdapterTokens
 from spon_plugin.adapter.config import carries_alpha, names_module
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.errors import SponError
-from spon_plugin.layers.fold import weight_product
-from spon_plugin.layers.kinds import is_conv1d, is_linear, linear_features
 from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
 from spon_plugin.masking import choose_rows, sparse_deviation
+from spon_plugin.weights import weight_of
+from spon_plugin.weights.linears import is_conv1d, is_linear, linear_features
 
 
 class SponLayer(BaseTunerLayer):
@@ -204,7 +204,7 @@ class SponLinear(nn.Module, SponLayer):
     def _constant(self, name: str, dtype: torch.dtype) -> Tensor | None:
         """``W (center + alpha)``, ``[out_features]``, differentiable in alpha; None where there is neither."""
         total = self.mask_of(name).constant
-        return None if total is None else weight_product(self.get_base_layer(), total, dtype)
+        return None if total is None else weight_of(self.get_base_layer(), dtype).product(total)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold ``W (center + alpha)`` into the base layer's bias, made if there is none; the mask stays.

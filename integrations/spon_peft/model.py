@@ -17,8 +17,8 @@ from spon_peft.layer import SponLayer, SponLinear, mixed_batch
 from spon_peft.targets import TARGET_MODULES
 from spon_peft.tokens import AdapterTokens
 from spon_plugin.errors import SponError
-from spon_plugin.layers.kinds import is_linear
 from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
+from spon_plugin.weights.linears import is_linear
 
 
 class SponModel(BaseTuner):

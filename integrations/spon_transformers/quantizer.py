@@ -30,8 +30,8 @@ from spon_plugin.adapter.merged import (
 )
 from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
-from spon_plugin.layers.kinds import is_conv1d, is_linear, linear_features
 from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear, follow_tokens
+from spon_plugin.weights.linears import is_conv1d, is_linear, linear_features
 from spon_transformers import QUANT_METHOD
 
 if TYPE_CHECKING:  # while peft is imported, transformers registers us before it can import this

@@ -27,9 +27,10 @@ import spon_vllm.ops  # noqa: F401 (registers torch.ops.spon_vllm)
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.adapter.merged import Announced
 from spon_plugin.errors import SponError
+from spon_plugin.weights import RowWeight
 from spon_vllm import steps
 from spon_vllm.checks import check_centers
-from spon_vllm.fold import StoredWeight, ask, stored_weight
+from spon_vllm.fold import ask, stored_weight
 from spon_vllm.report import Coverage
 from spon_vllm.settings import Settings
 
@@ -247,7 +248,7 @@ class SponLinearMethod(LinearMethodBase):
         first = layer.tp_rank * self.in_part if self.in_part != self.in_full else 0
         return vector[first : first + self.in_part].contiguous()
 
-    def _fold(self, layer: Any, weight: StoredWeight | None) -> Tensor:
+    def _fold(self, layer: Any, weight: RowWeight | None) -> Tensor:
         """``W (center + alpha)`` of this rank's inputs, float32 ``[out_features]``; the all-reduce adds them up.
 
         Args:
@@ -264,9 +265,9 @@ class SponLinearMethod(LinearMethodBase):
                 continue
             alpha = self._own_part(layer, constant).to(_device(layer))
             if weight is not None:
-                rows.append(weight.product(alpha, start, start + size))
+                rows.append(weight.shard(start, start + size).product(alpha))
             else:
-                rows.append(ask(self.inner, layer, alpha, self.paths[index])[start : start + size])
+                rows.append(ask(self.inner, layer, alpha, sum(self.sizes), self.paths[index])[start : start + size])
         return torch.cat(rows)
 
     def _merged_bias(self, layer: Any, bias: Tensor | None, row_parallel: bool) -> Tensor:

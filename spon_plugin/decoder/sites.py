@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spon_plugin.errors import SponError
-from spon_plugin.layers.kinds import is_linear, linear_features
+from spon_plugin.weights.linears import is_linear, linear_features
 
 
 @dataclass(frozen=True)

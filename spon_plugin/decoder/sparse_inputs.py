@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.decoder.tokens import DenseTokens
-from spon_plugin.layers.fold import fold_alpha
 from spon_plugin.masking import choose_rows, keep_mask, sparse_deviation
+from spon_plugin.weights.fold import fold_alpha
 
 
 class SparsityCounter:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`SparseLinear`: the layer that a merged model is made of, and the fold that turns alpha into its bias."""
+"""`SparseLinear` and `SparseConv1D`: the layers that a merged model is made of."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from spon_plugin.kernels import sparse_linear
 from spon_plugin.kernels.cpu.layer_call import LayerCall
 from spon_plugin.kernels.gemm import dense_linear
 from spon_plugin.kernels.op import implementation
-from spon_plugin.layers.kinds import linear_features
 from spon_plugin.masking import deviation, sparse_deviation
+from spon_plugin.weights.linears import linear_features
 
 
 class _SparseLayer(nn.Module):

@@ -16,9 +16,9 @@ from spon_plugin.decoder.sites import Site
 from spon_plugin.decoder.sparse_inputs import SparsityCounter
 from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
-from spon_plugin.layers.fold import weight_product
 from spon_plugin.masking import choose_rows
 from spon_plugin.sparsifiers.base import Fitted
+from spon_plugin.weights import weight_of
 
 
 class _SiteInput:
@@ -124,12 +124,12 @@ class _Constant:
 
     def __init__(self, module: nn.Module, center: Tensor | None, alpha: Tensor | None, bias: Tensor | None) -> None:
         weight: Any = module.weight
-        self._linear = copy.copy(module)
-        # The copy keeps the dense weight when the module's is replaced, and computes without the hooks of the run: a
-        # packed weight is asked what it computes.
-        self._linear._parameters = dict(module._parameters)
-        self._linear._forward_hooks, self._linear._forward_pre_hooks = OrderedDict(), OrderedDict()
-        self._dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        # The copy keeps the dense weight when the module's is replaced, and computes without the hooks of the run: an
+        # opaque weight is asked what it computes.
+        linear = copy.copy(module)
+        linear._parameters = dict(module._parameters)
+        linear._forward_hooks, linear._forward_pre_hooks = OrderedDict(), OrderedDict()
+        self._weight = weight_of(linear)
         device = weight.device
         self._vectors = [vector.to(device) for vector in (center, alpha) if vector is not None]
         self._bias = None if bias is None else bias.to(device)
@@ -143,5 +143,5 @@ class _Constant:
     def _fold(self) -> Tensor | None:
         if not self._vectors:
             return self._bias
-        product = weight_product(self._linear, torch.stack(self._vectors).sum(0), self._dtype)
+        product = self._weight.product(torch.stack(self._vectors).sum(0))
         return product if self._bias is None else product + self._bias

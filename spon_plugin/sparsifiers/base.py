@@ -20,9 +20,9 @@ from spon_plugin.decoder.sites import Site, module_weights
 from spon_plugin.decoder.sparse_inputs import SparsityCounter
 from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
-from spon_plugin.layers.kinds import is_conv1d, linear_features
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
+from spon_plugin.weights import Opaque, linear_features, weight_of
 
 
 @dataclass
@@ -290,14 +290,13 @@ class Fitted(ABC):
 
 
 def readable_weight(model: nn.Module, path: str) -> Tensor:
-    """The weight of a linear as ``[out_features, in_features]``, a view.
+    """The weight of a linear as ``[out_features, in_features]``: a view of a floating-point one, otherwise decoded.
 
     Raises:
-        SponError: the weight is packed (8-bit, 4-bit), so that its values cannot be read.
+        SponError: its values cannot be read; see `weights.weight_of`.
     """
-    module: Any = model.get_submodule(path)
-    weight: Tensor = module.weight.detach()
-    if weight.dim() != 2 or not weight.is_floating_point() or weight.element_size() == 1:
+    weight = weight_of(model.get_submodule(path))
+    if isinstance(weight, Opaque) and weight.decode is None:
         remedy = "This method needs the weights; use one that masks by the input alone (teal, scap)."
-        raise SponError.of(f"{path}: weight", weight.dtype, "a floating-point matrix", remedy)
-    return weight.t() if is_conv1d(module) else weight
+        raise SponError.of(f"{path}: weight", weight.reason, "one whose values can be read", remedy)
+    return weight.dense().detach().t()

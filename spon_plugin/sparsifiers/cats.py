@@ -16,9 +16,9 @@ from spon_plugin.calibration.streaming import Observe, counted_rows
 from spon_plugin.decoder.sites import Site, module_weights
 from spon_plugin.decoder.sparse_inputs import SparsityCounter
 from spon_plugin.errors import SponError
-from spon_plugin.layers.kinds import linear_features
 from spon_plugin.masking import keep_mask, zero_dropped
 from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics
+from spon_plugin.weights.linears import linear_features
 
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
 MOST_NEURONS = 0.99

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from spon_plugin.calibration.streaming import Observe, counted_rows, stream_inputs
 from spon_plugin.decoder.sites import Site
-from spon_plugin.layers.fold import weight_product
-from spon_plugin.layers.kinds import is_conv1d
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers.base import Fitted
+from spon_plugin.weights import weight_of
+from spon_plugin.weights.linears import is_conv1d
 
 
 @torch.no_grad()
@@ -62,10 +62,10 @@ def mean_biases(
         through = kept if center is None else kept + center.to(kept.device)
         replaced = fitted.weight(path, module.weight)
         if replaced is None:
-            missing = weight_product(module, whole - through, torch.get_default_dtype())
+            missing = weight_of(module).product(whole - through)
         else:
             pruned = replaced.float().t() if is_conv1d(module) else replaced.float()
-            missing = weight_product(module, whole, module.weight.dtype) - F.linear(through, pruned)
+            missing = weight_of(module).product(whole) - F.linear(through, pruned)
         rest = fitted.remainder(path, whole - kept) if center is None else None
         biases[path] = missing if rest is None else missing - rest
     return biases

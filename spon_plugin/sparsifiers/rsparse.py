@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.decoder.sites import Site, module_weights
 from spon_plugin.decoder.sparse_inputs import SparsityCounter
-from spon_plugin.layers.kinds import linear_features
 from spon_plugin.sparsifiers.base import Sparsifier, Statistics, readable_weight
 from spon_plugin.sparsifiers.thresholds import ThresholdFitted, column_norms
 from spon_plugin.sparsifiers.wina import ScoreHistogram
+from spon_plugin.weights.linears import linear_features
 
 # The share of a layer's budget that goes to the sparse part. The paper searches it per layer; the released result for
 # Llama-3-8B at 50% has a mean of 0.96.

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from spon_plugin.adapter.directory import Adapter
 from spon_plugin.calibration.streaming import Observe, counted_rows, stream_inputs
 from spon_plugin.decoder.sites import Site
-from spon_plugin.layers.fold import fold_alpha
 from spon_plugin.masking import sparsify
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.studies.hidden_shift import check_prompts
+from spon_plugin.weights.fold import fold_alpha
 
 
 @dataclass(frozen=True)

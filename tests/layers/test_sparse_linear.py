@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from spon_plugin import Mask, SparseConv1D, SparseLinear, SponError, fold_alpha
 from spon_plugin.kernels.cpu import kernel as cpu
 from spon_plugin.kernels.few_rows import CPU_ROWS
-from spon_plugin.layers.kinds import is_linear, linear_features
+from spon_plugin.weights.linears import is_linear, linear_features
 
 
 def sparse_linear(bias=True, dtype=torch.float32) -> SparseLinear:
