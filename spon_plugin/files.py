@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directories that appear whole or not at all."""
+"""Outputs that belong to one process at a time and appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from spon_plugin.errors import SponError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing to lock with, so outputs are not claimed there
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_new(path: str | Path, field: str = "output") -> Path:
@@ -22,17 +27,75 @@ def check_new(path: str | Path, field: str = "output") -> Path:
     path = Path(path)
     if path.exists() or path.is_symlink():
         raise SponError.of(field, str(path), "a path that does not exist", "Choose another name or remove it.")
+    _check_parent(path, field)
+    return path
+
+
+def _check_parent(path: Path, field: str) -> None:
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise SponError.of(field, str(path), f"a path below a writable directory ({parent} is not)")
-    return path
+
+
+@contextmanager
+def claim(path: str | Path, field: str = "output") -> Iterator[Path]:
+    """Keep other processes from writing `path` while the block runs; enter it before the work starts.
+
+    The claim is a lock on a hidden file beside `path`, which the operating system gives up when the process ends, in
+    whatever way. Missing parents are made, and removed again where the block leaves nothing in them.
+
+    Args:
+        path: the file or directory to be written, which may exist.
+        field: what errors call it.
+
+    Raises:
+        SponError: another process (or another block of this one) holds the claim, or the nearest existing parent is
+            not a writable directory.
+    """
+    path = Path(path)
+    _check_parent(path, field)
+    if fcntl is None:
+        yield path
+        return
+    file = path.absolute().parent / f".{path.name}.lock"
+    made = [parent for parent in file.parents if not parent.exists()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = _locked(file)
+    if lock is None:
+        expected = "a path that no other process is writing"
+        raise SponError.of(field, str(path), expected, "Wait for the other command, or choose another name.")
+    try:
+        yield path
+    finally:
+        file.unlink(missing_ok=True)  # before the lock goes, or it might be the next holder's file
+        os.close(lock)
+        with suppress(OSError):  # parents that hold nothing after all
+            for parent in made:
+                parent.rmdir()
+
+
+def _locked(file: Path) -> int | None:
+    """Open and lock `file`; None where it is locked already."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                    return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        os.close(descriptor)  # its last holder has removed it meanwhile: this is no longer the file at that path
 
 
 @contextmanager
 def new_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside `path`, renamed to `path` when the block ends without an error.
+
+    What it holds then has the permissions that the process's umask gives new files, whoever wrote it.
 
     Args:
         path: the directory to make; missing parents are made.
@@ -44,11 +107,13 @@ def new_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path)
     if not overwrite:
         check_new(path)
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.absolute().parent))
+    parent = path.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        _follow_umask(temporary)
         if overwrite and path.exists():
             old = temporary.with_suffix(".old")
             path.rename(old)
@@ -60,7 +125,9 @@ def new_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _umask() -> int:
-    value = os.umask(0o022)
-    os.umask(value)
-    return value
+def _follow_umask(directory: Path) -> None:
+    """Give files that a library wrote for their owner alone the permissions that `directory` itself was made with."""
+    mode = directory.stat().st_mode & 0o777
+    for each in directory.rglob("*"):
+        if not each.is_symlink():
+            each.chmod(mode if each.is_dir() else each.stat().st_mode & 0o111 | mode & 0o666)

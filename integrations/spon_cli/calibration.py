@@ -61,6 +61,7 @@ def calibrated(
             "text": [source.name for source in sources],
             "seed": settings.seed,
             "dtype": loaded.dtype,
+            "windows_begin_with": loaded.opening,
             "spon_plugin": __version__,
         },
         base_model=base_name(loaded.name),

@@ -39,9 +39,12 @@ def show_baselines(
 
 
 def as_json(
-    sources: Sequence[TextSource], results: Sequence[Evaluation], baselines: Sequence[Evaluation] = ()
+    sources: Sequence[TextSource],
+    results: Sequence[Evaluation],
+    opening: str | None,
+    baselines: Sequence[Evaluation] = (),
 ) -> list[dict[str, Any]]:
-    """One JSON object per text, with what its baseline gave if there is one."""
+    """One JSON object per text, with what its windows begin with and what its baseline gave if there is one."""
     values: list[dict[str, Any]] = [
         {
             "text": source.name,
@@ -50,6 +53,7 @@ def as_json(
             "sparsity": result.sparsity,
             "protocol": result.protocol,
             "window": result.window,
+            "windows_begin_with": opening,
             "tokens": result.tokens,
         }
         for source, result in zip(sources, results, strict=True)
@@ -63,8 +67,8 @@ def as_json(
     return values
 
 
-def show_evaluations(sources: Sequence[TextSource], results: Sequence[Evaluation]) -> None:
-    """Print one row per text."""
+def show_evaluations(sources: Sequence[TextSource], results: Sequence[Evaluation], opening: str | None) -> None:
+    """Print one row per text; `opening` is what all windows begin with."""
     rows = [
         [
             source.name,
@@ -76,8 +80,9 @@ def show_evaluations(sources: Sequence[TextSource], results: Sequence[Evaluation
         for source, result in zip(sources, results, strict=True)
     ]
     first = results[0]
+    windows = f"windows of {first.window} tokens" + (f" after {opening}" if opening else "")
     show_table(
-        f"Perplexity, windows of {first.window} tokens, {first.protocol}, target {percent(first.sparsity['target'])}",
+        f"Perplexity, {windows}, {first.protocol}, target {percent(first.sparsity['target'])}",
         ["text", "dense", "TEAL", "SPON", "recovered", "achieved sparsity", "tokens"],
         rows,
         caption="recovered = (TEAL - SPON) / (TEAL - dense)",

@@ -12,6 +12,7 @@ import torch
 
 from spon_cli.output import note
 from spon_plugin import Adapter, Site, SponError, find_sites, machine
+from spon_plugin.calibration.text import opening_text
 
 
 @dataclass
@@ -35,6 +36,11 @@ class Loaded:
 
         self.model = follow_machine(self.model)
         self.dtype = machine.name_of(self.model.dtype)
+
+    @property
+    def opening(self) -> str | None:
+        """What its windows of text begin with, ``<s>`` for Llama; None where that is the text itself."""
+        return opening_text(self.tokenizer)
 
 
 def load(name: str, dtype: str, target_modules: Sequence[str] | None = None, precision: str | None = None) -> Loaded:

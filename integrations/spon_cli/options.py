@@ -15,18 +15,30 @@ from spon_cli.command import Between
 from spon_cli.loading import Loaded, load
 from spon_plugin import SponError
 from spon_plugin.calibration.text import leading_windows, windows_digest
-from spon_plugin.files import check_new
+from spon_plugin.files import check_new, claim
 from spon_plugin.studies.evaluation import PROTOCOLS
 from spon_plugin.studies.rows import weights_digest
 from spon_plugin.training.recipe import Recipe
 from spon_transformers.text_sources import TextSource, text_sources
+
+
+def output_option(help: str) -> Any:
+    """The option ``--output``: until the command ends, no other command may write there."""
+    return typer.Option("-o", "--output", callback=_claim, help=help)
+
+
+def _claim(context: typer.Context, value: Path | None) -> Path | None:
+    if value is not None:
+        context.with_resource(claim(value))
+    return value
+
 
 MANY = 2**31 - 1  # more than any text has tokens
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub name, or a .gguf file or directory.")]
 AdapterDir = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter directory.")]
 AdapterOption = Annotated[Path, typer.Option(help="The adapter directory.")]
-Output = Annotated[Path, typer.Option("-o", "--output", help="The directory to make; it must not exist.")]
+Output = Annotated[Path, output_option("The directory to make; it must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Sparsity = Annotated[float, typer.Option(help="Share of the linears' inputs to zero, in [0, 1).")]
 _ALLOCATION = "uniform, greedy (TEAL's, within each block), or sensitivity (per channel, with centres; slowest, best)."
@@ -108,7 +120,7 @@ class TextOptions:
 class StudyOptions(ModelOptions, TextOptions, SeedOptions):
     """For commands that measure rows of tables under one protocol and keep them."""
 
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where rows and tables are kept; may be resumed.")]
+    output: Annotated[Path, output_option("Where rows and tables are kept; may be resumed.")]
     test: Annotated[list[Path] | None, typer.Option(help="A text to evaluate on; may repeat.")] = None
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on."), Between(1, MANY)] = 8192
     window: Window = 512
@@ -138,6 +150,7 @@ class StudyOptions(ModelOptions, TextOptions, SeedOptions):
             "weights": weights_digest(loaded.model),
             "dtype": loaded.dtype,
             "window": self.window,
+            "windows_begin_with": loaded.opening,
             "seed": self.seed,
             "protocol": self.protocol,
             "tests": {name: windows_digest(rows) for name, rows in tests.items()},

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to token windows: for calibration and training spread over the whole text, for evaluation from its start."""
+"""Text to token windows: for calibration and training spread over the whole text, for evaluation from its start.
+
+A window begins with what the tokenizer puts before every text (`opening`), because a served prompt does, too.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +38,13 @@ def offline_text(part: str = "all") -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file.
+    """Read a UTF-8 text file, without the byte order mark that it may begin with.
 
     Raises:
         SponError: the file cannot be read, is not UTF-8, or holds nothing but white space.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise SponError.of("text", str(path), f"a readable text file ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -57,13 +60,32 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def opening(tokenizer: Any) -> list[int]:
+    """The special tokens that `tokenizer` puts before every text, ``[bos]`` for most that put any.
+
+    Args:
+        tokenizer: of transformers.
+    """
+    plain = token_ids(tokenizer, "a")
+    whole = list(tokenizer("a")["input_ids"])
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    return []
+
+
+def opening_text(tokenizer: Any) -> str | None:
+    """What windows begin with, in words, for whoever reports figures; None where they begin with the text itself."""
+    return "".join(tokenizer.convert_ids_to_tokens(opening(tokenizer))) or None
+
+
 def leading_windows(tokenizer: Any, text: str, length: int, max_tokens: int | None = None) -> Tensor:
     """Consecutive windows from the start of a text, for evaluation.
 
     Args:
         tokenizer: of transformers.
         text: the text.
-        length: tokens per window.
+        length: tokens per window, with its opening.
         max_tokens: an upper bound on the tokens in all windows; the whole text by default.
 
     Returns:
@@ -72,20 +94,22 @@ def leading_windows(tokenizer: Any, text: str, length: int, max_tokens: int | No
     Raises:
         SponError: the text (or `max_tokens`) is shorter than one window.
     """
-    if length < 2:
-        raise SponError.of("window", length, "at least 2 tokens")
+    first = opening(tokenizer)
+    body = length - len(first)
+    if body < 1 or length < 2:
+        raise SponError.of("window", length, f"at least {max(2, len(first) + 1)} tokens")
     if max_tokens is not None and max_tokens < length:
         raise SponError.of("max_tokens", max_tokens, f"at least one window of {length} tokens")
-    wanted = max_tokens // length * length if max_tokens is not None else None
+    wanted = max_tokens // length * body if max_tokens is not None else None
     # Tokenizers are slow on megabytes, so only a stretch that surely suffices is tokenized.
     stretch = text if wanted is None else text[: wanted * _CHARACTERS_PER_TOKEN]
     ids = token_ids(tokenizer, stretch)
     if wanted is not None and len(ids) < wanted and len(stretch) < len(text):
         ids = token_ids(tokenizer, text)
-    count = len(ids[:wanted]) // length
+    count = len(ids[:wanted]) // body
     if count == 0:
         raise SponError.of("text", f"{len(ids)} tokens", f"at least one window of {length} tokens", "Use more text.")
-    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+    return torch.tensor([first + ids[i * body : (i + 1) * body] for i in range(count)], dtype=torch.int64)
 
 
 def spread_windows(tokenizer: Any, text: str, length: int, count: int) -> Tensor:
@@ -96,7 +120,7 @@ def spread_windows(tokenizer: Any, text: str, length: int, count: int) -> Tensor
     Args:
         tokenizer: of transformers.
         text: the text.
-        length: tokens per window.
+        length: tokens per window, with its opening.
         count: how many windows to take.
 
     Returns:
@@ -109,11 +133,12 @@ def spread_windows(tokenizer: Any, text: str, length: int, count: int) -> Tensor
     if room < length * _CHARACTERS_PER_TOKEN // 2:
         return leading_windows(tokenizer, text, length)[:count]
     rows = []
+    first = opening(tokenizer)
     for index in range(count):
         start = index * room
         if start:
             start = _boundary(text, start)
-        ids = token_ids(tokenizer, text[start : start + length * _CHARACTERS_PER_TOKEN])
+        ids = first + token_ids(tokenizer, text[start : start + length * _CHARACTERS_PER_TOKEN])
         if len(ids) >= length:
             rows.append(ids[:length])
     if not rows:
@@ -137,7 +162,7 @@ def mixed_windows(tokenizer: Any, texts: Sequence[str], length: int, count: int,
     Args:
         tokenizer: of transformers.
         texts: at least one.
-        length: tokens per window.
+        length: tokens per window, with its opening.
         count: windows in all.
         seed: of the order.
 

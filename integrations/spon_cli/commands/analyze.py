@@ -19,7 +19,7 @@ from spon_cli.loading import Loaded
 from spon_cli.output import note, progress_bars, show_json, show_table
 from spon_cli.study_plots import plot_points, plot_shift
 from spon_plugin import Adapter, SponError, read_adapter, sparse_inputs
-from spon_plugin.calibration.text import mixed_windows, read_text, token_ids
+from spon_plugin.calibration.text import mixed_windows, opening, read_text, token_ids
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new, new_directory
 from spon_plugin.progress import Progress
@@ -53,9 +53,7 @@ class AnalyzeOptions(options.ModelOptions, options.TextOptions, options.SeedOpti
     """Options of `spon analyze`."""
 
     adapter: options.AdapterOption
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory to make for tables and plots.")] = (
-        None
-    )
+    output: Annotated[Path | None, options.output_option("Directory to make for tables and plots.")] = None
     prompts: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None
     count: Annotated[int, typer.Option(help="How many prompts."), Between(2, options.MANY)] = 50
     max_length: Annotated[
@@ -76,8 +74,8 @@ class AnalyzeOptions(options.ModelOptions, options.TextOptions, options.SeedOpti
         if self.prompts is None:
             texts = [source.text for source in sources]
             return list(mixed_windows(tokenizer, texts, self.max_length, self.count, self.seed))
-        rows = [token_ids(tokenizer, line)[: self.max_length] for line in lines[: self.count]]
-        return [torch.tensor(row, dtype=torch.int64) for row in rows]
+        rows = [opening(tokenizer) + token_ids(tokenizer, line) for line in lines[: self.count]]
+        return [torch.tensor(row[: self.max_length], dtype=torch.int64) for row in rows]
 
 
 @command
@@ -113,6 +111,7 @@ def analyze_command(given: AnalyzeOptions) -> None:
         "prompts": str(given.prompts) if given.prompts is not None else [source.name for source in sources],
         "count": len(ids),
         "tokens": sum(map(len, ids)),
+        "windows_begin_with": loaded.opening,
         "shift": shift,
         "alphas": [asdict(row) for row in statistics],
     }

@@ -75,9 +75,9 @@ def eval_command(given: EvalOptions) -> None:
                 known, bar = {"dense": result.perplexity["dense"]}, stage(f"{source.name}, baseline")
                 baselines.append(evaluate(loaded.model, yardstick, *common, bar, known))
     if given.json:
-        values = as_json(sources, results, baselines)
+        values = as_json(sources, results, loaded.opening, baselines)
         show_json(values[0] if len(values) == 1 else {"texts": values})
         return
-    show_evaluations(sources, results)
+    show_evaluations(sources, results, loaded.opening)
     if baselines:
         show_baselines(sources, results, baselines)

@@ -31,7 +31,7 @@ from spon_transformers.text_sources import text_sources
 class QuickstartOptions(options.SeedOptions):
     """Options of `spon quickstart`."""
 
-    output: Annotated[Path, typer.Option("-o", "--output", help="The directory to make.")] = Path("spon-quickstart")
+    output: Annotated[Path, options.output_option("The directory to make.")] = Path("spon-quickstart")
     sparsity: options.Sparsity = 0.5
     windows: Annotated[
         int, typer.Option(help="Training windows; more is better and slower."), Between(1, options.MANY)
@@ -68,9 +68,9 @@ def quickstart_command(given: QuickstartOptions) -> None:
         result = evaluate(loaded.model, adapter, loaded.sites, evaluation_windows, progress=stage("Evaluating"))
     if given.json:
         files = {"model": str(model_directory), "adapter": str(adapter_directory)}
-        show_json({**files, **summary(adapter), "evaluation": as_json([test], [result])[0]})
+        show_json({**files, **summary(adapter), "evaluation": as_json([test], [result], loaded.opening)[0]})
         return
-    show_evaluations([test], [result])
+    show_evaluations([test], [result], loaded.opening)
     out.print(f"Trained on {sources[0].name}, evaluated on {test.name}: one domain, other pages.")
     note("Next:")
     for line in (

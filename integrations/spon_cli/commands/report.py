@@ -29,7 +29,7 @@ class ReportOptions(options.JsonOptions):
 
     results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="lm-eval's .json files or directories.")]
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help=f"Directory for {TABLE} and {PLOT}; made if it is not there.")
+        Path | None, options.output_option(f"Directory for {TABLE} and {PLOT}; made if it is not there.")
     ] = None
     metric: Annotated[
         list[str] | None, typer.Option(help="Metric that stands for a task; may repeat, the first it has counts.")
