@@ -4,8 +4,9 @@
 from spon_plugin.adapter.config import SponFields
 from spon_plugin.adapter.directory import Adapter, read_adapter, write_adapter
 from spon_plugin.adapter.mask import Mask
+from spon_plugin.decoder.attachment import sparse_inputs
 from spon_plugin.decoder.sites import Site, find_sites
-from spon_plugin.decoder.sparse_inputs import SparsityCounter, sparse_inputs
+from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.errors import SponError
 from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
 from spon_plugin.masking import keep_mask, sparsify

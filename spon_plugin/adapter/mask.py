@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spon_plugin.errors import SponError
+from spon_plugin.masking import deviation, keep_mask, zero_dropped
 
 ALPHA, THRESHOLD, CENTER = "spon_alpha", "spon_threshold", "spon_center"
 KINDS = (ALPHA, THRESHOLD, CENTER)
@@ -41,6 +42,19 @@ class Mask:
         if self.center is None or self.alpha is None:
             return self.alpha if self.center is None else self.center
         return self.center.to(self.alpha.device) + self.alpha
+
+    def sparse_deviation(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``S(x) - center`` of a linear's input, and what was kept of it; see `spon_plugin.masking`.
+
+        Args:
+            x: ``[..., in_features]``, on the device of the mask.
+
+        Returns:
+            ``[..., in_features]`` in `x.dtype`, differentiable in `x`, and bool ``[..., in_features]``.
+        """
+        x = deviation(x, self.center)
+        keep = keep_mask(x, self.threshold)
+        return zero_dropped(x, keep), keep
 
     def tensors(self) -> dict[str, Tensor]:
         """What there is, by the names in `KINDS`."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.histogram import MagnitudeHistogram
+from spon_plugin.decoder.attachment import sparse_inputs
 from spon_plugin.decoder.sites import Site
-from spon_plugin.decoder.sparse_inputs import sparse_inputs
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
 

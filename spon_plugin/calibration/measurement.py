@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.histogram import MagnitudeHistogram
 from spon_plugin.calibration.streaming import Observe, counted_rows, stream_inputs, window_batches
+from spon_plugin.decoder.attachment import sparse_inputs
 from spon_plugin.decoder.sites import Site, module_weights
-from spon_plugin.decoder.sparse_inputs import SparsityCounter, sparse_inputs
+from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.masking import sparsify
 from spon_plugin.progress import Progress, no_progress
 

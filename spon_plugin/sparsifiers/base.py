@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,9 +14,9 @@ from spon_plugin.adapter.config import SponFields
 from spon_plugin.adapter.directory import Adapter
 from spon_plugin.calibration.histogram import MagnitudeHistogram
 from spon_plugin.calibration.streaming import Observe, counted_rows, stream_inputs
+from spon_plugin.decoder.attachment import SparseMethod
 from spon_plugin.decoder.sites import Site, module_weights
-from spon_plugin.decoder.sparse_inputs import SparsityCounter
-from spon_plugin.decoder.tokens import DenseTokens
+from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.errors import SponError
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
@@ -143,7 +141,7 @@ def _both(histogram: MagnitudeHistogram, own: Any) -> Observe:
     return observe
 
 
-class Fitted(ABC):
+class Fitted(SparseMethod):
     """A method at one sparsity, for one model.
 
     Attributes:
@@ -164,68 +162,10 @@ class Fitted(ABC):
         self.sparsity = check_sparsity(sparsity)
         self.static, self.dense_prefix = statistics.static, statistics.dense_prefix
         quantiles = {site.name: statistics.histograms[site.name].quantile(sparsity) for site in self.sites}
-        self.scales = {path: quantiles[site.name] for site in self.sites for path in site.modules}
-        self.modules = tuple(self.scales)
+        self.site_of = {path: site for site in self.sites for path in site.modules}
+        self.scales = {path: quantiles[site.name] for path, site in self.site_of.items()}
+        self.modules = tuple(self.site_of)
         self.centers: dict[str, Tensor] = {}
-
-    @cached_property
-    def site_of(self) -> dict[str, Site]:
-        """Module path -> its site."""
-        return {path: site for site in self.sites for path in site.modules}
-
-    @abstractmethod
-    def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the site's linears multiply instead of `x`, and what was kept of it.
-
-        Args:
-            site: one of `sites`.
-            x: ``[..., in_features]``.
-
-        Returns:
-            ``S(x) - center`` in `x`'s shape and dtype, differentiable in `x`, and a bool mask of `x`'s shape (in
-            whatever basis the method drops entries); no mask where the method drops nothing here.
-        """
-
-    def remainder(self, path: str, dropped: Tensor) -> Tensor | None:
-        """What the method adds to the output for the dropped part ``x - S(x)``, linear in it; None for nothing."""
-        return None
-
-    def weight(self, path: str, weight: Tensor) -> Tensor | None:
-        """The weight that the method puts in place of the linear's own, in the linear's layout; None for its own."""
-        return None
-
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """While the block runs, `sparse_input` may be called for `model`; for methods that need more than the input."""
-        yield
-
-    @contextmanager
-    def attach(
-        self,
-        model: nn.Module,
-        alphas: Mapping[str, Tensor] | None = None,
-        counter: SparsityCounter | None = None,
-        biases: Mapping[str, Tensor] | None = None,
-    ) -> Iterator[DenseTokens]:
-        """While the block runs, every linear in `modules` computes ``method(x) + b + W alpha``.
-
-        Args:
-            model: the dense model that was calibrated.
-            alphas: module path -> float32 ``[in_features]``, for some of `modules`. Those that require a gradient get
-                one; the others are folded once, at the start.
-            counter: counts what the masks drop.
-            biases: module path -> float32 ``[out_features]``, added as they are.
-
-        Yields:
-            The token state of the run, whose `dense_prefix` may be changed between passes unless the method is static.
-
-        Raises:
-            SponError: an alpha or a bias belongs to a linear that the method does not sparsify.
-        """
-        from spon_plugin.sparsifiers.attachment import attached
-
-        with attached(self, model, alphas or {}, counter, biases or {}) as tokens:
-            yield tokens
 
     def drops(self, counter: SparsityCounter) -> dict[str, float]:
         """Module path -> the share of its weights that the method does not use, as counted in a run."""

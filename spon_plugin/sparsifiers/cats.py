@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spon_plugin.calibration.histogram import MagnitudeHistogram
 from spon_plugin.calibration.streaming import Observe, counted_rows
 from spon_plugin.decoder.sites import Site, module_weights
-from spon_plugin.decoder.sparse_inputs import SparsityCounter
+from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.errors import SponError
 from spon_plugin.masking import keep_mask, zero_dropped
 from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics
@@ -92,13 +92,13 @@ class CatsFitted(Fitted):
         self._keep: dict[str, Tensor] = {}
 
     def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `Fitted.sparse_input`: what `down` reads is masked by the gate; what `up` reads is whole."""
+        """See `SparseMethod.sparse_input`: what `down` reads is masked by the gate; what `up` reads is whole."""
         keep = self._keep.get(site.name)
         return (x, None) if keep is None else (zero_dropped(x, keep), keep)
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """See `Fitted.watching`: the gates' outputs."""
+        """See `SparseMethod.watching`: the gates' outputs."""
         handles = [model.get_submodule(mlp.gate).register_forward_hook(self._decide(mlp)) for mlp in self.mlps]
         try:
             yield

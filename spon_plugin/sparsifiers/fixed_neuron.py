@@ -36,7 +36,7 @@ class FixedNeuronFitted(Fitted):
         self.keep = keep
 
     def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `Fitted.sparse_input`."""
+        """See `SparseMethod.sparse_input`."""
         keep = self.keep[site.name].to(x.device)
         return zero_dropped(x, keep), keep.expand_as(x)
 

@@ -59,7 +59,7 @@ class LarosaFitted(TopKFitted):
         self.rotations = rotations
 
     def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `Fitted.sparse_input`; the mask is that of the rotated entries."""
+        """See `SparseMethod.sparse_input`; the mask is that of the rotated entries."""
         if not reads_residual(site):
             return super().sparse_input(site, x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.decoder.sites import Site, module_weights
-from spon_plugin.decoder.sparse_inputs import SparsityCounter
+from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.sparsifiers.base import Sparsifier, Statistics, readable_weight
 from spon_plugin.sparsifiers.thresholds import ThresholdFitted, column_norms
 from spon_plugin.sparsifiers.wina import ScoreHistogram

@@ -15,7 +15,6 @@ from spon_plugin.adapter.directory import Adapter
 from spon_plugin.adapter.mask import Mask, with_alphas
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.sites import Site
-from spon_plugin.masking import deviation, keep_mask, zero_dropped
 from spon_plugin.sparsifiers.base import Fitted, Statistics, readable_weight
 
 
@@ -46,11 +45,8 @@ class ThresholdFitted(Fitted):
         self._tokens_sha256 = windows_digest(statistics.windows)
 
     def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `Fitted.sparse_input`."""
-        mask = self.site_masks[site.name].to(x.device)
-        x = deviation(x, mask.center)
-        keep = keep_mask(x, mask.threshold)
-        return zero_dropped(x, keep), keep
+        """See `SparseMethod.sparse_input`."""
+        return self.site_masks[site.name].to(x.device).sparse_deviation(x)
 
     @property
     def mask_bytes(self) -> int:

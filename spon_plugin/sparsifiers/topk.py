@@ -40,7 +40,7 @@ class TopKFitted(Fitted):
         self.shares = shares if shares is not None else {site.name: self.sparsity for site in self.sites}
 
     def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `Fitted.sparse_input`."""
+        """See `SparseMethod.sparse_input`."""
         keep = top_k_mask(x, self.shares[site.name])
         return zero_dropped(x, keep), keep
 

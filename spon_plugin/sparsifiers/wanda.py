@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spon_plugin.decoder.sites import Site
-from spon_plugin.decoder.sparse_inputs import SparsityCounter
+from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.errors import SponError
 from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics, readable_weight
 from spon_plugin.weights.linears import is_conv1d

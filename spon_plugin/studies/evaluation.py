@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from spon_plugin.adapter.directory import Adapter
 from spon_plugin.adapter.mask import masks_without_alpha
+from spon_plugin.decoder.attachment import sparse_inputs
 from spon_plugin.decoder.sites import Site, module_weights
-from spon_plugin.decoder.sparse_inputs import SparsityCounter, sparse_inputs
+from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from spon_plugin import SponError, find_sites, fold_alpha, read_adapter, sparse_inputs, write_adapter
 from spon_plugin.calibration.measurement import mean_alphas
-from spon_plugin.decoder.sparse_inputs import SparsityCounter
+from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
 from spon_plugin.sparsifiers.calibrate import calibrate
 from spon_plugin.sparsifiers.mean_bias import mean_biases

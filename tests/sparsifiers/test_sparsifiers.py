@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from spon_plugin import SponError, find_sites
-from spon_plugin.decoder.sparse_inputs import SparsityCounter
+from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
 from spon_plugin.sparsifiers.larosa import spread
 from spon_plugin.sparsifiers.rsparse import RSparse, low_rank

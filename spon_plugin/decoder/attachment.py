@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one runtime of masks: a dense model run sparsely, unchanged, by hooks on its linears.
+
+Calibration, training loops, evaluation and studies run models through it, and what the hosts' layers compute is tested
+against it. What it needs to know of a method is a `SparseMethod`: those of `spon_plugin.sparsifiers` are, and so are
+an adapter's masks (`MaskedLinears`), which `sparse_inputs` runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spon_plugin.adapter.mask import Mask
+from spon_plugin.decoder.sparsity import SparsityCounter
+from spon_plugin.decoder.tokens import DenseTokens
+from spon_plugin.errors import SponError
+from spon_plugin.masking import choose_rows
+from spon_plugin.weights import linear_features, weight_of
+
+
+class SparseMethod(ABC):
+    """What can run a dense model sparsely.
+
+    Attributes:
+        name: for errors.
+        modules: paths of the linears that it sparsifies, which can carry an alpha.
+        site_of: module path -> what `sparse_input` takes for the linear, hashable. The linears that have the same one
+            share the sparse form of a tensor that all of them read.
+        centers: module path -> float32 ``[in_features]``, what is put where an entry is dropped; zero elsewhere.
+        dense_prefix: first positions of a sequence that stay dense.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    site_of: Mapping[str, Any]
+    centers: Mapping[str, Tensor]
+    dense_prefix: int
+
+    @abstractmethod
+    def sparse_input(self, site: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the linears of a site multiply instead of `x`, and what was kept of it.
+
+        Args:
+            site: one of `site_of`'s.
+            x: ``[..., in_features]``.
+
+        Returns:
+            ``S(x) - center`` in `x`'s shape and dtype, differentiable in `x`, and a bool mask of `x`'s shape (in
+            whatever basis the method drops entries); no mask where the method drops nothing here.
+        """
+
+    def remainder(self, path: str, dropped: Tensor) -> Tensor | None:
+        """What the method adds to the output for the dropped part ``x - S(x)``, linear in it; None for nothing."""
+        return None
+
+    def weight(self, path: str, weight: Tensor) -> Tensor | None:
+        """The weight that the method puts in place of the linear's own, in the linear's layout; None for its own."""
+        return None
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """While the block runs, `sparse_input` may be called for `model`; for methods that need more than the input."""
+        yield
+
+    @contextmanager
+    def attach(
+        self,
+        model: nn.Module,
+        alphas: Mapping[str, Tensor] | None = None,
+        counter: SparsityCounter | None = None,
+        biases: Mapping[str, Tensor] | None = None,
+        dense_prefix: int | None = None,
+    ) -> Iterator[DenseTokens]:
+        """While the block runs, every linear in `modules` computes ``method(x) + b + W alpha``.
+
+        Args:
+            model: the dense model that was calibrated.
+            alphas: module path -> float32 ``[in_features]``, for some of `modules`. Those that require a gradient get
+                one; the others are folded once, at the start.
+            counter: counts what the masks drop.
+            biases: module path -> float32 ``[out_features]``, added as they are.
+            dense_prefix: takes the place of the method's own.
+
+        Yields:
+            The token state of the run.
+
+        Raises:
+            SponError: an alpha or a bias belongs to a linear that the method does not sparsify, or an alpha has
+                another length than its linear's input.
+        """
+        alphas, biases = alphas or {}, biases or {}
+        for kind, given in (("alpha", alphas), ("bias", biases)):
+            for path in given:
+                if path not in self.modules:
+                    raise SponError.of(f"{path}: {kind}", "one", f"none, as {self.name} leaves this linear dense")
+        state = DenseTokens(self.dense_prefix if dense_prefix is None else dense_prefix)
+        handles: list[Any] = [state.attach(model)]
+        shared = _SharedInput(self)
+        own: list[tuple[nn.Module, nn.Parameter]] = []
+        try:
+            with self.watching(model):
+                for path in self.modules:
+                    module: Any = model.get_submodule(path)
+                    constant = _Constant(path, module, self.centers.get(path), alphas.get(path), biases.get(path))
+                    replaced = self.weight(path, module.weight)
+                    if replaced is not None:
+                        own.append((module, module.weight))
+                        module.weight = nn.Parameter(replaced, requires_grad=False)
+                    handles += _Hooks(self, path, shared, constant, state, counter).register(module)
+                yield state
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, weight in own:
+                module.weight = weight
+
+
+class MaskedLinears(SparseMethod):
+    """The masks of an adapter.
+
+    Args:
+        masks: module path -> mask. Alphas are among what `attach` is given.
+        dense_prefix: first positions of a sequence that stay dense.
+    """
+
+    name = "the adapter"
+
+    def __init__(self, masks: Mapping[str, Mask], dense_prefix: int = 0) -> None:
+        self.modules, self.dense_prefix = tuple(masks), dense_prefix
+        self.centers = {path: mask.center for path, mask in masks.items() if mask.center is not None}
+        # An adapter has a mask for every linear. Those beside each other that are equal may be of one input.
+        equal: dict[tuple[str, bytes], Mask] = {}
+        self.site_of: dict[str, Mask] = {}
+        for path, mask in masks.items():
+            values = b"".join(t.detach().cpu().numpy().tobytes() for t in mask.without_alpha().tensors().values())
+            self.site_of[path] = equal.setdefault((path.rpartition(".")[0], values), mask)
+
+    def sparse_input(self, site: Mask, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `SparseMethod.sparse_input`; by `spon_plugin.masking`."""
+        return site.to(x.device).sparse_deviation(x)
+
+
+@contextmanager
+def sparse_inputs(
+    model: nn.Module, masks: Mapping[str, Mask], dense_prefix: int = 0, counter: SparsityCounter | None = None
+) -> Iterator[DenseTokens]:
+    """While the block runs, every linear in `masks` computes ``W S(x) + b + W alpha``.
+
+    Tokens in the dense prefix compute ``W x + b``, as in the dense model. What does not depend on the input,
+    ``W (center + alpha)``, is folded once, at the start.
+
+    Args:
+        model: a dense model.
+        masks: module path -> threshold, centre and alpha.
+        dense_prefix: the first positions of each sequence that stay dense.
+        counter: counts what the masks drop.
+
+    Yields:
+        The token state of the run, whose `dense_prefix` may be changed between passes.
+
+    Raises:
+        SponError: a vector has another length than its linear's input.
+    """
+    moved = {}
+    for path, mask in masks.items():
+        module = model.get_submodule(path)
+        mask.check_input(path, linear_features(module, path)[0], "this model")
+        moved[path] = mask.to(next(module.parameters()).device)
+    alphas = {path: mask.alpha.detach() for path, mask in moved.items() if mask.alpha is not None}
+    with MaskedLinears(moved, dense_prefix).attach(model, alphas, counter) as tokens:
+        yield tokens
+
+
+class _Sparse:
+    """The sparse form of one tensor at one site."""
+
+    def __init__(self, kept: Tensor, mask: Tensor | None) -> None:
+        self.kept, self.mask = kept, mask
+        self._dropped: Tensor | None = None
+
+    def dropped(self) -> Tensor | None:
+        """How many entries of each token the mask drops, ``[...]``; None without a mask."""
+        if self._dropped is None and self.mask is not None:
+            self._dropped = self.mask.shape[-1] - self.mask.sum(-1)
+        return self._dropped
+
+
+class _LastInput:
+    """The tensor that a linear has read last, and its sparse forms."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.version = x, _version(x)
+        self.forms: dict[Any, tuple[_Sparse, int]] = {}
+
+
+class _SharedInput:
+    """The sparse form of an input, made when the first linear of a site asks and shared with the others.
+
+    What is remembered is taken up for the very tensor that it was made of, and only if that has not been written to; so
+    it does not matter which linears read one tensor, nor how many threads run the model. A form is let go when all
+    linears of its site have had it.
+    """
+
+    def __init__(self, method: SparseMethod) -> None:
+        self.method = method
+        self.readers = Counter(method.site_of[path] for path in method.modules)
+        self._last: _LastInput | None = None
+
+    def __call__(self, path: str, x: Tensor) -> _Sparse:
+        site = self.method.site_of[path]
+        if self.readers[site] == 1:
+            return _Sparse(*self.method.sparse_input(site, x))
+        last = self._last
+        if last is None or last.x is not x or last.version != _version(x):
+            last = self._last = _LastInput(x)
+        form, asked = last.forms.get(site) or (_Sparse(*self.method.sparse_input(site, x)), 0)
+        if asked + 1 == self.readers[site]:
+            last.forms.pop(site, None)
+            if not last.forms and self._last is last:
+                self._last = None
+        else:
+            last.forms[site] = (form, asked + 1)
+        return form
+
+
+def _version(x: Tensor) -> int:
+    """Counts writes to a tensor; those to an inference tensor are not counted."""
+    return 0 if x.is_inference() else x._version
+
+
+class _Hooks:
+    """What runs before and after a linear."""
+
+    def __init__(
+        self,
+        method: SparseMethod,
+        path: str,
+        shared: _SharedInput,
+        constant: _Constant,
+        state: DenseTokens,
+        counter: SparsityCounter | None,
+    ) -> None:
+        self.method, self.path, self.shared, self.constant = method, path, shared, constant
+        self.state, self.counter = state, counter
+        has_remainder = type(method).remainder is not SparseMethod.remainder
+        self.has_remainder = has_remainder and path not in method.centers
+        self._local = threading.local()
+
+    def register(self, module: nn.Module) -> list[Any]:
+        handles: list[Any] = [module.register_forward_pre_hook(self._before)]
+        if self.has_remainder or self.constant.exists:
+            handles.append(module.register_forward_hook(self._after))
+        return handles
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        dense, form = self.state.rows(x), self.shared(self.path, x)
+        dropped = None if self.counter is None else form.dropped()
+        if self.counter is not None and dropped is not None:
+            counted = dropped if dense is None else dropped[~dense]
+            self.counter.add_dropped(self.path, counted.sum(), counted.numel() * x.shape[-1])
+        kept = choose_rows(dense, x, form.kept)
+        if self.has_remainder:
+            self._local.dropped = x - kept
+        return (kept, *args[1:])
+
+    def _after(self, _module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        added = self.constant()
+        rest = self.method.remainder(self.path, self._local.__dict__.pop("dropped")) if self.has_remainder else None
+        wide = torch.promote_types(y.dtype, torch.float32)
+        if rest is not None:
+            added = rest.to(wide) if added is None else rest.to(wide) + added
+        if added is None:
+            return y
+        out = (y.to(wide) + added).to(y.dtype)
+        return choose_rows(self.state.rows(args[0]), y, out)
+
+
+class _Constant:
+    """What is added to every output of a linear: ``W (center + alpha) + bias``, with the dense weight."""
+
+    def __init__(
+        self, path: str, module: nn.Module, center: Tensor | None, alpha: Tensor | None, bias: Tensor | None
+    ) -> None:
+        weight: Any = module.weight
+        in_features = linear_features(module, path)[0]
+        if alpha is not None and tuple(alpha.shape) != (in_features,):
+            expected = f"shape ({in_features},), the layer's in_features"
+            raise SponError.of(f"{path}: alpha", tuple(alpha.shape), expected)
+        # The copy keeps the dense weight when the module's is replaced, and computes without the hooks of the run: an
+        # opaque weight is asked what it computes.
+        linear = copy.copy(module)
+        linear._parameters = dict(module._parameters)
+        linear._forward_hooks, linear._forward_pre_hooks = OrderedDict(), OrderedDict()
+        self._weight = weight_of(linear)
+        device = weight.device
+        self._vectors = [vector.to(device) for vector in (center, alpha) if vector is not None]
+        self._bias = None if bias is None else bias.to(device)
+        self.exists = bool(self._vectors) or bias is not None
+        self._trained = alpha is not None and alpha.requires_grad
+        self._folded = None if self._trained else self._fold()
+
+    def __call__(self) -> Tensor | None:
+        return self._fold() if self._trained else self._folded
+
+    def _fold(self) -> Tensor | None:
+        if not self._vectors:
+            return self._bias
+        with torch.set_grad_enabled(self._trained and torch.is_grad_enabled()):
+            product = self._weight.product(torch.stack(self._vectors).sum(0))
+            return product if self._bias is None else product + self._bias
