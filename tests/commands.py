@@ -9,6 +9,8 @@ import pytest
 
 from spon_cli.main import main
 
+TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(600))
+
 
 def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
     """Run ``spon`` with arguments; returns (exit code, standard output, standard error)."""

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from spon_cli.failures import in_a_sentence
+from spon_cli.output import results_only
 from spon_plugin import SponError
 
 Options = TypeVar("Options")
@@ -42,11 +44,12 @@ def command(run: Callable[[Options], None]) -> Callable[..., None]:
     ordered = _own_first(options)
 
     def call(**values: Any) -> None:
-        for field in ordered:
-            for limits in get_args(annotations[field.name])[1:]:
-                if isinstance(limits, Between):
-                    limits.check(field.name, values[field.name])
-        run(options(**values))
+        with in_a_sentence(), results_only():
+            for field in ordered:
+                for limits in get_args(annotations[field.name])[1:]:
+                    if isinstance(limits, Between):
+                        limits.check(field.name, values[field.name])
+            run(options(**values))
 
     signature = [
         inspect.Parameter(

@@ -17,10 +17,9 @@ from spon_cli.commands.merge import merge_command
 from spon_cli.commands.quickstart import quickstart_command
 from spon_cli.commands.report import report_command
 from spon_cli.commands.train import train_command
-from spon_cli.output import err
-from spon_plugin import SponError, __version__
-
-WRONG_INPUT, FAILED = 2, 1
+from spon_cli.failures import in_a_sentence
+from spon_cli.output import show
+from spon_plugin import __version__
 
 app = typer.Typer(
     name="spon",
@@ -44,7 +43,7 @@ app.command("analyze")(analyze_command)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"spon-plugin {__version__}")
+        show(f"spon-plugin {__version__}")
         raise typer.Exit
 
 
@@ -56,17 +55,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 failed (disk, network), 2 wrong input."""
-    try:
-        app()
-    except SponError as error:
-        _fail(str(error), WRONG_INPUT)
-    except OSError as error:
-        _fail(f"{error.__class__.__name__}: {error}", FAILED)
-    except ImportError as error:
-        _fail(f"{error}. Install the command line with: pip install 'spon-plugin[cli]'", FAILED)
-
-
-def _fail(message: str, code: int) -> None:
-    err.print("error:", message, style="red", markup=False)
-    sys.exit(code)
+    """Run the command line. Exit codes: 0 done, 1 failed (disk, memory, network), 2 wrong input, 130 interrupted."""
+    with in_a_sentence():
+        code = app(standalone_mode=False)
+    sys.exit(code or 0)

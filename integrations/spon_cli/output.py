@@ -1,104 +1,130 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands show: tables and progress bars for people, one JSON object for machines.
+"""What the commands show: tables for people, one JSON object for machines.
 
-Results go to standard output; progress and errors to standard error, so that ``--json`` can be piped.
+Results go to standard output and nothing else does; progress, notes and errors go to standard error. Names and paths
+are printed as they are: nothing in them is markup.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO, Any, TextIO
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False)
+from spon_plugin.studies.tables import json_text
+
+_UNBOUNDED = 10_000  # columns of a table that no terminal shows
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One progress bar; call it as the work goes on."""
-
-    bars: Progress
-    task: TaskID
-
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Set the bar to `done` of `total`, with a note at its end."""
-        self.bars.update(self.task, completed=done, total=total, note=note)
+class ClosedOutput(Exception):
+    """Nobody reads standard output any more, as under ``| head``; not an error."""
 
 
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str], Bar]]:
-    """Yield a function that makes a bar by its name and returns what to call with (done, total[, note])."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=err) as bars:
+class _Results(Console):
+    """Standard output."""
 
-        def stage(name: str) -> Bar:
-            return Bar(bars, bars.add_task(name, total=None, note=""))
+    def on_broken_pipe(self) -> None:
+        """Stop: who closed the pipe has seen enough."""
+        raise ClosedOutput
 
-        yield stage
+
+class _Messages(Console):
+    """Standard error."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on: the work does not depend on who reads of it."""
+        self.quiet = True
+        drop(self.file)
+
+
+out = _Results(highlight=False, markup=False, emoji=False)
+err = _Messages(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
-def row_bars(
-    total: int, line: Callable[[dict[str, Any]], str]
-) -> Iterator[tuple[Callable[[str], Bar], Callable[[dict[str, Any], bool], None]]]:
-    """Two bars, for all rows of a table and for the work at hand, and a line for every row that is done.
+def results_only() -> Iterator[None]:
+    """Keep standard output for `show_json`, `show_table` and `show`: what libraries print meanwhile goes to the error.
 
-    Args:
-        total: how many rows there will be.
-        line: a row in words.
-
-    Yields:
-        A function that gives the work's bar a new name and returns it, and one to call with every row that is there
-        and whether it had been before.
+    That holds for Python's `sys.stdout`, and for the file descriptor where they are the same.
     """
-    with progress_bars() as make:
-        rows, work = make("Rows"), make("")
-        rows(0, total)
-        count = 0
+    stream = sys.stdout
+    with _descriptor_to_stderr(stream) as results:
+        sys.stdout, out.file = sys.stderr, results
+        if not out.is_terminal and "COLUMNS" not in os.environ:
+            out.width = _UNBOUNDED
+        try:
+            yield
+            flush(results)
+        finally:
+            sys.stdout = stream
+            out.file = None  # type: ignore[assignment]
 
-        def stage(name: str) -> Bar:
-            work.bars.reset(work.task, description=name, total=None)
-            return work
 
-        def done(row: dict[str, Any], old: bool) -> None:
-            nonlocal count
-            count += 1
-            rows(count, total)
-            if not old:
-                err.print(line(row))
+@contextmanager
+def _descriptor_to_stderr(stream: TextIO) -> Iterator[TextIO]:
+    """Let file descriptor 1 be standard error, if it is `stream`; yields a stream to what it was."""
+    try:
+        stream.flush()
+        kept = os.dup(1) if stream.fileno() == 1 else None
+    except (OSError, AttributeError, ValueError):  # closed, or no file: a test's, a notebook's
+        kept = None
+    if kept is None:
+        yield stream
+        return
+    results = os.fdopen(kept, "w", encoding=stream.encoding, errors="backslashreplace")
+    with suppress(OSError):  # standard error may be closed
+        os.dup2(2, 1)
+    try:
+        yield results
+    finally:
+        os.dup2(kept, 1)
+        with suppress(OSError):  # flushed before, where that matters
+            results.close()
 
-        yield stage, done
+
+def flush(stream: IO[str] | None) -> None:
+    """Write what is left in a stream's buffer; None, no stream at all, has nothing left.
+
+    Raises:
+        ClosedOutput: nobody reads it.
+        OSError: the disk is full.
+    """
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        raise ClosedOutput from None
+
+
+def drop(stream: IO[str] | None) -> None:
+    """Send nowhere what could not be written, so that Python does not try again at its end."""
+    with suppress(OSError, AttributeError, ValueError):  # no stream, or no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
+        os.close(nowhere)
+
+
+def show(text: str) -> None:
+    """Print a line of the result."""
+    out.print(text, soft_wrap=True)
 
 
 def show_json(value: dict[str, Any]) -> None:
-    """Print one JSON object."""
-    print(json.dumps(value, indent=2))
+    """Print one JSON object; numbers that JSON does not have become null."""
+    try:
+        out.file.write(json_text(value))
+    except BrokenPipeError:
+        raise ClosedOutput from None
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str | None = None) -> None:
-    """Print a table; the first column is text, the others are figures."""
+    """Print a table; the first column is text, the others figures."""
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
@@ -122,4 +148,4 @@ def percent(share: float | None) -> str | None:
 
 def note(text: str) -> None:
     """Tell the user something beside the result."""
-    err.print(text)
+    err.print(text, soft_wrap=True)

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from spon_cli.calibration import HELD_OUT_WINDOWS, split_held_out
 from spon_cli.loading import Loaded
-from spon_cli.output import Bar
+from spon_cli.output import note
 from spon_cli.plots import COLORS, figure
+from spon_cli.progress import Stage
 from spon_plugin import Adapter, SponError
 from spon_plugin.adapter.directory import save_adapter_files
 from spon_plugin.calibration.text import mixed_windows
@@ -37,6 +40,20 @@ def work_directory(output: Path, resume: bool) -> Path:
     return work
 
 
+@contextmanager
+def checkpoints_in(work: Path) -> Iterator[None]:
+    """Remove checkpoints when the block ends; keep them where it fails and there is one to go on from."""
+    try:
+        yield
+    except BaseException:
+        if any(work.glob("checkpoint-*")):
+            note(f"There are checkpoints in {work}: the same command with --resume goes on from the last.")
+        else:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work)
+
+
 def train(
     loaded: Loaded,
     adapter: Adapter,
@@ -45,7 +62,7 @@ def train(
     work: Path,
     seed: int,
     gradient_checkpointing: bool,
-    stage: Callable[[str], Bar],
+    stage: Stage,
 ) -> tuple[Adapter, list[dict[str, float]]]:
     """Train `adapter` on an even mix of the texts and note the recipe in its `calibration` field."""
     from spon_peft.training import train_adapter

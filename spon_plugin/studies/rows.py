@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from spon_plugin.errors import SponError
+from spon_plugin.studies.tables import json_text
 
 SETTINGS = "settings.json"
 _HEAD = 64
@@ -83,16 +83,8 @@ class RowStore:
 
 def _write(file: Path, value: Any) -> None:
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_finite(value), indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json_text(value), encoding="utf-8")
     temporary.replace(file)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def weights_digest(model: nn.Module) -> str:

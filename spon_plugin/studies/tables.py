@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables as text: Markdown and CSV."""
+"""Tables as text: Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,19 @@ def csv_text(flat: Sequence[Mapping[str, Any]]) -> str:
         writer.writeheader()
         writer.writerows(flat)
     return out.getvalue()
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON with a newline at its end; numbers that JSON does not have (NaN, infinity) become null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def number(value: float | None) -> str:

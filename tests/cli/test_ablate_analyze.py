@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run
+from commands import TEXT, run
 from masks import alphas_of
 from tiny_models import make_byte_tokenizer, make_tiny_llama
 
-from spon_plugin import Adapter, Mask, SponFields, find_sites, read_adapter, write_adapter
+from spon_plugin import read_adapter, write_adapter
 from spon_transformers.precision import load_precision, weight_bytes
 
-TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(600))
 SMALL = ["--windows", "2", "--calibration-tokens", "256", "--window", "32", "--max-tokens", "128"]
 
 
@@ -23,21 +22,6 @@ def texts(tmp_path: Path) -> list[str]:
     (tmp_path / "one.txt").write_text(TEXT)
     (tmp_path / "two.txt").write_text(TEXT[::-1])
     return [str(tmp_path / "one.txt"), str(tmp_path / "two.txt")]
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_model_dir, tmp_path_factory) -> Path:
-    """Masks and random alphas for the tiny model."""
-    from spon_transformers.loading import load_model
-
-    sites = find_sites(load_model(str(tiny_model_dir), "float32"))
-    inputs = {path: site.in_features for site in sites for path in site.modules}
-    torch.manual_seed(0)
-    masks = {path: Mask(torch.tensor([0.3]), alpha=0.1 * torch.randn(n)) for path, n in inputs.items()}
-    made = Adapter(SponFields(), masks)
-    directory = tmp_path_factory.mktemp("adapter") / "spon"
-    write_adapter(made, directory)
-    return directory
 
 
 def names(path: Path) -> list[str]:

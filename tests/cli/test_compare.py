@@ -2,8 +2,7 @@
 import json
 
 import pytest
-from commands import run
-from test_commands import TEXT
+from commands import TEXT, run
 from tiny_models import make_byte_tokenizer, make_tiny_llama
 
 from spon_cli.commands import compare

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ import typer
 
 from spon_cli import options, precision
 from spon_cli.command import Between, command
-from spon_cli.output import note, row_bars, show_json, show_table
+from spon_cli.output import note, show_json, show_table
+from spon_cli.progress import row_bars
 from spon_cli.study_plots import plot_study
 from spon_plugin import Adapter, SponError, read_adapter
 from spon_plugin.calibration.text import mixed_windows, windows_digest
@@ -24,7 +24,7 @@ from spon_plugin.studies.ablation import DENSE, Ablation, Pools, Trial, describe
 from spon_plugin.studies.plan import BASE, STUDIES, Setup
 from spon_plugin.studies.plan_tables import cells, columns, markdown, records
 from spon_plugin.studies.rows import RowStore
-from spon_plugin.studies.tables import csv_text, number
+from spon_plugin.studies.tables import csv_text, json_text, number
 from spon_plugin.training.recipe import Recipe
 from spon_transformers.text_sources import TextSource
 
@@ -175,7 +175,7 @@ def _pools(tokenizer: Any, sources: Sequence[TextSource], trials: Sequence[Trial
 def _write(output: Path, name: str, table: str, flat: Sequence[dict[str, Any]]) -> None:
     (output / f"{name}.md").write_text(table, encoding="utf-8")
     (output / f"{name}.csv").write_text(csv_text(flat), encoding="utf-8")
-    (output / f"{name}.json").write_text(json_module.dumps(list(flat), indent=2) + "\n", encoding="utf-8")
+    (output / f"{name}.json").write_text(json_text(list(flat)), encoding="utf-8")
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor
 from spon_cli import options
 from spon_cli.command import Between, command
 from spon_cli.loading import Loaded
-from spon_cli.output import note, progress_bars, show_json, show_table
+from spon_cli.output import note, show_json, show_table
+from spon_cli.progress import progress_bars
 from spon_cli.study_plots import plot_points, plot_shift
 from spon_plugin import Adapter, SponError, read_adapter, sparse_inputs
 from spon_plugin.calibration.text import mixed_windows, opening, read_text, token_ids
@@ -34,7 +34,7 @@ from spon_plugin.studies.hidden_shift import (
     prompt_means,
     relative_distance,
 )
-from spon_plugin.studies.tables import csv_text, markdown_table
+from spon_plugin.studies.tables import csv_text, json_text, markdown_table
 from spon_transformers.text_sources import TextSource
 
 SHIFT = ("variant", "block", "distance", "cka")
@@ -172,7 +172,7 @@ def projected(
 
 def write(report: dict[str, Any], statistics: Sequence[AlphaStatistics], directory: Path) -> None:
     """Write the tables as Markdown, CSV and JSON."""
-    (directory / "analysis.json").write_text(json_module.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (directory / "analysis.json").write_text(json_text(report), encoding="utf-8")
     flat = [
         dict(zip(SHIFT, (name, block, layer["distance"], layer["cka"]), strict=True))
         for name, layers in report["shift"].items()

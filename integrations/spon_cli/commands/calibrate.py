@@ -12,7 +12,8 @@ from spon_cli import options
 from spon_cli.adapter_summary import show_sparsity, summary
 from spon_cli.calibration import CALIBRATION_TOKENS, Settings, calibrated
 from spon_cli.command import Between, command
-from spon_cli.output import note, progress_bars, show_json
+from spon_cli.output import note, show_json
+from spon_cli.progress import progress_bars
 from spon_plugin import write_adapter
 from spon_plugin.adapter.config import ALLOCATIONS
 from spon_plugin.files import check_new

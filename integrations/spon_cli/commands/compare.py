@@ -16,8 +16,9 @@ from torch import Tensor
 from spon_cli import options
 from spon_cli.command import Between, command
 from spon_cli.loading import Loaded
-from spon_cli.output import note, row_bars, show_json, show_table
+from spon_cli.output import note, show_json, show_table
 from spon_cli.plots import figure
+from spon_cli.progress import row_bars
 from spon_plugin import SponError
 from spon_plugin.calibration.text import mixed_windows, windows_digest
 from spon_plugin.decoder.sites import target_names
@@ -25,7 +26,7 @@ from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
 from spon_plugin.studies.comparison import DENSE, MEAN, OFF, ON, QUICK, Bench, Key, by_key, keys
 from spon_plugin.studies.comparison_tables import SHARES, alpha_title, cells, markdown, mean, records
 from spon_plugin.studies.rows import SETTINGS, RowStore
-from spon_plugin.studies.tables import csv_text, number
+from spon_plugin.studies.tables import csv_text, json_text, number
 from spon_plugin.training.recipe import Recipe
 from spon_transformers.text_sources import TextSource
 
@@ -125,7 +126,7 @@ def write_tables(rows: Sequence[dict[str, Any]], output: Path) -> None:
     """Write table.md, table.csv, table.json and plot.png into `output`."""
     (output / "table.md").write_text(markdown(rows), encoding="utf-8")
     (output / "table.csv").write_text(csv_text(records(rows)), encoding="utf-8")
-    (output / "table.json").write_text(json_module.dumps(as_json(rows, output), indent=2) + "\n", encoding="utf-8")
+    (output / "table.json").write_text(json_text(as_json(rows, output)), encoding="utf-8")
     plot(rows, output / "plot.png")
 
 

@@ -12,7 +12,8 @@ import typer
 from spon_cli import options
 from spon_cli.command import Between, command
 from spon_cli.evaluation_tables import as_json, show_baselines, show_evaluations
-from spon_cli.output import progress_bars, show_json
+from spon_cli.output import show_json
+from spon_cli.progress import progress_bars
 from spon_plugin import read_adapter
 from spon_plugin.calibration.text import leading_windows
 from spon_plugin.decoder.sites import linear_inputs

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from spon_cli import options
 from spon_cli.adapter_summary import summary
 from spon_cli.command import command
-from spon_cli.output import out, percent, show_json, show_table
+from spon_cli.output import percent, show, show_json, show_table
 from spon_plugin import Adapter, read_adapter
 
 
@@ -34,7 +34,7 @@ def inspect_command(given: InspectOptions) -> None:
         )
         return
     for key, value in summary(loaded).items():
-        out.print(f"{key:>14}  {value}")
+        show(f"{key:>14}  {value}")
     centers = ["center norm"] if loaded.center_modules else []
     cells = [
         [

@@ -12,7 +12,8 @@ from spon_cli import options
 from spon_cli.adapter_summary import summary
 from spon_cli.command import command
 from spon_cli.loading import base_of
-from spon_cli.output import note, progress_bars, show_json
+from spon_cli.output import note, show_json
+from spon_cli.progress import progress_bars
 from spon_plugin import read_adapter
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new, new_directory

@@ -16,7 +16,8 @@ from spon_cli.calibration import Settings, calibrated
 from spon_cli.command import Between, command
 from spon_cli.evaluation_tables import as_json, show_evaluations
 from spon_cli.loading import load
-from spon_cli.output import note, out, progress_bars, show_json
+from spon_cli.output import note, show, show_json
+from spon_cli.progress import progress_bars
 from spon_cli.training import save, train
 from spon_plugin.calibration.text import leading_windows
 from spon_plugin.files import check_new, new_directory
@@ -71,11 +72,11 @@ def quickstart_command(given: QuickstartOptions) -> None:
         show_json({**files, **summary(adapter), "evaluation": as_json([test], [result], loaded.opening)[0]})
         return
     show_evaluations([test], [result], loaded.opening)
-    out.print(f"Trained on {sources[0].name}, evaluated on {test.name}: one domain, other pages.")
+    show(f"Trained on {sources[0].name}, evaluated on {test.name}: one domain, other pages.")
     note("Next:")
     for line in (
         f"spon inspect {adapter_directory}",
         f"spon eval {model_directory} --adapter {adapter_directory} --text YOUR_TEXT.txt",
         f"spon merge {adapter_directory} -o {given.output / 'merged'}",
     ):
-        out.print(f"  {line}", markup=False)
+        show(f"  {line}")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -16,8 +15,9 @@ from spon_cli.adapter_summary import show_sparsity, summary
 from spon_cli.calibration import Settings, calibrated
 from spon_cli.command import Between, command
 from spon_cli.loading import Loaded, base_of, load
-from spon_cli.output import note, progress_bars, show_json
-from spon_cli.training import save, train, work_directory
+from spon_cli.output import note, show_json
+from spon_cli.progress import progress_bars
+from spon_cli.training import checkpoints_in, save, train, work_directory
 from spon_plugin import Adapter, SponError, read_adapter
 from spon_plugin.adapter.config import ALLOCATIONS, carries_alpha
 from spon_plugin.adapter.directory import is_adapter
@@ -128,16 +128,18 @@ def train_command(given: TrainOptions) -> None:
     sources = given.sources()
     base = given.model if start is None else base_of(start, given.model)
     loaded = load(base, given.dtype, given.targets)
-    with progress_bars() as stage:
-        if start is None:
-            adapter = calibrated(loaded, sources, settings, stage)
-        else:
-            start.check_base(linear_inputs(loaded.model), base)
-            adapter = _with_alphas(start, loaded, settings.alpha_modules)
-            adapter.fields.calibration["matched"] = given.match or bool(start.fields.calibration.get("matched"))
-        adapter, losses = train(loaded, adapter, sources, recipe, work, given.seed, given.gradient_checkpointing, stage)
-    save(adapter, losses, given.output)
-    shutil.rmtree(work)
+    with checkpoints_in(work):
+        with progress_bars() as stage:
+            if start is None:
+                adapter = calibrated(loaded, sources, settings, stage)
+            else:
+                start.check_base(linear_inputs(loaded.model), base)
+                adapter = _with_alphas(start, loaded, settings.alpha_modules)
+                adapter.fields.calibration["matched"] = given.match or bool(start.fields.calibration.get("matched"))
+            adapter, losses = train(
+                loaded, adapter, sources, recipe, work, given.seed, given.gradient_checkpointing, stage
+            )
+        save(adapter, losses, given.output)
     ends = _ends(losses)
     if given.json:
         show_json({"adapter": str(given.output), **summary(adapter), "recipe": recipe.as_dict(), "loss": ends})
