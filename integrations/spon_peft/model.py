@@ -16,8 +16,8 @@ from spon_peft.adapters import check_injected, check_tensors, collect_adapter, i
 from spon_peft.layer import SponLayer, SponLinear, mixed_batch
 from spon_peft.targets import TARGET_MODULES
 from spon_peft.tokens import AdapterTokens
+from spon_plugin.decoder.sites import check_dense
 from spon_plugin.errors import SponError
-from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
 from spon_plugin.weights.linears import is_linear
 
 
@@ -42,8 +42,10 @@ class SponModel(BaseTuner):
         """Create the adapter's layers; see `BaseTuner.inject_adapter`.
 
         Raises:
-            SponError: the config was read from an adapter whose tensors do not fit the layers.
+            SponError: the model is a merged one, or the config was read from an adapter whose tensors do not fit the
+                layers.
         """
+        check_dense(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
         check_injected(config, model, adapter_name)
@@ -108,8 +110,6 @@ class SponModel(BaseTuner):
         if isinstance(target, BaseTunerLayer):
             remedy = "Merge or unload the other adapter first."
             raise SponError.of(f"target module {path}", kind, "a linear that no other PEFT method has wrapped", remedy)
-        if isinstance(target, SparseLinear | SparseConv1D):
-            raise SponError.of(f"target module {path}", kind, "a dense linear", "Start from the base model.")
         if kind == "NonDynamicallyQuantizableLinear":  # torch.nn.MultiheadAttention reads its weight directly
             raise SponError.of(f"target module {path}", kind, "a linear that is called", "Leave it out.")
         backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))

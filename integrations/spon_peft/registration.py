@@ -9,10 +9,13 @@ from typing import Any
 
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
 from spon_plugin.adapter.directory import PEFT_TYPE
+from spon_plugin.errors import SponError
+from spon_plugin.weights.linears import is_sparse
 
 
 def add_member(cls: type[enum.Enum], name: str, value: str) -> enum.Enum:
@@ -57,6 +60,7 @@ def register() -> None:
     if registered is None:
         register_peft_method(name=PEFT_TYPE.lower(), config_cls=SponConfig, model_cls=SponModel)
     _check_adapters_when_read()
+    _keep_updates_before_masks()
 
 
 def _check_adapters_when_read() -> None:
@@ -83,3 +87,26 @@ def _check_adapters_when_read() -> None:
     vars(from_pretrained)["_spon_checks"] = True
     checked: Any = from_pretrained
     mixin.from_pretrained = classmethod(checked)
+
+
+def _keep_updates_before_masks() -> None:
+    """Have every method refuse to merge into a sparse layer of a merged model.
+
+    Beside such a layer an update sees the whole input; merged into the layer's weight it would see the masked one.
+    """
+    tuner: Any = BaseTuner
+    original = tuner._check_merge_allowed
+    if hasattr(original, "_spon_checks"):
+        return
+
+    @functools.wraps(original)
+    def check_merge_allowed(self: Any) -> None:
+        original(self)
+        for path, module in self.model.named_modules():
+            if isinstance(module, BaseTunerLayer) and is_sparse(module.get_base_layer()):
+                expected = "a dense linear: merged into this one, the update would lie behind its mask"
+                remedy = "Leave it unmerged, or merge it into the dense base and apply the SPON adapter after it."
+                raise SponError.of(f"merge: {path}", type(module.get_base_layer()).__name__, expected, remedy)
+
+    vars(check_merge_allowed)["_spon_checks"] = True
+    tuner._check_merge_allowed = check_merge_allowed

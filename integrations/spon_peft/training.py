@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -17,14 +16,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from spon_peft.adapters import collect_adapter, injected_layers
+from spon_peft.checkpoints import check_plan, newest_whole
 from spon_peft.trainer import SponTrainer
 from spon_plugin.adapter.directory import Adapter, write_adapter
 from spon_plugin.calibration.sensitivity import RATE
 from spon_plugin.calibration.text import windows_digest
-from spon_plugin.errors import SponError
 from spon_plugin.training.recipe import Recipe
 
 Losses = list[dict[str, float]]
@@ -44,7 +42,8 @@ def train_adapter(
 ) -> tuple[Adapter, Losses]:
     """Distil the dense model into the adapter's alphas.
 
-    Training goes on from the newest checkpoint in `work`, if there is one, and ends where an uninterrupted run would.
+    Training goes on from the newest whole checkpoint in `work`, if there is one, and ends where an uninterrupted run
+    would.
 
     Args:
         model: the dense base model; wrapped by PEFT meanwhile, and dense again afterwards.
@@ -64,7 +63,7 @@ def train_adapter(
         SponError: the checkpoints in `work` are of another recipe, seed, adapter, text or dtype of the base model.
     """
     plan = {**recipe.as_dict(), "seed": seed, "adapter": adapter.digest, "windows": windows_digest(windows)}
-    _check_plan(work, {**plan, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")})
+    check_plan(work, {**plan, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")})
     start = work / "start"
     shutil.rmtree(start, ignore_errors=True)
     write_adapter(adapter, start)
@@ -102,26 +101,13 @@ def train_adapter(
     with warnings.catch_warnings():
         # On saving a checkpoint PEFT wonders whether embeddings were trained, too; here only alphas are.
         warnings.filterwarnings("ignore", message="Could not find a config file")
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+        trainer.train(resume_from_checkpoint=newest_whole(work))
     for row in trainer.state.log_history:
         if "loss" in row:
             losses.append({key: float(row[key]) for key in ("step", "loss", "grad_norm") if key in row})
     trained = collect_adapter(wrapped)
     wrapped.unload()
     return replace(adapter, masks=trained.masks), losses
-
-
-def _check_plan(work: Path, plan: dict[str, Any]) -> None:
-    """Keep the plan of a training run beside its checkpoints, so that they are not taken up by another one."""
-    file = work / "plan.json"
-    if file.is_file():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        for name, value in plan.items():
-            if kept.get(name) != value:
-                remedy = "Repeat the interrupted command, or remove the directory to start anew."
-                raise SponError.of(name, value, f"{kept.get(name)!r}, as in the checkpoints in {work}", remedy)
-    work.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(plan, indent=2), encoding="utf-8")
 
 
 def _optimizer(model: Any, recipe: Recipe, part: float) -> torch.optim.Optimizer:

@@ -11,6 +11,7 @@ import torch
 
 from spon_plugin import machine
 from spon_plugin.errors import SponError
+from spon_transformers import QUANT_METHOD
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,16 +72,16 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, stored
         A `PreTrainedModel` in eval mode, without gradients.
 
     Raises:
-        SponError: the model cannot be found, read, or is no causal language model.
+        SponError: the model cannot be found, read, or is no causal language model; as `whole_model`.
     """
-    from transformers import AutoModelForCausalLM
-
     if dtype not in DTYPES:
         raise SponError.of("dtype", dtype, "one of " + ", ".join(DTYPES))
     source = model_source(name)
     wanted = DTYPES[dtype] or (torch.bfloat16 if source.gguf_file else "auto")
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=wanted, **source.kwargs())
+        model = whole_model(source, dtype=wanted)
+    except SponError:
+        raise
     except (OSError, ValueError) as error:
         raise SponError.of(
             "model", name, f"a causal language model that transformers can load ({_line(error)})"
@@ -89,6 +90,35 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, stored
         _forget_gguf(model)
     model = model.to(device or best_device()).eval().requires_grad_(False)  # type: ignore[arg-type]
     return follow_machine(model) if dtype == "auto" and not stored else model
+
+
+def whole_model(source: ModelSource, **kwargs: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained`, for a dense model all of whose weights are there.
+
+    Args:
+        source: where it is.
+        **kwargs: for `from_pretrained`.
+
+    Raises:
+        SponError: the checkpoint is a merged one, or lacks tensors, which transformers would draw at random.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = str(Path(source.name, source.gguf_file or ""))
+    if source.gguf_file is None:
+        stored = getattr(AutoConfig.from_pretrained(source.name), "quantization_config", None)
+        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+        if method == QUANT_METHOD:
+            received = f"{where}, a base merged with a SPON adapter"
+            raise SponError.of("model", received, "a dense model", "Start from the base model.")
+    auto: Any = AutoModelForCausalLM  # whose annotations know of no report
+    model, report = auto.from_pretrained(source.name, output_loading_info=True, **source.kwargs(), **kwargs)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        expected = f"all tensors of a {type(model).__name__}; without {shown} it would run on random numbers"
+        raise SponError.of("model", where, expected, "Copy or download it again.")
+    return model
 
 
 def follow_machine(model: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 
 from spon_plugin import machine
 from spon_plugin.errors import SponError
-from spon_transformers.loading import DTYPES, best_device, load_model, model_source
+from spon_transformers.loading import DTYPES, best_device, load_model, model_source, whole_model
 
 FLOATS = tuple(name for name in DTYPES if name != "auto")
 BNB = ("int8", "int4")
@@ -58,7 +58,7 @@ def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
     check_precision(precision)
     if precision in FLOATS:
         return load_model(name, precision)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source = model_source(name)
     if source.gguf_file:
@@ -69,8 +69,8 @@ def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
         rest: Any = DTYPES[dtype] or AutoConfig.from_pretrained(source.name).dtype or "auto"
         if dtype == "auto" and isinstance(rest, torch.dtype):
             rest = machine.compute_dtype(rest, best_device())
-        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=rest, quantization_config=config)
-    except torch.OutOfMemoryError:
+        model = whole_model(source, dtype=rest, quantization_config=config)
+    except (torch.OutOfMemoryError, SponError):
         raise
     except (OSError, ValueError, RuntimeError) as error:
         groups = f", all in_features divisible by {_GROUP}" if precision == "torchao-int4" else ""

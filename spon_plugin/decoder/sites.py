@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spon_plugin.errors import SponError
-from spon_plugin.weights.linears import is_linear, linear_features
+from spon_plugin.weights.linears import is_linear, is_sparse, linear_features
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,14 @@ def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{path}.{index}" if path else str(index), block) for index, block in enumerate(blocks)]
 
 
+def check_dense(model: nn.Module) -> None:
+    """Raise `SponError` if `model` is a merged one: its masks would pass for the dense model's own doing."""
+    sparse = [path for path, module in model.named_modules() if is_sparse(module)]
+    if sparse:
+        received = f"{type(model).__name__} with {len(sparse)} sparse layers such as {sparse[0]}"
+        raise SponError.of("model", received, "a dense model", "Start from the base model, not from a merged one.")
+
+
 def find_sites(model: nn.Module, target_modules: Sequence[str] | None = None, example: Any = None) -> list[Site]:
     """Find the input sites of a decoder.
 
@@ -81,8 +89,10 @@ def find_sites(model: nn.Module, target_modules: Sequence[str] | None = None, ex
         example: keyword arguments for one forward pass; four token ids by default.
 
     Raises:
-        SponError: a target names no linear in the blocks, or names something that is not a linear.
+        SponError: a target names no linear in the blocks, or names something that is not a linear; or the model is a
+            merged one.
     """
+    check_dense(model)
     blocks = decoder_blocks(model)
     linears = {
         f"{path}.{name}": module

@@ -21,7 +21,7 @@ from spon_plugin.weights.row_weight import RowWeight
 # The first that matches. A new source is a file in `importers` and a row here.
 KINDS = (CONV1D, SPARSE_CONV1D, BITSANDBYTES_8BIT, BITSANDBYTES_4BIT, TORCHAO, EIGHT_BIT, LINEAR)
 
-__all__ = ["KINDS", "is_conv1d", "is_linear", "kind_of", "linear_features", "weight_of"]
+__all__ = ["KINDS", "is_conv1d", "is_linear", "is_sparse", "kind_of", "linear_features", "weight_of"]
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -32,6 +32,11 @@ def kind_of(module: nn.Module) -> Kind | None:
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is a linear layer that can be sparsified."""
     return kind_of(module) is not None
+
+
+def is_sparse(module: nn.Module) -> bool:
+    """Whether `module` is a layer of a merged model, which masks its input already."""
+    return type(module).__name__ in ("SparseLinear", "SparseConv1D")
 
 
 def linear_features(module: nn.Module, name: str = "layer") -> tuple[int, int]:
