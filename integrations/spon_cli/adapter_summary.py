@@ -9,6 +9,7 @@ from typing import Any
 from spon_cli.output import percent, show_table
 from spon_plugin import Adapter
 from spon_plugin.adapter.config import SponFields
+from spon_plugin.sparsifiers.calibrate import method_of
 
 
 def summary(adapter: Adapter) -> dict[str, Any]:
@@ -17,6 +18,7 @@ def summary(adapter: Adapter) -> dict[str, Any]:
     return {
         "base_model": adapter.base_model,
         "digest": adapter.digest,
+        "method": method_of(fields),
         "allocation": fields.allocation,
         "sparsity": {"target": fields.sparsity, "achieved": fields.calibration.get("achieved_sparsity")},
         "linears": len(adapter.masks),
@@ -41,7 +43,7 @@ def show_sparsity(adapter: Adapter) -> None:
         rows.append([f"{role} ({linears})", *(percent(f(shares)) for f in (min, _mean, max))])
     rows.append(["model, weighted", None, percent(calibration.get("achieved_sparsity")), None])
     title = (
-        f"Achieved sparsity on held-out tokens, target {percent(adapter.fields.sparsity)} ({adapter.fields.allocation})"
+        f"Achieved sparsity on held-out tokens, target {percent(adapter.fields.sparsity)} ({method_of(adapter.fields)})"
     )
     show_table(title, ["site", "lowest block", "mean", "highest block"], rows)
 

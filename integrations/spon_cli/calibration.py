@@ -25,6 +25,7 @@ class Settings:
     """How to calibrate; see `spon_plugin.sparsifiers.calibrate.calibrate`.
 
     Attributes:
+        method: of sparsification, by its name.
         window: tokens per calibration window.
         calibration_tokens: in all windows.
         seed: of the windows' order.
@@ -32,7 +33,7 @@ class Settings:
     """
 
     sparsity: float
-    allocation: str = "uniform"
+    method: str = "teal"
     alpha: str = "none"
     alpha_modules: str | list[str] = "all"
     dense_prefix: int | None = None
@@ -53,7 +54,7 @@ def calibrated(
         windows,
         held_out,
         sparsity=settings.sparsity,
-        allocation=settings.allocation,
+        method=settings.method,
         alpha=settings.alpha,  # type: ignore[arg-type]
         alpha_modules=settings.alpha_modules,
         dense_prefix=settings.dense_prefix,

@@ -16,6 +16,8 @@ from spon_cli.loading import Loaded, load
 from spon_plugin import SponError
 from spon_plugin.calibration.text import leading_windows, windows_digest
 from spon_plugin.files import check_new, claim
+from spon_plugin.sparsifiers.calibrate import METHODS
+from spon_plugin.sparsifiers.registry import adapter_methods, adapter_sparsifier
 from spon_plugin.studies.evaluation import PROTOCOLS
 from spon_plugin.studies.rows import weights_digest
 from spon_plugin.training.recipe import Recipe
@@ -41,9 +43,6 @@ AdapterOption = Annotated[Path, typer.Option(help="The adapter directory.")]
 Output = Annotated[Path, output_option("The directory to make; it must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Sparsity = Annotated[float, typer.Option(help="Share of the linears' inputs to zero, in [0, 1).")]
-_ALLOCATION = "uniform, greedy (TEAL's, within each block), or sensitivity (per channel, with centres; slowest, best)."
-Allocation = Annotated[str, typer.Option(help=_ALLOCATION)]
-AllocationOrNone = Annotated[str | None, typer.Option(help=_ALLOCATION, show_default="uniform")]
 Match = Annotated[
     bool,
     typer.Option(
@@ -114,6 +113,37 @@ class TextOptions:
     def sources(self, part: str = "all") -> list[TextSource]:
         """Read the texts; see `text_sources`."""
         return text_sources(self.text, self.dataset, part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """For commands that make an adapter."""
+
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help=", ".join(adapter_methods()) + ", or one that another package brings. teal-greedy shares the target "
+            "out within each block; sensitivity sets thresholds and centres per channel: slowest, best.",
+            show_default="teal",
+        ),
+    ] = None
+    allocation: Annotated[
+        str | None, typer.Option(help="Another way to say teal (uniform), teal-greedy (greedy) or sensitivity.")
+    ] = None
+
+    def method_name(self) -> str | None:
+        """The method that was asked for; None where the user left it open.
+
+        Raises:
+            SponError: there is none of that name, adapters cannot hold it, or the two options disagree.
+        """
+        if self.allocation is None:
+            return None if self.method is None else adapter_sparsifier(self.method).name
+        check_choice("allocation", self.allocation, tuple(METHODS))
+        meant = METHODS[self.allocation]
+        if self.method not in (None, meant):
+            raise SponError.of("allocation", self.allocation, f"nothing beside --method {self.method}")
+        return meant
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from spon_peft.adapters import collect_adapter, injected_layers
 from spon_peft.checkpoints import check_plan, newest_whole
 from spon_peft.trainer import SponTrainer
 from spon_plugin.adapter.directory import Adapter, write_adapter
-from spon_plugin.calibration.sensitivity import RATE
 from spon_plugin.calibration.text import windows_digest
-from spon_plugin.training.recipe import Recipe
+from spon_plugin.errors import SponError
+from spon_plugin.training.recipe import Recipe, alpha_scales
 
 Losses = list[dict[str, float]]
 """One row per optimizer step: ``step``, ``loss`` (nats per token), ``grad_norm`` (before clipping)."""
@@ -88,7 +88,7 @@ def train_adapter(
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
     losses: Losses = []
-    optimizer = _optimizer(wrapped, recipe, RATE if adapter.fields.allocation == "sensitivity" else 1.0)
+    optimizer = _optimizer(wrapped, recipe, alpha_scales(adapter))
     trainer = SponTrainer(
         model=wrapped,
         args=arguments,
@@ -110,13 +110,12 @@ def train_adapter(
     return replace(adapter, masks=trained.masks), losses
 
 
-def _optimizer(model: Any, recipe: Recipe, part: float) -> torch.optim.Optimizer:
-    """AdamW with a rate for every layer: the recipe's for `part` of its threshold, the mean where it has several."""
+def _optimizer(model: Any, recipe: Recipe, scales: Mapping[str, float]) -> torch.optim.Optimizer:
+    """AdamW with a rate for every layer, in the units of `scales`."""
     groups = []
-    for layer in injected_layers(model, model.active_adapter).values():
-        for name, alpha in layer.spon_alpha.items():
-            scale = part * float(layer.spon_threshold[name].mean())
-            groups.append({"params": [alpha], "lr": recipe.rate(scale), "weight_decay": recipe.decay(scale)})
+    for path, layer in injected_layers(model, model.active_adapter).items():
+        rate, decay = recipe.rate(scales[path]), recipe.decay(scales[path])
+        groups += [{"params": [alpha], "lr": rate, "weight_decay": decay} for alpha in layer.spon_alpha.values()]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate)
 
 

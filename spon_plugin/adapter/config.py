@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -28,6 +29,8 @@ class SponFields:
         alpha_modules: which of the sparsified linears carry an alpha: ``"all"``, or a list of names matched as
             PEFT matches `target_modules` (whole path or its end); an empty list for none (plain TEAL).
         calibration: how thresholds and alphas were made: enough to make them again.
+        alpha_scale: module path -> the unit of alpha's learning rate, a layer's magnitude as the method sees it; for
+            the linears that carry an alpha. Empty where it is not known.
         format_version: of the directory; see `FORMAT_VERSION`.
     """
 
@@ -37,6 +40,7 @@ class SponFields:
     dense_prefix: int = 1
     alpha_modules: str | list[str] = "all"
     calibration: dict[str, Any] = field(default_factory=dict)
+    alpha_scale: dict[str, float] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def check(self) -> None:
@@ -64,6 +68,12 @@ def check_fields(values: Mapping[str, Any]) -> None:
     check_modules("alpha_modules", values["alpha_modules"])
     if not isinstance(values["calibration"], dict):
         raise SponError.of("calibration", values["calibration"], "a JSON object")
+    scales = values["alpha_scale"]
+    if not isinstance(scales, dict):
+        raise SponError.of("alpha_scale", scales, "a JSON object: module paths and numbers")
+    for path, scale in scales.items():
+        if type(scale) not in (int, float) or not 0 <= scale < math.inf:
+            raise SponError.of(f"alpha_scale: {path}", scale, "a finite number >= 0")
 
 
 def check_modules(field: str, modules: Any) -> None:

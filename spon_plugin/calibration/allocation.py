@@ -26,7 +26,7 @@ def masks_at(
 
     Args:
         sites: from `find_sites`.
-        histograms: from `collect_histograms`.
+        histograms: site name -> magnitudes of the site's input.
         sparsity: one share for all sites (TEAL's ``uniform``), or site name -> share.
 
     Returns:
@@ -64,7 +64,7 @@ def allocate_greedy(
     Args:
         model: a dense decoder.
         sites: from `find_sites`.
-        histograms: from `collect_histograms`.
+        histograms: site name -> magnitudes of the site's input.
         windows: token ids ``[count, length]``; one batch.
         sparsity: the target of every block, in [0, 1).
         step: increase of the block's sparsity per move. TEAL uses 0.05.

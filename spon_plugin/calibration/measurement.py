@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streaming statistics of the sites' inputs: magnitudes, what a mask drops, how much it drops."""
+"""What masks do to a model: how much they drop of each linear's input, and what on average."""
 
 from __future__ import annotations
 
@@ -9,50 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from spon_plugin.adapter.mask import Mask
-from spon_plugin.calibration.histogram import MagnitudeHistogram
 from spon_plugin.calibration.streaming import Observe, counted_rows, stream_inputs, window_batches
 from spon_plugin.decoder.attachment import sparse_inputs
 from spon_plugin.decoder.sites import Site, module_weights
 from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.masking import sparsify
-from spon_plugin.progress import Progress, no_progress
-
-
-@torch.no_grad()
-def collect_histograms(
-    model: nn.Module,
-    sites: Sequence[Site],
-    windows: Tensor,
-    dense_prefix: int = 1,
-    batch_size: int = 4,
-    progress: Progress = no_progress,
-) -> dict[str, MagnitudeHistogram]:
-    """Run the dense model and count the magnitudes of every site's input.
-
-    Memory does not depend on the number of tokens.
-
-    Args:
-        model: a dense decoder.
-        sites: from `find_sites`.
-        windows: token ids, int64 ``[count, length]``, without padding.
-        dense_prefix: positions at the start of each window that are not counted (attention sinks).
-        batch_size: windows per forward pass.
-        progress: called after each pass.
-
-    Returns:
-        Site name -> histogram.
-
-    Raises:
-        SponError: there are no windows, or none has a position after the prefix.
-    """
-    histograms = {site.name: MagnitudeHistogram() for site in sites}
-
-    def observe(histogram: MagnitudeHistogram) -> Observe:
-        return lambda x, special: histogram.update(counted_rows(x, special))
-
-    observers = {site.modules[0]: observe(histograms[site.name]) for site in sites}
-    stream_inputs(model, observers, windows, dense_prefix, batch_size, progress)
-    return histograms
 
 
 @torch.no_grad()

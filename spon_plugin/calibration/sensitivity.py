@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.measurement import measure_sparsity
-from spon_plugin.calibration.streaming import check_windows, counted_rows, stream_inputs, window_batches
+from spon_plugin.calibration.streaming import check_windows, counted_rows, window_batches
 from spon_plugin.decoder.sites import Site, module_weights
 from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.masking import check_sparsity
@@ -64,45 +64,30 @@ class SiteSample:
     outputs: dict[str, int]
 
 
-def collect_samples(
-    model: nn.Module,
-    sites: Sequence[Site],
-    windows: Tensor,
-    dense_prefix: int = 1,
-    seed: int = 0,
-    max_rows: int = SAMPLE_ROWS,
-    progress: Progress = no_progress,
-) -> list[SiteSample]:
-    """Run the dense model forward and backward over some text.
+class RowSample:
+    """Some of the inputs of a site, spread over the text.
 
     Args:
-        model: a dense decoder that maps ``input_ids=`` to an object with ``logits``.
-        sites: from `find_sites`.
-        windows: token ids, int64 ``[count, length]``, without padding.
-        dense_prefix: first positions of each window that are not counted.
-        seed: of the sampled tokens.
-        max_rows: tokens whose inputs are kept, spread over the text.
-        progress: called after each window.
-
-    Returns:
-        A sample for every site, in order.
-
-    Raises:
-        SponError: there are no windows, or none has a position after the prefix.
+        every: one row in so many of a batch is kept.
     """
-    fisher = collect_fisher(model, sites, windows, dense_prefix, seed, progress)
-    every = -(-windows[:, dense_prefix:].numel() // max_rows)
-    rows: dict[str, list[Tensor]] = {site.name: [] for site in sites}
 
-    def observe(kept: list[Tensor]) -> Any:
-        return lambda x, special: kept.append(counted_rows(x, special)[::every].float().cpu())
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._rows: list[Tensor] = []
 
-    stream_inputs(model, {site.modules[0]: observe(rows[site.name]) for site in sites}, windows, dense_prefix)
-    samples = []
-    for site in sites:
+    @classmethod
+    def of(cls, windows: Tensor, dense_prefix: int, max_rows: int = SAMPLE_ROWS) -> RowSample:
+        """A sample of about `max_rows` of the counted tokens of ``windows [count, length]``."""
+        return cls(max(1, -(-windows[:, dense_prefix:].numel() // max_rows)))
+
+    def update(self, rows: Tensor) -> None:
+        """See ``[tokens, in_features]``."""
+        self._rows.append(rows[:: self.every].float().cpu())
+
+    def sample(self, site: Site, fisher: Mapping[str, Tensor]) -> SiteSample:
+        """What `solve` takes, with the sensitivities of the site's linears from `collect_fisher`."""
         outputs = {p: n // site.in_features for p, n in zip(site.modules, site.module_weights, strict=True)}
-        samples.append(SiteSample(torch.cat(rows[site.name]), {p: fisher[p] for p in site.modules}, outputs))
-    return samples
+        return SiteSample(torch.cat(self._rows), {path: fisher[path] for path in site.modules}, outputs)
 
 
 def collect_fisher(
@@ -116,7 +101,7 @@ def collect_fisher(
     """The diagonal of the output's Fisher information by every linear's input, averaged over tokens.
 
     Args:
-        model: as for `collect_samples`.
+        model: a dense decoder that maps ``input_ids=`` to an object with ``logits``.
         sites: from `find_sites`.
         windows: token ids ``[count, length]``.
         dense_prefix: first positions of each window that are not counted.
@@ -180,7 +165,7 @@ def solve(samples: Sequence[SiteSample], sparsity: float, blend: float = BLEND) 
     """Masks that leave a share `sparsity` of the weights unused, on the samples.
 
     Args:
-        samples: from `collect_samples`.
+        samples: of every site, from `RowSample.sample`.
         sparsity: the target, in [0, 1).
         blend: 0 for TEAL's uniform thresholds, 1 for those of the quadratic form, their geometric mean between.
 

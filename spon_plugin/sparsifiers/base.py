@@ -106,8 +106,14 @@ class Sparsifier(ABC):
         return
 
     @abstractmethod
-    def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> Fitted:
+    def at(self, model: nn.Module, statistics: Statistics, sparsity: float, progress: Progress = no_progress) -> Fitted:
         """Fit at one sparsity, in [0, 1).
+
+        Args:
+            model: the dense decoder.
+            statistics: of `calibrate`.
+            sparsity: the target.
+            progress: called as the work goes on, where there is more than arithmetic to do.
 
         Raises:
             SponError: the method cannot reach it on this model.
@@ -128,7 +134,7 @@ class Sparsifier(ABC):
             SponError: see both.
         """
         check_sparsity(sparsity)
-        return self.at(model, self.calibrate(model, sites, windows, dense_prefix, progress), sparsity)
+        return self.at(model, self.calibrate(model, sites, windows, dense_prefix, progress), sparsity, progress)
 
 
 def _both(histogram: MagnitudeHistogram, own: Any) -> Observe:
@@ -150,8 +156,9 @@ class Fitted(SparseMethod):
         sparsity: the target.
         static: whether the method is, see `Sparsifier`.
         dense_prefix: first positions of a sequence that stay dense; 0 where the method is static.
-        scales: module path -> the unit of alpha's learning rate (`Recipe.relative`): the magnitude below which a share
-            `sparsity` of the layer's inputs lies, unless the method says otherwise.
+        quantiles: module path -> the magnitude below which a share `sparsity` of the layer's inputs lies.
+        scales: module path -> the unit of alpha's learning rate (`Recipe.relative`): the quantile, unless the method
+            says otherwise.
         modules: paths of the linears that the method sparsifies, which can carry an alpha.
         centers: module path -> float32 ``[in_features]``, what the method puts where it drops an entry; zero elsewhere.
     """
@@ -163,7 +170,8 @@ class Fitted(SparseMethod):
         self.static, self.dense_prefix = statistics.static, statistics.dense_prefix
         quantiles = {site.name: statistics.histograms[site.name].quantile(sparsity) for site in self.sites}
         self.site_of = {path: site for site in self.sites for path in site.modules}
-        self.scales = {path: quantiles[site.name] for path, site in self.site_of.items()}
+        self.quantiles = {path: quantiles[site.name] for path, site in self.site_of.items()}
+        self.scales = dict(self.quantiles)
         self.modules = tuple(self.site_of)
         self.centers: dict[str, Tensor] = {}
 

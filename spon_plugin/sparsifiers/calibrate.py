@@ -10,19 +10,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.adapter.config import ALLOCATIONS, SponFields, carries_alpha
+from spon_plugin.adapter.config import SponFields, carries_alpha
 from spon_plugin.adapter.directory import Adapter
 from spon_plugin.adapter.mask import Mask, with_alphas
-from spon_plugin.calibration.allocation import allocate_greedy, masks_at
-from spon_plugin.calibration.measurement import collect_histograms, mean_alphas, measure_sparsity
-from spon_plugin.calibration.sensitivity import collect_samples, match_sparsity, solve
+from spon_plugin.calibration.measurement import mean_alphas, measure_sparsity
+from spon_plugin.calibration.sensitivity import match_sparsity
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.sites import Site, find_sites, module_weights, target_names
 from spon_plugin.errors import SponError
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
+from spon_plugin.sparsifiers.registry import adapter_sparsifier
 
-GREEDY_TOKENS = 1024
+METHODS = {"uniform": "teal", "greedy": "teal-greedy", "sensitivity": "sensitivity"}
+"""The method of an allocation, as an adapter's config names it."""
 
 
 def calibrate(
@@ -31,7 +32,7 @@ def calibrate(
     windows: Tensor,
     held_out: Tensor,
     sparsity: float,
-    allocation: str = "uniform",
+    method: str = "teal",
     alpha: Literal["none", "zero", "mean"] = "none",
     alpha_modules: str | list[str] = "all",
     dense_prefix: int | None = None,
@@ -40,7 +41,7 @@ def calibrate(
     match: bool = False,
     stage: Callable[[str], Progress] = lambda _name: no_progress,
 ) -> Adapter:
-    """Find the thresholds of an adapter and measure the sparsity they achieve.
+    """Find the masks of an adapter by any method that fits the format, and measure the sparsity they achieve.
 
     Args:
         model: a dense decoder.
@@ -48,9 +49,8 @@ def calibrate(
         windows: token ids ``[count, length]`` to calibrate on.
         held_out: token ids ``[count, length]`` that were not calibrated on, for the achieved sparsity.
         sparsity: the target, in [0, 1).
-        allocation: ``uniform``, TEAL's ``greedy``, or ``sensitivity``: thresholds and centres per channel, see
-            `spon_plugin.calibration.sensitivity`.
-        alpha: ``none`` (plain TEAL), ``zero`` (alphas to be trained) or ``mean`` (the control without training).
+        method: a name of `adapter_methods`, or of a method that another package brings.
+        alpha: ``none`` (masks alone), ``zero`` (alphas to be trained) or ``mean`` (the control without training).
         alpha_modules: which linears carry an alpha; ignored for ``none``.
         dense_prefix: first positions of a sequence that stay dense; the format's default if None.
         source: where the text came from, kept in the adapter's `calibration` field.
@@ -60,48 +60,40 @@ def calibrate(
         stage: gives the progress callback of each stage by its name.
 
     Raises:
-        SponError: a value is wrong, or `alpha_modules` names no sparsified linear.
+        SponError: a value is wrong, the method does not fit the format, or `alpha_modules` names no sparsified linear.
     """
     check_sparsity(sparsity)
-    if allocation not in ALLOCATIONS:
-        raise SponError.of("allocation", allocation, "one of " + ", ".join(ALLOCATIONS))
+    sparsifier = adapter_sparsifier(method)
     modules = list(module_weights(sites))
     if alpha == "none":
         alpha_modules = []
     elif not any(carries_alpha(module, alpha_modules) for module in modules):
         names = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
         raise SponError.of("alpha_modules", alpha_modules, f'"all" or names of sparsified linears: {names}')
-    fields = SponFields(sparsity=float(sparsity), allocation=allocation, alpha_modules=alpha_modules)
+    fields = SponFields(sparsity=float(sparsity), alpha_modules=alpha_modules)
     if dense_prefix is not None:
         fields.dense_prefix = dense_prefix
     fields.check()
     prefix = fields.dense_prefix
-    if allocation == "sensitivity":
-        samples = collect_samples(model, sites, windows, prefix, progress=stage("Calibrating"))
-        masks = solve(samples, sparsity)
-    else:
-        histograms = collect_histograms(model, sites, windows, prefix, progress=stage("Calibrating"))
-        share: float | dict[str, float] = sparsity
-        if allocation == "greedy":
-            count = max(1, GREEDY_TOKENS // windows.shape[1])
-            share = allocate_greedy(
-                model, sites, histograms, windows[:count], sparsity, dense_prefix=prefix, progress=stage("Allocating")
-            )
-        masks = masks_at(sites, histograms, share)
-    match = match or allocation == "sensitivity"
-    if match:
+    statistics = sparsifier.calibrate(model, sites, windows, prefix, stage("Calibrating"))
+    fitted = sparsifier.at(model, statistics, sparsity, stage("Fitting"))
+    masks, matched = fitted.masks, match or fitted.matched
+    if matched and not fitted.matched:
         masks = match_sparsity(model, sites, masks, windows, sparsity, prefix)
-    if alpha != "none":
-        carriers = [module for module in modules if carries_alpha(module, alpha_modules)]
+    carriers = [module for module in modules if carries_alpha(module, alpha_modules)]
+    if carriers:
         means = mean_alphas(model, sites, masks, windows, prefix) if alpha == "mean" else {}
         inputs = {path: site.in_features for site in sites for path in site.modules}
         masks = with_alphas(masks, {path: means.get(path, torch.zeros(inputs[path])) for path in carriers})
+    fields.allocation = fitted.allocation
+    fields.alpha_scale = {path: fitted.alpha_scale(path, masks[path]) for path in carriers}
     fields.calibration = {
         **(source or {}),
+        "method": method,
         "tokens": int(windows.numel()),
         "window": int(windows.shape[1]),
         "tokens_sha256": windows_digest(windows),
-        "matched": match,
+        "matched": matched,
         **_achieved(model, sites, held_out, masks, prefix),
     }
     peft = {
@@ -111,6 +103,11 @@ def calibrate(
         "inference_mode": True,
     }
     return Adapter(fields, masks, peft)
+
+
+def method_of(fields: SponFields) -> str:
+    """The method that made an adapter's masks; adapters that do not say it have that of their allocation."""
+    return str(fields.calibration.get("method", METHODS[fields.allocation]))
 
 
 def settle(model: nn.Module, adapter: Adapter, windows: Tensor, held_out: Tensor) -> Adapter:

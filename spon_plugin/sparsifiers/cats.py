@@ -17,6 +17,7 @@ from spon_plugin.decoder.sites import Site, module_weights
 from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.errors import SponError
 from spon_plugin.masking import keep_mask, zero_dropped
+from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics
 from spon_plugin.weights.linears import linear_features
 
@@ -144,7 +145,9 @@ class Cats(Sparsifier):
             observers[mlp.gate] = _activated(mlp, histogram)
         return observers
 
-    def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> CatsFitted:
+    def at(
+        self, model: nn.Module, statistics: Statistics, sparsity: float, progress: Progress = no_progress
+    ) -> CatsFitted:
         """See `Sparsifier.at`."""
         mlps = [mlp for mlp, _ in statistics.own.values()]
         weights = module_weights(statistics.sites)

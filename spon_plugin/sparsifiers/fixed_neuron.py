@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spon_plugin.decoder.sites import Site
 from spon_plugin.masking import zero_dropped
+from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics
 
 
@@ -53,7 +54,9 @@ class FixedNeuron(Sparsifier):
         """See `Sparsifier.observer`."""
         return MagnitudeSum(site.in_features)
 
-    def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> FixedNeuronFitted:
+    def at(
+        self, model: nn.Module, statistics: Statistics, sparsity: float, progress: Progress = no_progress
+    ) -> FixedNeuronFitted:
         """See `Sparsifier.at`."""
         keep = {}
         for site in statistics.sites:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spon_plugin.decoder.sites import Site
 from spon_plugin.errors import SponError
 from spon_plugin.masking import zero_dropped
+from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers.base import Sparsifier, Statistics
 from spon_plugin.sparsifiers.topk import TopKFitted, top_k_mask
 
@@ -92,7 +93,9 @@ class Larosa(Sparsifier):
         first = reads_residual(site) and not any(own.block == site.block for own in known)
         return _BlockMoment(site.block, site.in_features) if first else None
 
-    def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> LarosaFitted:
+    def at(
+        self, model: nn.Module, statistics: Statistics, sparsity: float, progress: Progress = no_progress
+    ) -> LarosaFitted:
         """See `Sparsifier.at`."""
         moments: list[_BlockMoment] = list(statistics.own.values())
         rotations = {moment.block: moment.axes for moment in moments}

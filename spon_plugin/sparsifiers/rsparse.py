@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.decoder.sites import Site, module_weights
 from spon_plugin.decoder.sparsity import SparsityCounter
-from spon_plugin.sparsifiers.base import Sparsifier, Statistics, readable_weight
-from spon_plugin.sparsifiers.thresholds import ThresholdFitted, column_norms
+from spon_plugin.progress import Progress, no_progress
+from spon_plugin.sparsifiers.base import Statistics, readable_weight
+from spon_plugin.sparsifiers.thresholds import ThresholdFitted, ThresholdSparsifier, column_norms
 from spon_plugin.sparsifiers.wina import ScoreHistogram
 from spon_plugin.weights.linears import linear_features
 
@@ -86,7 +87,7 @@ class _SiteScores(ScoreHistogram):
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
 
 
-class RSparse(Sparsifier):
+class RSparse(ThresholdSparsifier):
     """``W S(x) + A B (x - S(x))``, `S` keeping ``|x_i| * s_i > tau``, ``A B`` the weight's truncated SVD.
 
     With ``W = U Sigma V^T``, ``s_i`` is the norm of row i of ``V Sigma`` (released code), that is ``||W_:,i||``. A
@@ -110,7 +111,9 @@ class RSparse(Sparsifier):
         """See `Sparsifier.observer`."""
         return _SiteScores(column_norms(model, site))
 
-    def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> RSparseFitted:
+    def at(
+        self, model: nn.Module, statistics: Statistics, sparsity: float, progress: Progress = no_progress
+    ) -> RSparseFitted:
         """See `Sparsifier.at`."""
         masks, factors = {}, {}
         for site in statistics.sites:

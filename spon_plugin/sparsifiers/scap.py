@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.histogram import BINS, MagnitudeHistogram
 from spon_plugin.decoder.sites import Site
-from spon_plugin.sparsifiers.base import Sparsifier, Statistics
-from spon_plugin.sparsifiers.thresholds import ThresholdFitted
+from spon_plugin.progress import Progress, no_progress
+from spon_plugin.sparsifiers.base import Statistics
+from spon_plugin.sparsifiers.thresholds import ThresholdFitted, ThresholdSparsifier
 
 
 class SignedHistogram:
@@ -57,7 +58,7 @@ def weighted_quantile(values: Tensor, counts: Tensor, share: float) -> float:
     return float(values[order][min(int(index), len(order) - 1)])
 
 
-class Scap(Sparsifier):
+class Scap(ThresholdSparsifier):
     """``S(x)_i = x_i if |x_i - eta| > tau else eta``: ``W S(x) = W (S(x) - eta) + W eta``, the last term a bias.
 
     eta is one number per layer, an estimate of the mode of its input: the median here (``median`` in the released
@@ -73,7 +74,9 @@ class Scap(Sparsifier):
         """See `Sparsifier.observer`."""
         return SignedHistogram()
 
-    def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> ThresholdFitted:
+    def at(
+        self, model: nn.Module, statistics: Statistics, sparsity: float, progress: Progress = no_progress
+    ) -> ThresholdFitted:
         """See `Sparsifier.at`."""
         masks = {}
         for site in statistics.sites:

@@ -7,15 +7,23 @@ from dataclasses import replace
 
 from torch import nn
 
-from spon_plugin.calibration.sensitivity import RATE, collect_samples, match_sparsity, solve
-from spon_plugin.progress import Progress
-from spon_plugin.sparsifiers.base import Sparsifier, Statistics
-from spon_plugin.sparsifiers.thresholds import ThresholdFitted
+from spon_plugin.adapter.mask import Mask
+from spon_plugin.calibration.sensitivity import RATE, RowSample, collect_fisher, match_sparsity, solve
+from spon_plugin.decoder.sites import Site
+from spon_plugin.progress import Progress, no_progress
+from spon_plugin.sparsifiers.base import Statistics
+from spon_plugin.sparsifiers.thresholds import ThresholdFitted, ThresholdSparsifier
 
-_SAMPLES = "samples"
+
+class SensitivityFitted(ThresholdFitted):
+    """See `Sensitivity`."""
+
+    def alpha_scale(self, path: str, mask: Mask) -> float:
+        """A part of the mean threshold; see `calibration.sensitivity.RATE`."""
+        return RATE * float(mask.threshold.mean())
 
 
-class Sensitivity(Sparsifier):
+class Sensitivity(ThresholdSparsifier):
     """``S(x)_i = x_i if |x_i - c_i| > tau_i else c_i``, both from how much the output feels channel `i` of a linear.
 
     Ours, not a paper's. Every linear has its own thresholds, and masks its input by itself; the linears of a site share
@@ -24,19 +32,25 @@ class Sensitivity(Sparsifier):
 
     name, title = "sensitivity", "Sensitivity"
 
+    def observer(self, model: nn.Module, site: Site, statistics: Statistics) -> RowSample:
+        """See `Sparsifier.observer`."""
+        return RowSample.of(statistics.windows, statistics.dense_prefix)
+
     def complete(self, model: nn.Module, statistics: Statistics, progress: Progress) -> None:
         """See `Sparsifier.complete`: the model runs forward and backward."""
         sites, windows, prefix = statistics.sites, statistics.windows, statistics.dense_prefix
-        statistics.own[_SAMPLES] = collect_samples(model, sites, windows, prefix, progress=progress)
+        fisher = collect_fisher(model, sites, windows, prefix, progress=progress)
+        statistics.own = {site.name: statistics.own[site.name].sample(site, fisher) for site in sites}
 
-    def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> ThresholdFitted:
+    def at(
+        self, model: nn.Module, statistics: Statistics, sparsity: float, progress: Progress = no_progress
+    ) -> ThresholdFitted:
         """See `Sparsifier.at`."""
         sites, windows, prefix = statistics.sites, statistics.windows, statistics.dense_prefix
-        masks = match_sparsity(model, sites, solve(statistics.own[_SAMPLES], sparsity), windows, sparsity, prefix)
+        samples = [statistics.own[site.name] for site in sites]
+        masks = match_sparsity(model, sites, solve(samples, sparsity), windows, sparsity, prefix)
         alone = _linear_by_linear(statistics)
-        fitted = ThresholdFitted(self.name, alone, sparsity, masks, "sensitivity", matched=True)
-        fitted.scales = {path: RATE * float(masks[path].threshold.mean()) for path in fitted.modules}
-        return fitted
+        return SensitivityFitted(self.name, alone, sparsity, masks, "sensitivity", matched=True)
 
 
 def _linear_by_linear(statistics: Statistics) -> Statistics:

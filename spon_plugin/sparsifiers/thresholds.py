@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,8 @@ from spon_plugin.adapter.directory import Adapter
 from spon_plugin.adapter.mask import Mask, with_alphas
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.sites import Site
-from spon_plugin.sparsifiers.base import Fitted, Statistics, readable_weight
+from spon_plugin.progress import Progress, no_progress
+from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics, readable_weight
 
 
 class ThresholdFitted(Fitted):
@@ -41,8 +43,22 @@ class ThresholdFitted(Fitted):
         centers = {path: self.site_masks[site.name].center for path, site in self.site_of.items()}
         self.centers = {path: center for path, center in centers.items() if center is not None}
         self.allocation, self.matched = allocation, matched
+        self.scales = {path: self.alpha_scale(path, mask) for path, mask in self.masks.items()}
         self._tokens = {"tokens": int(statistics.windows.numel()), "window": int(statistics.windows.shape[1])}
         self._tokens_sha256 = windows_digest(statistics.windows)
+
+    @property
+    def masks(self) -> dict[str, Mask]:
+        """Module path -> threshold and centre; the linears of a site share theirs."""
+        return {path: self.site_masks[site.name] for path, site in self.site_of.items()}
+
+    def alpha_scale(self, path: str, mask: Mask) -> float:
+        """The unit of alpha's learning rate for the linear at `path` under `mask`; see `Fitted.scales`.
+
+        Alphas stand in for what is dropped, so the unit is the threshold. Where there is one per channel they say
+        little (WINA's is the largest number there is for a channel without weights), and it is the quantile.
+        """
+        return self.quantiles[path] if mask.per_channel else float(mask.threshold)
 
     def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `SparseMethod.sparse_input`."""
@@ -70,6 +86,7 @@ class ThresholdFitted(Fitted):
             fields,
             sparsity=self.sparsity,
             allocation=self.allocation,
+            alpha_scale={path: self.scales[path] for path in self.modules if path in alphas},
             calibration={
                 **fields.calibration,
                 "method": self.name,
@@ -78,10 +95,19 @@ class ThresholdFitted(Fitted):
                 "matched": self.matched,
             },
         )
-        masks = {path: self.site_masks[site.name] for path, site in self.site_of.items()}
-        adapter = Adapter(fields, with_alphas(masks, alphas), dict(peft or {}))
+        adapter = Adapter(fields, with_alphas(self.masks, alphas), dict(peft or {}))
         adapter.check()
         return adapter
+
+
+class ThresholdSparsifier(Sparsifier):
+    """A method whose masks an adapter can hold, so that every command and host has it."""
+
+    @abstractmethod
+    def at(
+        self, model: nn.Module, statistics: Statistics, sparsity: float, progress: Progress = no_progress
+    ) -> ThresholdFitted:
+        """See `Sparsifier.at`."""
 
 
 def column_norms(model: nn.Module, site: Site) -> Tensor:

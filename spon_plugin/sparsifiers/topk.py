@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spon_plugin.decoder.sites import Site
 from spon_plugin.masking import zero_dropped
+from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics
 
 
@@ -54,6 +55,8 @@ class TopK(Sparsifier):
 
     name, title = "topk", "top-k"
 
-    def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> TopKFitted:
+    def at(
+        self, model: nn.Module, statistics: Statistics, sparsity: float, progress: Progress = no_progress
+    ) -> TopKFitted:
         """See `Sparsifier.at`."""
         return TopKFitted(self.name, statistics, sparsity)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spon_plugin.decoder.sites import Site
 from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.errors import SponError
+from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers.base import Fitted, Sparsifier, Statistics, readable_weight
 from spon_plugin.weights.linears import is_conv1d
 
@@ -84,7 +85,9 @@ class Wanda(Sparsifier):
         """See `Sparsifier.observer`."""
         return SquareSum(site.in_features)
 
-    def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> WandaFitted:
+    def at(
+        self, model: nn.Module, statistics: Statistics, sparsity: float, progress: Progress = no_progress
+    ) -> WandaFitted:
         """See `Sparsifier.at`."""
         pruned = {}
         for site in statistics.sites:
@@ -105,7 +108,9 @@ class Wanda24(Wanda):
 
     name, title, universal = "wanda-2:4", "Wanda 2:4", False
 
-    def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> WandaFitted:
+    def at(
+        self, model: nn.Module, statistics: Statistics, sparsity: float, progress: Progress = no_progress
+    ) -> WandaFitted:
         """See `Sparsifier.at`."""
         if sparsity != 0.5:
             raise SponError.of("sparsity", sparsity, "0.5, the only one that 2:4 has")

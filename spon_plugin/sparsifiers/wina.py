@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.histogram import MagnitudeHistogram
 from spon_plugin.decoder.sites import Site
-from spon_plugin.sparsifiers.base import Sparsifier, Statistics
-from spon_plugin.sparsifiers.thresholds import ThresholdFitted, column_norms
+from spon_plugin.progress import Progress, no_progress
+from spon_plugin.sparsifiers.base import Statistics
+from spon_plugin.sparsifiers.thresholds import ThresholdFitted, ThresholdSparsifier, column_norms
 
 
 class ScoreHistogram:
@@ -38,7 +39,7 @@ class ScoreHistogram:
         return (tau / self.norms).nan_to_num(0.0, posinf=torch.finfo(torch.float32).max)
 
 
-class Wina(Sparsifier):
+class Wina(ThresholdSparsifier):
     """``|x_i| * c_i > tau`` with ``c_i = ||W_:,i||_2`` as a threshold ``tau / c_i`` per channel.
 
     Deviations: the norm is over the stacked weights of the linears that share the input, so that they share a mask;
@@ -53,7 +54,9 @@ class Wina(Sparsifier):
         """See `Sparsifier.observer`."""
         return ScoreHistogram(column_norms(model, site))
 
-    def at(self, model: nn.Module, statistics: Statistics, sparsity: float) -> ThresholdFitted:
+    def at(
+        self, model: nn.Module, statistics: Statistics, sparsity: float, progress: Progress = no_progress
+    ) -> ThresholdFitted:
         """See `Sparsifier.at`."""
         masks = {name: Mask(own.threshold(sparsity)) for name, own in statistics.own.items()}
         return ThresholdFitted(self.name, statistics, sparsity, masks)

@@ -7,6 +7,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from spon_plugin.adapter.directory import Adapter
+from spon_plugin.calibration.sensitivity import RATE
 from spon_plugin.errors import SponError
 
 
@@ -19,7 +21,7 @@ class Recipe:
         window: tokens per window.
         batch_size: windows per step.
         epochs: passes over the windows.
-        learning_rate: Adam's, at its highest; in units of each layer's threshold if `relative`.
+        learning_rate: Adam's, at its highest; in units of each layer's scale (`alpha_scales`) if `relative`.
         relative: alphas stand in for entries below the threshold, and thresholds differ fifty-fold between layers; one
             absolute rate is noise for some layers and standstill for others.
         warmup: the share of the steps in which the rate rises; it falls along a cosine afterwards.
@@ -53,7 +55,7 @@ class Recipe:
         """A layer's highest rate.
 
         Args:
-            scale: the layer's threshold.
+            scale: the layer's.
         """
         return self.learning_rate * scale if self.relative else self.learning_rate
 
@@ -61,7 +63,7 @@ class Recipe:
         """A layer's weight decay, for an optimizer that multiplies it by the layer's `rate`.
 
         Args:
-            scale: the layer's threshold.
+            scale: the layer's.
         """
         return self.weight_decay / scale if self.relative and scale > 0 else self.weight_decay
 
@@ -90,6 +92,21 @@ PRESETS = {
     # The schedule of arXiv 2512.12744: rate 1e-5, ten epochs, batch 8, blocks of 128.
     "paper": Recipe(windows=2048, window=128, batch_size=8, epochs=10, learning_rate=1e-5, relative=False),
 }
+
+
+def alpha_scales(adapter: Adapter) -> dict[str, float]:
+    """Module path -> the unit of alpha's learning rate: `SponFields.alpha_scale`, which the method made.
+
+    Adapters that do not say it have the typical threshold: the median where there is one per channel, as a threshold
+    may be as large as numbers get; under ``sensitivity`` `calibration.sensitivity.RATE` of the mean.
+    """
+    known = adapter.fields.alpha_scale
+    sensitive = adapter.fields.allocation == "sensitivity"
+    typical = {
+        path: RATE * float(mask.threshold.mean()) if sensitive else float(mask.threshold.median())
+        for path, mask in adapter.masks.items()
+    }
+    return {path: known.get(path, scale) for path, scale in typical.items()}
 
 
 def preset(name: str) -> Recipe:

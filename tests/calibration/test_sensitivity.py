@@ -8,13 +8,14 @@ from torch.nn import functional as F
 from spon_plugin import SponError, find_sites, read_adapter, sparse_inputs, write_adapter
 from spon_plugin.calibration.measurement import measure_sparsity
 from spon_plugin.calibration.sensitivity import (
+    RowSample,
     SiteSample,
     best_centers,
     collect_fisher,
-    collect_samples,
     match_sparsity,
     solve,
 )
+from spon_plugin.sparsifiers import get_sparsifier
 from spon_plugin.sparsifiers.calibrate import calibrate, settle
 
 
@@ -49,7 +50,7 @@ def test_fisher_is_the_mean_squared_gradient_of_the_sampled_log_likelihood(tiny_
 def test_reading_sensitivity_leaves_the_model_as_it_was(tiny_llama):
     tiny_llama.lm_head.weight.requires_grad_(True)
     before = tiny_llama(input_ids=windows(1)).logits
-    collect_samples(tiny_llama, find_sites(tiny_llama), windows(2), max_rows=10)
+    get_sparsifier("sensitivity").calibrate(tiny_llama, find_sites(tiny_llama), windows(2))
     assert [n for n, p in tiny_llama.named_parameters() if p.requires_grad] == ["lm_head.weight"]
     assert all(parameter.grad is None for parameter in tiny_llama.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny_llama.modules())
@@ -58,8 +59,12 @@ def test_reading_sensitivity_leaves_the_model_as_it_was(tiny_llama):
 
 def test_samples_are_spread_over_the_text_and_limited(tiny_llama):
     sites = find_sites(tiny_llama)
-    samples = collect_samples(tiny_llama, sites, windows(8), max_rows=100)
-    for site, sample in zip(sites, samples, strict=True):
+    fisher = collect_fisher(tiny_llama, sites, windows(8))
+    for site in sites:
+        rows = RowSample.of(windows(8), 1, max_rows=100)
+        for batch in torch.randn(2, 252, site.in_features):
+            rows.update(batch)
+        sample = rows.sample(site, fisher)
         assert 80 <= len(sample.rows) <= 112
         assert [n * site.in_features for n in sample.outputs.values()] == list(site.module_weights)
         assert tuple(sample.fisher) == site.modules
@@ -143,8 +148,7 @@ def test_sensitivity_reaches_the_target_with_less_divergence_than_uniform(tiny_l
         return F.kl_div(sparse, dense, log_target=True, reduction="sum").item() / held_out.numel()
 
     ours, uniform = (
-        calibrate(tiny_llama, sites, windows(32), held_out, sparsity, allocation)
-        for allocation in ("sensitivity", "uniform")
+        calibrate(tiny_llama, sites, windows(32), held_out, sparsity, method) for method in ("sensitivity", "teal")
     )
     assert divergence(ours) < 0.95 * divergence(uniform)
     write_adapter(ours, tmp_path / "adapter")
@@ -166,12 +170,12 @@ def test_matching_multiplies_all_thresholds_by_one_factor(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    ("allocation", "match"), [("uniform", False), ("uniform", True), ("sensitivity", False)], ids=lambda v: str(v)
+    ("method", "match"), [("teal", False), ("teal", True), ("sensitivity", False)], ids=lambda v: str(v)
 )
-def test_after_training_sparsity_is_measured_anew_and_a_matched_target_met_again(tiny_llama, allocation, match):
+def test_after_training_sparsity_is_measured_anew_and_a_matched_target_met_again(tiny_llama, method, match):
     sites, held_out = find_sites(tiny_llama), windows(16, seed=1)
-    start = calibrate(tiny_llama, sites, windows(32), held_out, 0.5, allocation, alpha="zero", match=match)
-    assert start.fields.calibration["matched"] == (match or allocation == "sensitivity")
+    start = calibrate(tiny_llama, sites, windows(32), held_out, 0.5, method, alpha="zero", match=match)
+    assert start.fields.calibration["matched"] == (match or method == "sensitivity")
     generator = torch.Generator().manual_seed(0)
     for path, mask in start.masks.items():  # as large as training never makes them, so that they are felt
         alpha = 3 * mask.threshold.mean() * torch.randn(mask.alpha.shape, generator=generator)

@@ -15,18 +15,16 @@ from spon_cli.command import Between, command
 from spon_cli.output import note, show_json
 from spon_cli.progress import progress_bars
 from spon_plugin import write_adapter
-from spon_plugin.adapter.config import ALLOCATIONS
 from spon_plugin.files import check_new
 from spon_plugin.masking import check_sparsity
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions(options.ModelOptions, options.TextOptions, options.SeedOptions):
+class CalibrateOptions(options.ModelOptions, options.MethodOptions, options.TextOptions, options.SeedOptions):
     """Options of `spon calibrate`."""
 
     output: options.Output
     sparsity: options.Sparsity = 0.5
-    allocation: options.Allocation = "uniform"
     alpha: Annotated[str, typer.Option(help=r"none (plain TEAL), or mean (the control: E\[x - S(x)], untrained).")] = (
         "none"
     )
@@ -42,7 +40,7 @@ class CalibrateOptions(options.ModelOptions, options.TextOptions, options.SeedOp
         """How to calibrate."""
         return Settings(
             self.sparsity,
-            self.allocation,
+            self.method_name() or "teal",
             self.alpha,
             "all",
             self.dense_prefix,
@@ -55,20 +53,20 @@ class CalibrateOptions(options.ModelOptions, options.TextOptions, options.SeedOp
 
 @command
 def calibrate_command(given: CalibrateOptions) -> None:
-    """Find thresholds that reach a target sparsity, and write an adapter without alphas: plain TEAL.
+    """Find thresholds that reach a target sparsity, and write an adapter without alphas: TEAL, or other masks.
 
     [dim]spon calibrate ./model --sparsity 0.5 -o teal50[/dim]
 
-    [dim]spon calibrate org/model --sparsity 0.4 --allocation greedy --text wiki.txt --text code.txt -o teal40[/dim]
+    [dim]spon calibrate org/model --sparsity 0.4 --method wina --text wiki.txt --text code.txt -o wina40[/dim]
     """
     check_new(given.output)
     check_sparsity(given.sparsity)
-    options.check_choice("allocation", given.allocation, ALLOCATIONS)
+    settings = given.settings()
     options.check_choice("alpha", given.alpha, ("none", "mean"))
     sources = given.sources()
     loaded = given.load(options.split_names(given.target_modules))
     with progress_bars() as stage:
-        adapter = calibrated(loaded, sources, given.settings(), stage)
+        adapter = calibrated(loaded, sources, settings, stage)
     write_adapter(adapter, given.output)
     if given.json:
         show_json({"adapter": str(given.output), **summary(adapter)})

@@ -22,7 +22,7 @@ from spon_cli.progress import row_bars
 from spon_plugin import SponError
 from spon_plugin.calibration.text import mixed_windows, windows_digest
 from spon_plugin.decoder.sites import target_names
-from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
+from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier, method_names
 from spon_plugin.studies.comparison import DENSE, MEAN, OFF, ON, QUICK, Bench, Key, by_key, keys
 from spon_plugin.studies.comparison_tables import SHARES, alpha_title, cells, markdown, mean, records
 from spon_plugin.studies.rows import SETTINGS, RowStore
@@ -216,7 +216,7 @@ def _order(row: dict[str, Any]) -> tuple[int, float, int, str]:
         return (-1, 0.0, 0, "")
     key = Key(row["method"], row["sparsity"], row["alpha"])
     return (
-        list(SPARSIFIERS).index(key.method),
+        method_names().index(key.method),
         key.sparsity,
         (OFF, MEAN, ON, key.alpha).index(key.alpha),
         key.alpha,

@@ -19,12 +19,13 @@ from spon_cli.output import note, show_json
 from spon_cli.progress import progress_bars
 from spon_cli.training import checkpoints_in, save, train, work_directory
 from spon_plugin import Adapter, SponError, read_adapter
-from spon_plugin.adapter.config import ALLOCATIONS, carries_alpha
+from spon_plugin.adapter.config import carries_alpha
 from spon_plugin.adapter.directory import is_adapter
 from spon_plugin.adapter.mask import with_alphas
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new
 from spon_plugin.masking import check_sparsity
+from spon_plugin.sparsifiers.calibrate import method_of
 from spon_plugin.training.recipe import PRESETS, Recipe, preset
 
 _OF_THE_PRESET = "the preset's"
@@ -32,7 +33,7 @@ _COUNT = Between(1, options.MANY)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(options.ModelOptions, options.TextOptions, options.SeedOptions):
+class TrainOptions(options.ModelOptions, options.MethodOptions, options.TextOptions, options.SeedOptions):
     """Options of `spon train`."""
 
     model: Annotated[
@@ -42,7 +43,6 @@ class TrainOptions(options.ModelOptions, options.TextOptions, options.SeedOption
     sparsity: Annotated[
         float | None, typer.Option(help="Share of the linears' inputs to zero, in [0, 1).", show_default="0.5")
     ] = None
-    allocation: options.AllocationOrNone = None
     match: options.Match = False
     alpha_modules: Annotated[
         str | None,
@@ -97,7 +97,7 @@ class TrainOptions(options.ModelOptions, options.TextOptions, options.SeedOption
         """How to calibrate, where there is no adapter yet."""
         return Settings(
             check_sparsity(0.5 if self.sparsity is None else self.sparsity),
-            self.allocation or "uniform",
+            self.method_name() or "teal",
             "zero",
             "all" if self.carriers is None else self.carriers,
             self.dense_prefix,
@@ -120,7 +120,6 @@ def train_command(given: TrainOptions) -> None:
     """
     check_new(given.output)
     recipe, settings = given.recipe(), given.settings()
-    options.check_choice("allocation", settings.allocation, ALLOCATIONS)
     start = read_adapter(given.model) if is_adapter(given.model) else None
     if start is not None:
         _check_continued(start, given)
@@ -154,7 +153,7 @@ def _check_continued(start: Adapter, given: TrainOptions) -> None:
     fields = start.fields
     settled: list[tuple[str, Any, Any]] = [
         ("sparsity", given.sparsity, fields.sparsity),
-        ("allocation", given.allocation, fields.allocation),
+        ("method", given.method_name(), method_of(fields)),
         ("dense_prefix", given.dense_prefix, fields.dense_prefix),
         ("target_modules", given.targets, start.peft.get("target_modules")),
         ("alpha_modules", given.carriers, fields.alpha_modules if start.has_alpha else None),
