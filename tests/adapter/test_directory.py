@@ -120,6 +120,10 @@ def test_which_modules_carry_alpha(modules, expected):
     ("field", "value", "message"),
     [
         pytest.param("sparsity", 1.0, r"sparsity: got 1.0, expected a number in \[0, 1\)", id="sparsity"),
+        pytest.param("alpha_scale", [1.0], "alpha_scale: got \\[1.0\\], expected a JSON object", id="alpha-scale"),
+        pytest.param(
+            "alpha_scale", {"a": -1.0}, "alpha_scale: a: got -1.0, expected a finite number", id="alpha-scale-value"
+        ),
         pytest.param("allocation", "best", "allocation: got 'best', expected one of uniform, greedy", id="allocation"),
         pytest.param("tokens", "some", "tokens: got 'some', expected one of all, decode", id="tokens"),
         pytest.param("dense_prefix", -1, "dense_prefix: got -1, expected a whole number", id="negative-prefix"),

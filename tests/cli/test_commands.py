@@ -305,7 +305,8 @@ def test_a_dataset_is_read_by_name_configuration_and_split(monkeypatch):
 # Options that an adapter to train further has settled.
 SETTLED = {
     "sparsity": ("--sparsity", "0.4", "sparsity: got 0.4, expected 0.5, the adapter's"),
-    "allocation": ("--allocation", "greedy", "allocation: got 'greedy', expected uniform, the adapter's"),
+    "allocation": ("--allocation", "greedy", "method: got 'teal-greedy', expected teal, the adapter's"),
+    "method": ("--method", "wina", "method: got 'wina', expected teal, the adapter's"),
     "dense prefix": ("--dense-prefix", "3", "dense_prefix: got 3, expected 1, the adapter's"),
     "targets": ("--target-modules", "o_proj", "target_modules: got ['o_proj'], expected ['down_proj', "),
     "alphas": ("--alpha-modules", "down_proj", "alpha_modules: got ['down_proj'], expected all, the adapter's"),
@@ -393,6 +394,7 @@ WRONG = [
     "no such dtype",
     "sparsity of another adapter",
     "allocation of another adapter",
+    "method of another adapter",
     "dense prefix of another adapter",
     "targets of another adapter",
     "alphas of another adapter",
