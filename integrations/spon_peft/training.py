@@ -22,7 +22,6 @@ from spon_peft.checkpoints import check_plan, newest_whole
 from spon_peft.trainer import SponTrainer
 from spon_plugin.adapter.directory import Adapter, write_adapter
 from spon_plugin.calibration.text import windows_digest
-from spon_plugin.errors import SponError
 from spon_plugin.training.recipe import Recipe, alpha_scales
 
 Losses = list[dict[str, float]]
