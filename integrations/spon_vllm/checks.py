@@ -8,32 +8,35 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.logger import init_logger
 
 from spon_plugin.adapter.directory import read_adapter
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.errors import SponError
 from spon_vllm.settings import Settings
+from spon_vllm.trained import check_trained, trained_tensors
 
 logger = init_logger("vllm.spon")
 
 
-def check_fit(settings: Settings, hf_config: Any, model: str) -> None:
+def check_fit(settings: Settings, hf_config: Any, name: str) -> None:
     """Check what can be checked at configuration time; workers check the rest when they make the layers.
 
     Raises:
         SponError: the adapter is for another model, names what is no linear layer, or covers a fused layer in part
             or with several centres.
     """
-    linears = base_linears(hf_config)
+    model = base_model(hf_config)
+    linears = None if model is None else linear_inputs(model)
     # The values of a merged checkpoint's centres are known when a worker has loaded it; which linears have one is now.
     centers: Mapping[str, Tensor] = dict.fromkeys(settings.centered, torch.empty(0))
     if settings.adapter is not None:
         adapter = read_adapter(settings.adapter)
         centers = {path: mask.center for path, mask in adapter.masks.items() if mask.center is not None}
+        check_trained(trained_tensors(settings.adapter), model, getattr(hf_config, "tie_word_embeddings", False))
         if linears is not None:
-            adapter.check_base(linears, model)
+            adapter.check_base(linears, name)
     elif linears is not None:
         missing = [module for module in settings.thresholds if module not in linears]
         if missing:
@@ -101,10 +104,10 @@ def check_shards(
             )
 
 
-def base_linears(hf_config: Any) -> dict[str, int] | None:
-    """Module path -> in_features of the base model's linears; None where transformers cannot build the model.
+def base_model(hf_config: Any) -> nn.Module | None:
+    """The base model, without storage; None where transformers cannot build it.
 
-    The model is built without storage. vLLM depends on transformers, so nothing is installed for this.
+    vLLM depends on transformers, so nothing is installed for this.
     """
     from transformers import AutoModelForCausalLM
 
@@ -113,7 +116,8 @@ def base_linears(hf_config: Any) -> dict[str, int] | None:
         del config.quantization_config
     try:
         with torch.device("meta"):
-            return linear_inputs(AutoModelForCausalLM.from_config(config))
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            return model
     except Exception as error:  # any failure of code that is not ours: the workers check what this cannot
         logger.debug("SPON: %s is not checked at configuration time: %s", type(config).__name__, error)
         return None

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import vllm.envs as envs
+from torch import Tensor
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from spon_plugin.adapter.directory import read_adapter
 from spon_plugin.adapter.mask import Mask
@@ -25,6 +27,7 @@ from spon_vllm.checks import check_centers, check_fit, check_shards
 from spon_vllm.linear import SponLinearMethod
 from spon_vllm.report import Coverage
 from spon_vllm.settings import Settings, resolve
+from spon_vllm.trained import TrainedEmbeddingMethod, trained_tensors
 
 logger = init_logger("vllm.spon")
 
@@ -45,6 +48,8 @@ class SponConfig(QuantizationConfig):
         self.settings: Settings | None = None
         self.inner: Any = None
         self._names: dict[str, str] | None = None
+        self._renames: Any = None
+        self._trained: dict[str, dict[str, Tensor]] | None = None
         self._masks: dict[str, Mask | Announced] | None = None
         self.coverage = Coverage()
 
@@ -118,8 +123,8 @@ class SponConfig(QuantizationConfig):
         if getattr(renames, "orig_to_new_stacked", None):
             # Some versions pass what puts q_proj into qkv_proj, too; thresholds are looked up by the names before that.
             renames = dataclasses.replace(renames, orig_to_new_stacked={})
-        self._names = renames.apply_dict(self.names)
-        self._masks = None
+        self._names, self._renames = renames.apply_dict(self.names), renames
+        self._masks = self._trained = None
         if self.inner is not None:
             self.inner.apply_vllm_mapper(hf_to_vllm_mapper)
 
@@ -145,13 +150,29 @@ class SponConfig(QuantizationConfig):
             self._masks = {name: own[module] for name, module in self.names.items()}
         return self._masks
 
+    @property
+    def trained(self) -> dict[str, dict[str, Tensor]]:
+        """The module's path in vLLM -> the tensors that the adapter has trained as a whole; read once in a worker."""
+        if self._trained is None:
+            assert self.settings is not None, "maybe_update_config has not been called"
+            adapter = self.settings.adapter
+            own = {} if adapter is None else trained_tensors(adapter)
+            self._trained = own if self._renames is None else self._renames.apply_dict(own)
+        return self._trained
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method for one layer: sparse around the inner method where the adapter says so.
 
         Raises:
-            SponError: the adapter covers a fused layer in part, or with several centres.
+            SponError: the adapter covers a fused layer in part, or with several centres, or has trained an output head
+                that the base has quantized.
         """
         inner = self._inner_method(layer, prefix)
+        if prefix in self.trained:
+            if not isinstance(inner, UnquantizedEmbeddingMethod | None):
+                raise SponError.of("modules_to_save", prefix, f"none, as the base has it in {type(inner).__name__}")
+            self.coverage.trained.add(prefix)
+            return TrainedEmbeddingMethod(self.trained[prefix])
         if not isinstance(layer, LinearBase):
             return inner
         parent, _, leaf = prefix.rpartition(".")
@@ -188,7 +209,7 @@ class SponConfig(QuantizationConfig):
         return source.get_checkpoint_weight_mapper()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_masks": None}
+        return {**self.__dict__, "_masks": None, "_trained": None}
 
 
 def _stored(model_name: str, revision: str | None) -> dict[str, Any] | None:

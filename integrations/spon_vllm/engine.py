@@ -85,6 +85,7 @@ def finish_config(config: Any, sparse: bool) -> None:
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     from spon_vllm.config import SponConfig
+    from spon_vllm.trained import REMEDY, trained_tensors
 
     method = config.quant_config
     if not isinstance(method, SponConfig):
@@ -94,6 +95,11 @@ def finish_config(config: Any, sparse: bool) -> None:
                 "This kind of checkpoint is read by a method of its own; serve the base in another format.",
             )  # fmt: skip
         return
+    settings = method.settings
+    if settings is not None and settings.adapter is not None and config.parallel_config.pipeline_parallel_size > 1:
+        saved = sorted(trained_tensors(settings.adapter))
+        if saved:
+            raise SponError.of("modules_to_save", saved[0], "none with --pipeline-parallel-size above 1", REMEDY)
     load = config.load_config
     extra = load.model_loader_extra_config
     # A quantized base may rightly lack tensors that its method makes. Before 0.23 vLLM could not be told.

@@ -190,8 +190,7 @@ class SponLinearMethod(LinearMethodBase):
         self.coverage.finish(
             layer.spon_threshold,
             4 * (total.numel() + thresholds.numel() + (0 if center is None else center.numel())),
-            self.settings,
-            layer.quant_config.names,
+            layer.quant_config,
             get_tensor_model_parallel_rank() == 0,
             get_pp_group().world_size == 1,
         )

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from vllm.logger import init_logger
 
+from spon_plugin.errors import SponError
 from spon_vllm import metrics, steps
+from spon_vllm.trained import REMEDY
 
 if TYPE_CHECKING:
+    from spon_vllm.config import SponConfig
     from spon_vllm.settings import Settings
 
 logger = init_logger("vllm.spon")
@@ -28,6 +31,7 @@ class Coverage:
         modules: the adapter's linears in them.
         extra_bytes: memory that the sparse layers add: thresholds, centres and biases.
         thresholds: the layers' own, in order.
+        trained: the embedding and output head that take their weights from the adapter.
     """
 
     made: int = 0
@@ -35,24 +39,25 @@ class Coverage:
     modules: set[str] = field(default_factory=set)
     extra_bytes: int = 0
     thresholds: list[Tensor] = field(default_factory=list)
+    trained: set[str] = field(default_factory=set)
 
     def add(self, modules: Iterable[str]) -> None:
         """A layer for `modules` has been made."""
         self.made += 1
         self.modules.update(modules)
 
-    def finish(
-        self, threshold: Tensor, extra_bytes: int, settings: Settings, wanted: Iterable[str], speaks: bool, whole: bool
-    ) -> None:
+    def finish(self, threshold: Tensor, extra_bytes: int, config: SponConfig, speaks: bool, whole: bool) -> None:
         """A layer is ready; after the last one, count and log. When weights are loaded again, nothing happens.
 
         Args:
             threshold: the layer's.
             extra_bytes: what the layer adds.
-            settings: what is served.
-            wanted: the adapter's linears, as vLLM names them.
+            config: what is served.
             speaks: whether this worker logs; the others hold the same layers.
             whole: whether this worker holds every block of the model (no pipeline parallelism).
+
+        Raises:
+            SponError: vLLM has left out what the adapter has trained as a whole.
         """
         if self.ready == self.made:
             return
@@ -62,7 +67,11 @@ class Coverage:
         if self.ready != self.made:
             return
         metrics.COUNTERS.watch(self.thresholds)
-        if not speaks:
+        left_out = sorted(config.trained.keys() - self.trained)
+        if left_out and whole:
+            raise SponError.of("modules_to_save", left_out[0], "none: vLLM's model makes this layer by itself", REMEDY)
+        settings = config.settings
+        if not speaks or settings is None:
             return
         logger.info("%s", self.line(settings))
         if settings.token_mode == "decode" and not steps.served_limit(settings.max_sparse_tokens):
@@ -71,7 +80,7 @@ class Coverage:
                 "Add a size to --cudagraph-capture-sizes, or raise max_sparse_tokens.",
                 settings.max_sparse_tokens,
             )
-        dense = sorted(set(wanted) - self.modules)
+        dense = sorted(set(config.names) - self.modules)
         if dense and whole:
             logger.warning(
                 "SPON: %d linears of the adapter stay dense, without mask or alpha: vLLM does not compute them as "

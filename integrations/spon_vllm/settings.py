@@ -221,13 +221,5 @@ def _with_adapter(settings: Settings, adapter: Any) -> Settings:
         )
     path = os.path.abspath(os.path.expanduser(adapter))
     loaded = read_adapter(path)
-    saved = loaded.peft.get("modules_to_save")
-    if saved:
-        raise SponError.of(
-            f"{path}: modules_to_save",
-            saved,
-            "none: vLLM serves the base model's own modules in their place",
-            "Save the base model with the trained modules in it, and the adapter without them.",
-        )
     modules = tuple(loaded.masks)
     return replace(settings, adapter=path, modules=modules, digest=loaded.digest, sparsity=loaded.fields.sparsity)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines of vLLM inside the test's process, tiny models that vLLM accepts, and what they should compute."""
 
+import json
 import os
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 import transformers
 from masks import make_masks
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny_models import make_byte_tokenizer
 
 from spon_plugin import Adapter, SponFields, find_sites, write_adapter
@@ -33,9 +36,9 @@ DECODE = dict(token_mode="decode", max_sparse_tokens=8)
 PROMPTS = [torch.randint(0, 256, (12,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
 
 
-def make_model(path: Path, kind: str = "LlamaForCausalLM", **changes):
+def make_model(path: Path, kind: str = "LlamaForCausalLM", seed: int = 0, **changes):
     """Write a tiny random model with a tokenizer; its own biases, where it has any, are not zero."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     cls = getattr(transformers, kind)
     model = cls(cls.config_class(**{**SHAPE, **changes})).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -86,6 +89,18 @@ def with_prefix(adapter: Adapter, path: Path, dense_prefix: int) -> Path:
     """The same adapter with another number of dense first positions, in a directory of its own."""
     if not path.exists():
         write_adapter(replace(adapter, fields=replace(adapter.fields, dense_prefix=dense_prefix)), path)
+    return path
+
+
+def saving(adapter: Path, path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A copy of an adapter that has trained other modules as a whole; tensors by their names in the base model."""
+    shutil.copytree(adapter, path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    config["modules_to_save"] = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in tensors})
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    own = load_file(path / "adapter_model.safetensors")
+    own |= {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(own, path / "adapter_model.safetensors", metadata={"format": "pt"})
     return path
 
 

@@ -167,7 +167,7 @@ def test_experts_and_routers_stay_dense(tmp_path):
     handler = logging.Handler()
     handler.emit = records.append
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "base_linears", lambda config: None)  # a router is no torch.nn.Linear here
+        patch.setattr(checks, "base_model", lambda config: None)  # a router is no torch.nn.Linear here
         patch.setattr(logging.getLogger("vllm.spon"), "handlers", [handler])
         with engine(tmp_path / "base", **override(tmp_path / "more", token_mode="all")) as llm:
             ours, our_logprobs = generate(llm, count=8)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engines import make_adapter, make_model, merge, override, with_prefix
+from engines import make_adapter, make_model, merge, override, saving, with_prefix
 
 from spon_plugin import Mask, write_adapter
 
@@ -231,12 +231,33 @@ def test_steps_are_sparse_while_their_tokens_skip_enough(llama, tmp_path, sparsi
     assert config.quant_config.settings.max_sparse_tokens == limit
 
 
-def test_trained_modules_are_not_dropped(llama, tmp_path):
-    path = edited(llama[1], tmp_path / "saved", modules_to_save=["lm_head"])
-    with pytest.raises(
-        ValueError, match=r"modules_to_save: got \['lm_head'\].*base model's own modules.*Save the base"
-    ):
-        configure(llama[0], **override(path))
+@pytest.mark.parametrize(
+    ("path", "shape", "message"),
+    [
+        pytest.param(
+            "model.norm", (128,), "modules_to_save: got 'model.norm'.*embedding or the output head", id="norm"
+        ),
+        pytest.param("lm_head", (300, 128), r"lm_head.weight: got \(300, 128\).*base model's", id="resized"),
+        pytest.param("lm_head", (256, 128), None, id="output head"),
+    ],
+)
+def test_trained_modules_are_served_or_named(llama, tmp_path, path, shape, message):
+    adapter = saving(llama[1], tmp_path / "saved", {f"{path}.weight": torch.zeros(shape)})
+    if message is None:
+        assert configure(llama[0], **override(adapter)).quant_config.trained["lm_head"]["weight"].shape == shape
+        with pytest.raises(ValueError, match="modules_to_save: got 'lm_head'.*--pipeline-parallel-size"):
+            configure(llama[0], **override(adapter), pipeline_parallel_size=2)
+        return
+    with pytest.raises(ValueError, match=message):
+        configure(llama[0], **override(adapter))
+
+
+def test_trained_output_head_of_tied_embeddings(tmp_path):
+    model = make_model(tmp_path / "base", tie_word_embeddings=True)
+    make_adapter(tmp_path / "adapter", model, tmp_path / "base")
+    adapter = saving(tmp_path / "adapter", tmp_path / "saved", {"lm_head.weight": torch.zeros(256, 128)})
+    with pytest.raises(ValueError, match="modules_to_save: got 'lm_head'.*are one tensor"):
+        configure(tmp_path / "base", **override(adapter))
 
 
 def test_batch_invariance_is_not_promised(llama, monkeypatch):
