@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines of vLLM inside the test's process, tiny models that vLLM accepts, and what they should compute."""
 
+import gc
 import json
 import os
 import shutil
@@ -120,13 +121,36 @@ def engine(model, **arguments):
 
     _register_kernels_once()
     defaults = dict(enforce_eager=True, dtype="float32", max_model_len=256, max_num_seqs=8, enable_prefix_caching=False)
-    llm = LLM(str(model), **{**defaults, **arguments})
+    defaults["num_gpu_blocks_override"] = 64
+    with _one_collection():
+        try:
+            llm = LLM(str(model), **{**defaults, **arguments})
+            try:
+                yield llm
+            finally:
+                llm.llm_engine.engine_core.shutdown()
+                del llm
+        finally:
+            cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def _one_collection():
+    """Collect garbage once, at the end, among what was made in this block.
+
+    vLLM collects eight times for each engine, over the objects of all modules: most of the time that a start takes.
+    """
+    calls = {name: getattr(gc, name) for name in ("collect", "freeze", "unfreeze")}
+    gc.freeze()
     try:
-        yield llm
+        for name in calls:
+            setattr(gc, name, lambda *args: 0)
+        yield
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
+        for name, call in calls.items():
+            setattr(gc, name, call)
+        gc.collect()
+        gc.unfreeze()
 
 
 def _register_kernels_once():

@@ -48,7 +48,7 @@ def make_layer(
     names = [f"m.{shard}" for shard in shards]
     config = SponConfig()
     config.settings = Settings(adapter="somewhere", modules=tuple(names), **{"token_mode": "all", **settings})
-    config.inner, config._masks = inner, dict(zip(names, masks, strict=True))
+    config.inner, config._masks, config._trained = inner, dict(zip(names, masks, strict=True)), {}
     config.packed_modules_mapping = {"l": shards}
     make = MergedColumnParallelLinear if len(sizes) > 1 else ReplicatedLinear
     size = sizes if len(sizes) > 1 else sizes[0]

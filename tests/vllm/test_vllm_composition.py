@@ -5,10 +5,27 @@ import logging
 
 import pytest
 import torch
-from engines import PROMPTS, dense_model, engine, forced, generate, make_adapter, make_model, override, peft_model
+from engines import (
+    DECODE,
+    PROMPTS,
+    dense_model,
+    engine,
+    forced,
+    generate,
+    make_adapter,
+    make_model,
+    override,
+    peft_model,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
+from quantized import gptq, layer_errors, needs_kernel, w8a8
+
+from spon_vllm import ops
 
 pytestmark = pytest.mark.slow
+
+# Three drafts as soon as a token appears again.
+SPECULATION = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +42,7 @@ def llama(tmp_path_factory):
     "arguments",
     [
         pytest.param({"enable_chunked_prefill": True, "max_num_batched_tokens": 8}, id="chunked prefill"),
-        pytest.param(
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
-            id="ngram speculation",
-        ),
+        pytest.param({"speculative_config": SPECULATION}, id="ngram speculation"),
     ],
 )
 def test_feature_changes_no_token(llama, arguments):
@@ -37,6 +51,22 @@ def test_feature_changes_no_token(llama, arguments):
         ours, our_logprobs = generate(llm)
     assert torch.equal(ours, tokens)
     assert (our_logprobs - logprobs).abs().mean() <= 0.001
+
+
+def test_drafts_are_verified_densely_where_prompts_are_dense(llama, monkeypatch):
+    base, adapter, _ = llama
+    rule, seen = ops.runs_sparse, set()
+
+    def watch(x, limit):
+        seen.add((x.shape[0], rule(x, limit)))
+        return rule(x, limit)
+
+    monkeypatch.setattr(ops, "runs_sparse", watch)
+    prompts = [(PROMPTS[0][:3] * 4), PROMPTS[1][:5]]
+    with engine(base, **override(adapter, **DECODE), speculative_config=SPECULATION) as llm:
+        generate(llm, prompts, together=False)
+    assert {(1, True), (4, False), (5, False)} <= seen  # one token, one with three drafts, a short prompt
+    assert all(tokens == 1 for tokens, sparse in seen if sparse)
 
 
 def test_prefix_caching_changes_no_token(llama):
@@ -68,77 +98,22 @@ def test_lora_on_top(llama, tmp_path):
     assert (logprobs - forced(both, tokens)).abs().mean() <= 0.01
 
 
-def gptq(model, path, group=32):
-    """Write `model` with its blocks' linears in GPTQ's 4-bit format; returns it with the weights that these mean."""
-    import json
-
-    from safetensors.torch import load_file, save_file
-
-    from spon_plugin import find_sites
-
-    targets = [name for site in find_sites(model) for name in site.modules]
-    tensors = load_file(path / "model.safetensors")
-    shifts = torch.arange(0, 32, 4)
-
-    def pack(values, dim):  # eight 4-bit numbers in an int32
-        values = values.long().unflatten(dim, (-1, 8)).movedim(dim + 1, -1)
-        return (
-            (values << shifts)
-            .sum(-1)
-            .to(torch.int64)
-            .bitwise_and(0xFFFFFFFF)
-            .sub(((values << shifts).sum(-1) >= 2**31).long() * 2**32)
-            .to(torch.int32)
-        )
-
-    for name in targets:
-        weight = tensors.pop(f"{name}.weight").float().t()  # [in, out]
-        grouped = weight.unflatten(0, (-1, group))
-        scales = (grouped.abs().amax(1) / 7).half()
-        codes = (grouped / scales.float().unsqueeze(1)).round().clamp(-8, 7) + 8
-        meant = ((codes - 8) * scales.float().unsqueeze(1)).flatten(0, 1)
-        model.get_submodule(name).weight.data.copy_(meant.t())
-        tensors[f"{name}.qweight"] = pack(codes.flatten(0, 1), 0).contiguous()
-        tensors[f"{name}.qzeros"] = pack(torch.full_like(scales, 7), 1).contiguous()
-        tensors[f"{name}.scales"] = scales.contiguous()
-        tensors[f"{name}.g_idx"] = (torch.arange(weight.shape[0]) // group).to(torch.int32)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "gptq", "bits": 4, "group_size": group, "sym": True, "desc_act": False,
-    }  # fmt: skip
-    (path / "config.json").write_text(json.dumps(config))
-    return model
-
-
 @pytest.mark.parametrize("per_linear", [False, True], ids=["by site", "by linear"])
-def test_gptq_inside(tmp_path, per_linear, monkeypatch):
-    model = gptq(make_model(tmp_path / "base"), tmp_path / "base")
+@pytest.mark.parametrize("quantize", [gptq, w8a8])
+def test_quantized_base(tmp_path, quantize, per_linear, monkeypatch):
+    if quantize is gptq:
+        needs_kernel("cpu_gemm_wna16")
+    model = quantize(make_model(tmp_path / "base"), tmp_path / "base")
     model.save_pretrained(tmp_path / "meant")
     make_adapter(tmp_path / "adapter", model, tmp_path / "base", sparsity=0.4, per_linear=per_linear)
     monkeypatch.setenv("SPON_ADAPTER", str(tmp_path / "adapter"))
     monkeypatch.setenv("SPON_TOKEN_MODE", "all")
     ours = peft_model(tmp_path / "meant", tmp_path / "adapter").merge_and_unload()
 
-    def worst_layer(served):
-        """The largest error of a layer relative to its largest output: the layers compute in bfloat16."""
-        errors = {}
-        for name, module in served.named_modules():
-            shards = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-            parent, _, leaf = name.rpartition(".")
-            if leaf not in (*shards, "o_proj", "down_proj"):
-                continue
-            assert type(module.quant_method.inner).__name__ != "UnquantizedLinearMethod"
-            x = torch.randn(5, module.input_size, generator=torch.Generator().manual_seed(1)).bfloat16()
-            parts = [ours.get_submodule(f"{parent}.{shard}") for shard in shards.get(leaf, [leaf])]
-            expected = torch.cat([part(x.float()) for part in parts], dim=-1)
-            errors[name] = ((module(x)[0].float() - expected).abs().max() / expected.abs().max()).item()
-        return errors
-
     with engine(tmp_path / "base", dtype="bfloat16") as llm:
-        errors = llm.apply_model(worst_layer)[0]
+        errors = llm.apply_model(lambda served: layer_errors(served, ours))[0]
         tokens, logprobs = generate(llm)
-    assert len(errors) == 8 and max(errors.values()) < 0.02, errors
+    assert len(errors) == 8 and max(errors.values()) < 0.03, errors
     difference = (logprobs - forced(ours, tokens)).abs().mean()
     assert difference < (logprobs - forced(dense_model(tmp_path / "meant"), tokens)).abs().mean() / 4
 

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Single layers of vLLM's: what survives a reload, what is folded, and what vLLM must not do around them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from layers import load, make_layer, one_process
+from quantized import W8A8, int8
 
 from spon_plugin import Mask, SponError
+from spon_vllm.fold import ask, stored_weight
 
 IN = 64
 
@@ -91,25 +95,13 @@ def test_missing_weight_of_a_fused_layer():
         model.l.quant_method.process_weights_after_loading(model.l)
 
 
-def int8(weight):
-    """Codes and scales by output of a weight that compressed-tensors would write as W8A8."""
-    scales = weight.abs().amax(1, keepdim=True) / 127
-    return (weight / scales).round().to(torch.int8), scales
-
-
 def test_w8a8_folds_the_weight_and_not_rounded_alphas():
     """Half of these alphas are large: rounding them together with the small ones to 8 bits would lose those."""
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
-    group = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-    inputs = {**group, "strategy": "token", "dynamic": True}
-    given = {
-        "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": [],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": group, "input_activations": inputs}},
-    }  # fmt: skip
     alphas = [0.05 * random(IN, seed=seed) + 20 * (torch.arange(IN) == 7) for seed in (1, 2)]
     masks = [Mask(torch.tensor([0.5]), alpha=alpha) for alpha in alphas]
-    model = make_layer([16, 32], IN, masks, inner=CompressedTensorsConfig.from_config(given), dtype=torch.bfloat16)
+    model = make_layer([16, 32], IN, masks, inner=CompressedTensorsConfig.from_config(W8A8), dtype=torch.bfloat16)
     parts = [int8(random(size, IN, seed=size)) for size in (16, 32)]
     load(model.l, weight=[codes for codes, _ in parts], weight_scale=[scales for _, scales in parts])
     model.l.quant_method.process_weights_after_loading(model.l)
@@ -118,3 +110,73 @@ def test_w8a8_folds_the_weight_and_not_rounded_alphas():
     torch.testing.assert_close(model.l.spon_bias.double(), folded, rtol=1e-5, atol=1e-4)
     x = torch.zeros(3, IN, dtype=torch.bfloat16)  # all masked: what is left is the bias
     torch.testing.assert_close(model.l(x)[0].double(), folded.expand(3, -1), rtol=0.01, atol=0.01)
+
+
+FORMATS = {
+    "float": lambda w: ({"weight": w.bfloat16()}, w.bfloat16()),
+    "int8, by output": lambda w: ({"weight": int8(w)[0], "weight_scale": int8(w)[1]}, int8(w)[0] * int8(w)[1]),
+    "float8, one scale": lambda w: ({"weight": float8(w), "weight_scale": torch.tensor(0.5)}, 0.5 * float8(w).float()),
+    "float8, by linear": lambda w: (
+        {"weight": float8(w), "weight_scale": torch.tensor([0.5, 2.0])},
+        float8(w).float() * torch.tensor([0.5] * 16 + [2.0] * 32).unsqueeze(1),
+    ),
+    "float8, by output": lambda w: (
+        {"weight": float8(w), "weight_scale": w.abs().amax(1)}, float8(w).float() * w.abs().amax(1, keepdim=True)
+    ),
+    "float8, blocks of 16x32": lambda w: (
+        {"weight": float8(w), "weight_scale_inv": BLOCKS, "weight_block_size": [16, 32]},
+        float8(w).float() * BLOCKS.repeat_interleave(16, 0).repeat_interleave(32, 1),
+    ),
+    "float8, exponents of 32 inputs": lambda w: (
+        {"weight": float8(w), "weight_scale": EXPONENTS},
+        float8(w).float() * 2.0 ** (EXPONENTS.float() - 127).repeat_interleave(32, 1),
+    ),
+}  # fmt: skip
+BLOCKS = 0.5 + torch.arange(6.0).reshape(3, 2)
+EXPONENTS = torch.randint(120, 134, (48, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def float8(weight):
+    return weight.to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_weight_as_it_is_stored(name):
+    tensors, meant = FORMATS[name](random(48, IN))
+    stored, alpha = stored_weight(SimpleNamespace(**tensors), [16, 32], IN), random(IN, seed=1)
+    for start, stop in ((0, 16), (16, 48), (5, 48)):
+        expected = meant[start:stop].double() @ alpha.double()
+        torch.testing.assert_close(stored.product(alpha, start, stop).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        pytest.param({"qweight": torch.zeros(8, 48, dtype=torch.int32)}, id="packed"),
+        pytest.param({"weight": torch.zeros(48, IN // 2, dtype=torch.uint8), "weight_scale": BLOCKS}, id="4 bits"),
+        pytest.param({"weight": float8(torch.ones(48, IN))}, id="float8 without its scales"),
+        pytest.param(
+            {"weight": float8(torch.ones(48, IN)), "weight_scale": BLOCKS, "weight_block_size": [24, 32]},
+            id="blocks across linears",
+        ),
+    ],
+)
+def test_weight_that_cannot_be_read(tensors):
+    assert stored_weight(SimpleNamespace(**tensors), [16, 32], IN) is None
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_method_that_rounds_inputs_to_few_bits_is_not_asked(bits):
+    weight, alpha = random(48, IN), random(IN, seed=1)
+
+    def apply(layer, x, bias):
+        step = x.float().abs().amax(-1, keepdim=True).clamp(1e-9) / (2 ** (bits - 1) - 1)
+        return (x.float() / step).round() * step @ weight.t()
+
+    layer = SimpleNamespace(params_dtype=torch.bfloat16)
+    if bits == 4:
+        with pytest.raises(SponError, match="m.l: got 'SimpleNamespace, which rounds inputs.*adapter without alpha"):
+            ask(SimpleNamespace(apply=apply), layer, alpha, "m.l")
+    else:
+        asked = ask(SimpleNamespace(apply=apply), layer, alpha, "m.l")
+        assert (asked - weight @ alpha).norm() < 0.02 * (weight @ alpha).norm()

@@ -20,8 +20,8 @@ from engines import (
     peft_model,
     with_prefix,
 )
+from quantized import gptq, layer_errors, needs_kernel, w8a8
 from safetensors.torch import load_file, save_file
-from test_vllm_composition import gptq
 
 from spon_plugin import Adapter, find_sites, write_adapter
 
@@ -154,28 +154,17 @@ def test_parallel_engines(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("per_linear", [False, True], ids=["by site", "by linear"])
-def test_gptq_inside(tmp_path, per_linear):
-    model = gptq(make_model(tmp_path / "base"), tmp_path / "base")
+@pytest.mark.parametrize("quantize", [gptq, w8a8])
+def test_quantized_base(tmp_path, quantize, per_linear):
+    if quantize is gptq:
+        needs_kernel("cpu_gemm_wna16")
+    model = quantize(make_model(tmp_path / "base"), tmp_path / "base")
     model.save_pretrained(tmp_path / "meant")
     make_vectors(tmp_path / "adapter", model, tmp_path / "base", per_linear, sparsity=0.4)
     ours = peft_model(tmp_path / "meant", tmp_path / "adapter").merge_and_unload()
-
-    def worst_layer(served):
-        """The largest error of a layer relative to its largest output: the layers compute in bfloat16."""
-        errors = {}
-        shards = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-        for name, module in served.named_modules():
-            parent, _, leaf = name.rpartition(".")
-            if leaf in (*shards, "o_proj", "down_proj"):
-                x = torch.randn(5, module.input_size, generator=torch.Generator().manual_seed(1)).bfloat16()
-                parts = [ours.get_submodule(f"{parent}.{shard}") for shard in shards.get(leaf, [leaf])]
-                expected = torch.cat([part.bfloat16()(x) for part in parts], dim=-1).float()
-                errors[name] = ((module(x)[0].float() - expected).abs().max() / expected.abs().max()).item()
-        return errors
-
     source = override(tmp_path / "adapter", token_mode="all")
     with engine(tmp_path / "base", dtype="bfloat16", **source) as llm:
-        errors = llm.apply_model(worst_layer)[0]
+        errors = llm.apply_model(lambda served: layer_errors(served, ours, torch.bfloat16))[0]
     assert len(errors) == 8 and max(errors.values()) < 0.03, errors
 
 
