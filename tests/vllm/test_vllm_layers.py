@@ -146,7 +146,7 @@ def test_weight_as_it_is_stored(name):
     stored, alpha = stored_weight(SimpleNamespace(**tensors), [16, 32], IN), random(IN, seed=1)
     for start, stop in ((0, 16), (16, 48), (5, 48)):
         expected = meant[start:stop].double() @ alpha.double()
-        torch.testing.assert_close(stored.product(alpha, start, stop).double(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(stored.shard(start, stop).product(alpha).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_method_that_rounds_inputs_to_few_bits_is_not_asked(bits):
     layer = SimpleNamespace(params_dtype=torch.bfloat16)
     if bits == 4:
         with pytest.raises(SponError, match="m.l: got 'SimpleNamespace, which rounds inputs.*adapter without alpha"):
-            ask(SimpleNamespace(apply=apply), layer, alpha, "m.l")
+            ask(SimpleNamespace(apply=apply), layer, alpha, 48, "m.l")
     else:
-        asked = ask(SimpleNamespace(apply=apply), layer, alpha, "m.l")
+        asked = ask(SimpleNamespace(apply=apply), layer, alpha, 48, "m.l")
         assert (asked - weight @ alpha).norm() < 0.02 * (weight @ alpha).norm()
