@@ -5,13 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from spon_cli.loading import Loaded, base_name
 from spon_plugin import Adapter, SponError, __version__
-from spon_plugin.calibration.text import mixed_windows
 from spon_plugin.progress import Progress
 from spon_plugin.sparsifiers.calibrate import calibrate
 from spon_transformers.text_sources import TextSource
@@ -47,7 +45,7 @@ def calibrated(
     loaded: Loaded, sources: Sequence[TextSource], settings: Settings, stage: Callable[[str], Progress]
 ) -> Adapter:
     """Calibrate an adapter on an even mix of texts."""
-    windows, held_out = calibration_windows(loaded.tokenizer, sources, settings)
+    windows, held_out = calibration_windows(loaded, sources, settings)
     return calibrate(
         loaded.model,
         loaded.sites,
@@ -72,14 +70,13 @@ def calibrated(
 
 
 def calibration_windows(
-    tokenizer: Any, sources: Sequence[TextSource], settings: Settings
+    loaded: Loaded, sources: Sequence[TextSource], settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows to calibrate on, and others, of the same mix, to measure the achieved sparsity on."""
     length, count = settings.window, settings.calibration_tokens // max(1, settings.window)
     if length < 2 or count < 1:
         raise SponError.of("tokens", settings.calibration_tokens, f"at least one window of {max(2, length)} tokens")
-    texts = [source.text for source in sources]
-    return split_held_out(mixed_windows(tokenizer, texts, length, count + HELD_OUT_WINDOWS, settings.seed))
+    return split_held_out(loaded.mixed_windows(sources, length, count + HELD_OUT_WINDOWS, settings.seed))
 
 
 def split_held_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from spon_cli.command import Between
 from spon_cli.loading import Loaded, load
 from spon_plugin import SponError
-from spon_plugin.calibration.text import leading_windows, windows_digest
+from spon_plugin.calibration.text import windows_digest
 from spon_plugin.files import check_new, claim
 from spon_plugin.sparsifiers.calibrate import METHODS
 from spon_plugin.sparsifiers.registry import adapter_methods, adapter_sparsifier
@@ -41,6 +41,9 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub 
 AdapterDir = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter directory.")]
 AdapterOption = Annotated[Path, typer.Option(help="The adapter directory.")]
 Output = Annotated[Path, output_option("The directory to make; it must not exist.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Sparsity = Annotated[float, typer.Option(help="Share of the linears' inputs to zero, in [0, 1).")]
 Match = Annotated[
@@ -78,26 +81,23 @@ class SeedOptions(JsonOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DtypeOptions:
-    """How a model is loaded."""
+class ModelOptions:
+    """For commands that take a model."""
 
+    model: Model
     dtype: Annotated[
         str,
         typer.Option(
             help="float32, bfloat16 or float16; auto is the model's own, and float32 on a CPU that emulates that."
         ),
     ] = "auto"
+    trust_remote_code: TrustRemoteCode = False
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions(DtypeOptions):
-    """For commands that take a model."""
-
-    model: Model
-
-    def load(self, target_modules: Sequence[str] | None = None, precision: str | None = None) -> Loaded:
-        """Load it; see `loading.load`."""
-        return load(self.model, self.dtype, target_modules, precision)
+    def load(
+        self, target_modules: Sequence[str] | None = None, precision: str | None = None, base: str | None = None
+    ) -> Loaded:
+        """Load the model, or the base of what `model` is; see `loading.load`."""
+        return load(base or self.model, self.dtype, target_modules, precision, self.trust_remote_code)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ class StudyOptions(ModelOptions, TextOptions, SeedOptions):
 
     def test_windows(self, loaded: Loaded, tests: Sequence[TextSource]) -> dict[str, Tensor]:
         """The windows of each text to evaluate on, by its name."""
-        return {test.name: leading_windows(loaded.tokenizer, test.text, self.window, self.max_tokens) for test in tests}
+        return {test.name: loaded.leading_windows(test, self.window, self.max_tokens) for test in tests}
 
     def common(self, loaded: Loaded, tests: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Any]:
         """What all rows of an output must agree in; see `RowStore`."""

@@ -17,7 +17,6 @@ from spon_cli.plots import COLORS, figure
 from spon_cli.progress import Stage
 from spon_plugin import Adapter, SponError
 from spon_plugin.adapter.directory import save_adapter_files
-from spon_plugin.calibration.text import mixed_windows
 from spon_plugin.files import new_directory
 from spon_plugin.sparsifiers.calibrate import settle
 from spon_plugin.training.recipe import Recipe
@@ -67,8 +66,7 @@ def train(
     """Train `adapter` on an even mix of the texts and note the recipe in its `calibration` field."""
     from spon_peft.training import train_adapter
 
-    texts = [source.text for source in sources]
-    rows = mixed_windows(loaded.tokenizer, texts, recipe.window, recipe.windows + HELD_OUT_WINDOWS, seed)
+    rows = loaded.mixed_windows(sources, recipe.window, recipe.windows + HELD_OUT_WINDOWS, seed)
     windows, held_out = split_held_out(rows)
     actual = replace(recipe, windows=len(windows))
     adapter, losses = train_adapter(

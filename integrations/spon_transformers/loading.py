@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def model_source(name: str) -> ModelSource:
         SponError: a path that does not exist, a directory with neither `config.json` nor exactly one `.gguf` file, or a
             file that is not GGUF.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_file():
         if path.suffix != ".gguf":
             raise SponError.of("model", name, "a directory, a hub name or a .gguf file")
@@ -58,7 +59,21 @@ def model_source(name: str) -> ModelSource:
     return ModelSource(name)
 
 
-def load_model(name: str, dtype: str = "auto", device: str | None = None, stored: bool = False) -> Any:
+def user_path(name: str) -> Path:
+    """A path as the user gave it, with ``~`` and ``~user`` as the home directories that they stand for.
+
+    Raises:
+        SponError: there is no such user.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise SponError.of("model", name, f"a path ({error})") from error
+
+
+def load_model(
+    name: str, dtype: str = "auto", device: str | None = None, stored: bool = False, trust_remote_code: bool = False
+) -> Any:
     """Load a causal language model for evaluation.
 
     Args:
@@ -67,6 +82,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, stored
             ``float32``, ``bfloat16`` or ``float16``.
         device: where to put it; the first accelerator, else the CPU, by default.
         stored: ``auto`` is the checkpoint's own dtype, whatever the machine multiplies.
+        trust_remote_code: run Python code that comes with the model.
 
     Returns:
         A `PreTrainedModel` in eval mode, without gradients.
@@ -79,13 +95,9 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, stored
     source = model_source(name)
     wanted = DTYPES[dtype] or (torch.bfloat16 if source.gguf_file else "auto")
     try:
-        model = whole_model(source, dtype=wanted)
-    except SponError:
-        raise
-    except (OSError, ValueError) as error:
-        raise SponError.of(
-            "model", name, f"a causal language model that transformers can load ({_line(error)})"
-        ) from error
+        model = whole_model(source, dtype=wanted, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise refused(name, "a causal language model that transformers can load", error) from error
     if source.gguf_file:
         _forget_gguf(model)
     model = model.to(device or best_device()).eval().requires_grad_(False)  # type: ignore[arg-type]
@@ -106,7 +118,8 @@ def whole_model(source: ModelSource, **kwargs: Any) -> Any:
 
     where = str(Path(source.name, source.gguf_file or ""))
     if source.gguf_file is None:
-        stored = getattr(AutoConfig.from_pretrained(source.name), "quantization_config", None)
+        config = AutoConfig.from_pretrained(source.name, trust_remote_code=kwargs.get("trust_remote_code", False))
+        stored = getattr(config, "quantization_config", None)
         method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
         if method == QUANT_METHOD:
             received = f"{where}, a base merged with a SPON adapter"
@@ -134,8 +147,12 @@ def follow_machine(model: Any) -> Any:
     return model if wanted is model.dtype or getattr(model, "is_quantized", False) else model.to(wanted)
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model.
+
+    Args:
+        name: see `model_source`.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         SponError: it cannot be found or read.
@@ -144,9 +161,27 @@ def load_tokenizer(name: str) -> Any:
 
     source = model_source(name)
     try:
-        return AutoTokenizer.from_pretrained(source.name, **source.kwargs())
-    except (OSError, ValueError) as error:
-        raise SponError.of("model", name, f"a model with a tokenizer ({_line(error)})") from error
+        return AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.kwargs())
+    except Exception as error:
+        raise refused(name, "a model with a tokenizer", error) from error
+
+
+def refused(name: str, expected: str, error: Exception) -> Exception:
+    """What to raise where a model's files are at fault, which transformers, safetensors and others each say their way.
+
+    Args:
+        name: the model's.
+        expected: what it should have been.
+        error: as it was raised. One that does not come from the files is given back: ours, memory, the disk.
+    """
+    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    no_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    if isinstance(error, SponError) or no_memory or no_disk:
+        return error
+    custom = "trust_remote_code" in str(error)
+    line = "it comes with code of its own" if custom else _line(error)
+    remedy = "If you trust that code: --trust-remote-code, or trust_remote_code=True." if custom else ""
+    return SponError.of("model", name, f"{expected} ({line})", remedy)
 
 
 def _forget_gguf(model: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from spon_plugin import machine
 from spon_plugin.errors import SponError
-from spon_transformers.loading import DTYPES, best_device, load_model, model_source, whole_model
+from spon_transformers.loading import DTYPES, best_device, load_model, model_source, refused, whole_model
 
 FLOATS = tuple(name for name in DTYPES if name != "auto")
 BNB = ("int8", "int4")
@@ -37,7 +37,7 @@ def check_precision(precision: str) -> None:
                 raise SponError.of("precision", precision, f"{package} installed", f"pip install {package}") from error
 
 
-def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
+def load_precision(name: str, precision: str, dtype: str = "float32", trust_remote_code: bool = False) -> Any:
     """Load a causal language model with its linears at some precision.
 
     ``int8`` and ``int4`` are bitsandbytes' LLM.int8() and NF4 (blocks of 64); ``torchao-int8`` and ``torchao-int4``
@@ -48,6 +48,7 @@ def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
         name: as for `load_model`; not GGUF for a quantized precision.
         precision: one of `PRECISIONS`.
         dtype: of what is not quantized; ignored for a floating-point precision. ``auto`` is that of `load_model`.
+        trust_remote_code: run Python code that comes with the model.
 
     Returns:
         A `PreTrainedModel` in eval mode, without gradients, whose linears have one for their input.
@@ -57,7 +58,7 @@ def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
     """
     check_precision(precision)
     if precision in FLOATS:
-        return load_model(name, precision)
+        return load_model(name, precision, trust_remote_code=trust_remote_code)
     from transformers import AutoConfig
 
     source = model_source(name)
@@ -66,15 +67,14 @@ def load_precision(name: str, precision: str, dtype: str = "float32") -> Any:
     config = _config(precision, DTYPES[dtype] or torch.float32)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a warning per layer and pass about float16
     try:
-        rest: Any = DTYPES[dtype] or AutoConfig.from_pretrained(source.name).dtype or "auto"
+        trust = {"trust_remote_code": trust_remote_code}
+        rest: Any = DTYPES[dtype] or AutoConfig.from_pretrained(source.name, **trust).dtype or "auto"
         if dtype == "auto" and isinstance(rest, torch.dtype):
             rest = machine.compute_dtype(rest, best_device())
-        model = whole_model(source, dtype=rest, quantization_config=config)
-    except (torch.OutOfMemoryError, SponError):
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
+        model = whole_model(source, dtype=rest, quantization_config=config, **trust)
+    except Exception as error:
         groups = f", all in_features divisible by {_GROUP}" if precision == "torchao-int4" else ""
-        raise SponError.of("model", name, f"a causal language model that can be quantized{groups} ({error})") from error
+        raise refused(name, f"a causal language model that can be quantized{groups}", error) from error
     module: Any
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights for an inference kernel of some CPUs at the first pass without gradients;

@@ -12,11 +12,12 @@ import typer
 
 from spon_cli import options, precision
 from spon_cli.command import Between, command
+from spon_cli.loading import Loaded
 from spon_cli.output import note, show_json, show_table
 from spon_cli.progress import row_bars
 from spon_cli.study_plots import plot_study
 from spon_plugin import Adapter, SponError, read_adapter
-from spon_plugin.calibration.text import mixed_windows, windows_digest
+from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.masking import check_sparsity
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
@@ -109,7 +110,7 @@ def ablate_command(given: AblateOptions) -> None:
     studies = [STUDIES[name](setup) for name in given.names if name != PRECISION]
     tests = given.test_windows(loaded, held_out)
     trials = [point.trial for found in studies for point in found.points]
-    pools = _pools(loaded.tokenizer, sources, [*trials, setup.trial], setup, given.seed)
+    pools = _pools(loaded, sources, [*trials, setup.trial], setup, given.seed)
     settings = {
         **given.common(loaded, tests, recipe),
         "method": given.method,
@@ -155,9 +156,9 @@ def _precision(
     return rows
 
 
-def _pools(tokenizer: Any, sources: Sequence[TextSource], trials: Sequence[Trial], setup: Setup, seed: int) -> Pools:
+def _pools(loaded: Loaded, sources: Sequence[TextSource], trials: Sequence[Trial], setup: Setup, seed: int) -> Pools:
     """The windows of every mix of texts and every length that a trial takes from, as many tokens of each."""
-    texts = {source.name: source.text for source in sources}
+    named = {source.name: source for source in sources}
     base = setup.recipe.window
     wanted = dict.fromkeys(
         (trial.texts, window)
@@ -165,9 +166,7 @@ def _pools(tokenizer: Any, sources: Sequence[TextSource], trials: Sequence[Trial
         for window in ([base] if trial.recipe is None else [base, trial.recipe.window])
     )
     return {
-        (mix, window): mixed_windows(
-            tokenizer, [texts[name] for name in mix], window, setup.pool * base // window, seed
-        )
+        (mix, window): loaded.mixed_windows([named[name] for name in mix], window, setup.pool * base // window, seed)
         for mix, window in wanted
     }
 

@@ -19,7 +19,7 @@ from spon_cli.output import note, show_json, show_table
 from spon_cli.progress import progress_bars
 from spon_cli.study_plots import plot_points, plot_shift
 from spon_plugin import Adapter, SponError, read_adapter, sparse_inputs
-from spon_plugin.calibration.text import mixed_windows, opening, read_text, token_ids
+from spon_plugin.calibration.text import opening, read_text, token_ids
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new, new_directory
 from spon_plugin.progress import Progress
@@ -36,6 +36,7 @@ from spon_plugin.studies.hidden_shift import (
 )
 from spon_plugin.studies.tables import csv_text, json_text, markdown_table
 from spon_transformers.text_sources import TextSource
+from spon_transformers.windows import check_length
 
 SHIFT = ("variant", "block", "distance", "cka")
 NOTES = (
@@ -69,13 +70,14 @@ class AnalyzeOptions(options.ModelOptions, options.TextOptions, options.SeedOpti
         if self.prompts is not None and (self.text or self.dataset):
             raise SponError.of("prompts", str(self.prompts), "either --prompts or --text and --dataset")
 
-    def ids(self, tokenizer: Any, sources: Sequence[TextSource], lines: Sequence[str]) -> list[Tensor]:
+    def ids(self, loaded: Loaded, sources: Sequence[TextSource], lines: Sequence[str]) -> list[Tensor]:
         """The prompts as token ids: lines where there are any, else windows of the texts."""
         if self.prompts is None:
-            texts = [source.text for source in sources]
-            return list(mixed_windows(tokenizer, texts, self.max_length, self.count, self.seed))
-        rows = [opening(tokenizer) + token_ids(tokenizer, line) for line in lines[: self.count]]
-        return [torch.tensor(row[: self.max_length], dtype=torch.int64) for row in rows]
+            return list(loaded.mixed_windows(sources, self.max_length, self.count, self.seed))
+        first = opening(loaded.tokenizer)
+        rows = [first + token_ids(loaded.tokenizer, line) for line in lines[: self.count]]
+        check_length(loaded.model, min(self.max_length, max(map(len, rows))))
+        return [loaded.checked(torch.tensor(row[: self.max_length], dtype=torch.int64)) for row in rows]
 
 
 @command
@@ -96,7 +98,7 @@ def analyze_command(given: AnalyzeOptions) -> None:
     lines = [] if given.prompts is None else [line for line in read_text(given.prompts).splitlines() if line.strip()]
     loaded = given.load()
     adapter.check_base(linear_inputs(loaded.model), given.model)
-    ids = given.ids(loaded.tokenizer, sources, lines)
+    ids = given.ids(loaded, sources, lines)
     prefix = adapter.fields.dense_prefix
     check_prompts(ids, prefix)
     with progress_bars() as stage:

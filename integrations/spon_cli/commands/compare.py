@@ -20,7 +20,7 @@ from spon_cli.output import note, show_json, show_table
 from spon_cli.plots import figure
 from spon_cli.progress import row_bars
 from spon_plugin import SponError
-from spon_plugin.calibration.text import mixed_windows, windows_digest
+from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.sites import target_names
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier, method_names
 from spon_plugin.studies.comparison import DENSE, MEAN, OFF, ON, QUICK, Bench, Key, by_key, keys
@@ -113,13 +113,12 @@ def _windows(
     loaded: Loaded, sources: Sequence[TextSource], given: CompareOptions, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
     """Windows to calibrate on, and to train on."""
-    texts = [source.text for source in sources]
     count = given.calibration_tokens // recipe.window
-    calibration = mixed_windows(loaded.tokenizer, texts, recipe.window, count, given.seed)
+    calibration = loaded.mixed_windows(sources, recipe.window, count, given.seed)
     if len(calibration) < count:
         expected = f"at most {calibration.numel()}, all of the text"
         raise SponError.of("calibration_tokens", given.calibration_tokens, expected)
-    return calibration, mixed_windows(loaded.tokenizer, texts, recipe.window, recipe.windows, given.seed)
+    return calibration, loaded.mixed_windows(sources, recipe.window, recipe.windows, given.seed)
 
 
 def write_tables(rows: Sequence[dict[str, Any]], output: Path) -> None:

@@ -15,7 +15,6 @@ from spon_cli.evaluation_tables import as_json, show_baselines, show_evaluations
 from spon_cli.output import show_json
 from spon_cli.progress import progress_bars
 from spon_plugin import read_adapter
-from spon_plugin.calibration.text import leading_windows
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.studies.evaluation import PROTOCOLS, evaluate
 from spon_transformers.precision import QUANTIZED, check_precision
@@ -68,7 +67,7 @@ def eval_command(given: EvalOptions) -> None:
     results, baselines = [], []
     with progress_bars() as stage:
         for source in sources:
-            windows = leading_windows(loaded.tokenizer, source.text, given.window, given.max_tokens)
+            windows = loaded.leading_windows(source, given.window, given.max_tokens)
             common = loaded.sites, windows, given.protocol, given.batch_size
             result = evaluate(loaded.model, adapter, *common, stage(source.name))
             results.append(result)

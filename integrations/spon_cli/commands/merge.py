@@ -11,7 +11,7 @@ import typer
 from spon_cli import options
 from spon_cli.adapter_summary import summary
 from spon_cli.command import command
-from spon_cli.loading import base_of
+from spon_cli.loading import base_of, quiet
 from spon_cli.output import note, show_json
 from spon_cli.progress import progress_bars
 from spon_plugin import read_adapter
@@ -29,6 +29,7 @@ class MergeOptions(options.JsonOptions):
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16, of the merged weights; auto is the base model's own.")
     ] = "auto"
+    trust_remote_code: options.TrustRemoteCode = False
 
 
 @command
@@ -47,8 +48,9 @@ def merge_command(given: MergeOptions) -> None:
 
     from spon_transformers.loading import load_model, load_tokenizer
 
-    tokenizer = load_tokenizer(base)
-    model = load_model(base, given.dtype, stored=True)
+    quiet()
+    tokenizer = load_tokenizer(base, given.trust_remote_code)
+    model = load_model(base, given.dtype, stored=True, trust_remote_code=given.trust_remote_code)
     adapter.check_base(linear_inputs(model), base)
     with progress_bars() as stage, new_directory(given.output) as directory:
         advance = stage("Merging")

@@ -19,7 +19,6 @@ from spon_cli.loading import load
 from spon_cli.output import note, show, show_json
 from spon_cli.progress import progress_bars
 from spon_cli.training import save, train
-from spon_plugin.calibration.text import leading_windows
 from spon_plugin.files import check_new, new_directory
 from spon_plugin.masking import check_sparsity
 from spon_plugin.studies.evaluation import evaluate
@@ -65,7 +64,7 @@ def quickstart_command(given: QuickstartOptions) -> None:
         adapter, losses = train(loaded, adapter, sources, recipe, directory / "training", given.seed, False, stage)
         shutil.rmtree(directory / "training")
         save(adapter, losses, directory / "adapter")
-        evaluation_windows = leading_windows(loaded.tokenizer, test.text, 512, 8192)
+        evaluation_windows = loaded.leading_windows(test, 512, 8192)
         result = evaluate(loaded.model, adapter, loaded.sites, evaluation_windows, progress=stage("Evaluating"))
     if given.json:
         files = {"model": str(model_directory), "adapter": str(adapter_directory)}

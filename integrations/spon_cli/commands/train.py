@@ -14,7 +14,7 @@ from spon_cli import options
 from spon_cli.adapter_summary import show_sparsity, summary
 from spon_cli.calibration import Settings, calibrated
 from spon_cli.command import Between, command
-from spon_cli.loading import Loaded, base_of, load
+from spon_cli.loading import Loaded, base_of
 from spon_cli.output import note, show_json
 from spon_cli.progress import progress_bars
 from spon_cli.training import checkpoints_in, save, train, work_directory
@@ -126,7 +126,7 @@ def train_command(given: TrainOptions) -> None:
     work = work_directory(given.output, given.resume)
     sources = given.sources()
     base = given.model if start is None else base_of(start, given.model)
-    loaded = load(base, given.dtype, given.targets)
+    loaded = given.load(given.targets, base=base)
     with checkpoints_in(work):
         with progress_bars() as stage:
             if start is None:
