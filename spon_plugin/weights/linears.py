@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from spon_plugin.errors import SponError
+from spon_plugin.weights.importers.awq import AWQ
 from spon_plugin.weights.importers.bitsandbytes import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT
+from spon_plugin.weights.importers.compressed_tensors import COMPRESSED_TENSORS, COMPRESSED_TENSORS_ROUNDED
 from spon_plugin.weights.importers.conv1d import CONV1D, SPARSE_CONV1D, is_conv1d
 from spon_plugin.weights.importers.eight_bit import EIGHT_BIT
+from spon_plugin.weights.importers.gguf import GGUF
+from spon_plugin.weights.importers.gptq import GPTQ
 from spon_plugin.weights.importers.kind import Kind, named_features
 from spon_plugin.weights.importers.torch_linear import LINEAR
 from spon_plugin.weights.importers.torchao import TORCHAO
@@ -19,7 +23,20 @@ from spon_plugin.weights.opaque import Opaque
 from spon_plugin.weights.row_weight import RowWeight
 
 # The first that matches. A new source is a file in `importers` and a row here.
-KINDS = (CONV1D, SPARSE_CONV1D, BITSANDBYTES_8BIT, BITSANDBYTES_4BIT, TORCHAO, EIGHT_BIT, LINEAR)
+KINDS = (
+    CONV1D,
+    SPARSE_CONV1D,
+    BITSANDBYTES_8BIT,
+    BITSANDBYTES_4BIT,
+    TORCHAO,
+    COMPRESSED_TENSORS,
+    COMPRESSED_TENSORS_ROUNDED,
+    GPTQ,
+    AWQ,
+    GGUF,
+    EIGHT_BIT,
+    LINEAR,
+)
 
 __all__ = ["KINDS", "is_conv1d", "is_linear", "is_sparse", "kind_of", "linear_features", "weight_of"]
 

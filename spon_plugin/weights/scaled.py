@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,22 +14,27 @@ from spon_plugin.weights.row_weight import RowWeight
 
 @dataclass(frozen=True, eq=False)
 class ScaledWeight(RowWeight):
-    """``W^T[i, o] = (codes[i, o] - zeros[g, o]) * scales[g, o]`` with ``g`` the group of input ``i``, in float32.
+    """``W^T[i, o] = (codes[i, o] - zeros[g, o]) * scales[g, o] + offsets[g, o]``, ``g`` the group of input ``i``.
 
-    A host that dequantizes in a narrower dtype rounds the same product, so its values are ``dense(that dtype)``.
+    It is computed in float32. A host that dequantizes in a narrower dtype rounds the same product, so its values are
+    ``dense(that dtype)``.
 
     Attributes:
         codes: ``[in_features, bytes of a row]``.
         scales: ``[groups, out_features]``, floating point.
-        zeros: ``[groups, out_features]``, in the unit of the codes; None for none.
+        zeros: ``[groups, out_features]``, in the unit of the codes; None for the middle of their range.
         group_size: inputs in a group, where groups are runs of inputs.
         group_of_row: int32 ``[in_features]``, the group of each input, where they are not (GPTQ's act-order).
+        offsets: ``[groups, out_features]``, floating point, in the unit of the weight (GGUF); None for 0.
     """
+
+    middle: ClassVar[int] = 0
 
     scales: Tensor
     zeros: Tensor | None = None
     group_size: int = 0
     group_of_row: Tensor | None = None
+    offsets: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -46,21 +51,30 @@ class ScaledWeight(RowWeight):
         values = self._values(self.codes[index])
         group: Any = slice(None)  # a single one, for all rows
         if self.scales.shape[0] > 1:
-            group = self._groups()[index].long()
+            group = self.groups[index].long()
         if self.zeros is not None:
             values = values - self.zeros[group].float()
-        return values * self.scales[group].float()
+        elif self.middle:
+            values = values - self.middle
+        values = values * self.scales[group].float()
+        return values if self.offsets is None else values + self.offsets[group].float()
 
-    def shard(self, start: int, stop: int) -> RowWeight:
+    def shard(self, start: int, stop: int) -> ScaledWeight:
         """See `RowWeight.shard`."""
-        zeros = None if self.zeros is None else self.zeros[:, start:stop]
-        return replace(self, codes=self.codes[:, start:stop], scales=self.scales[:, start:stop], zeros=zeros)
+        cut = {name: getattr(self, name) for name in ("scales", "zeros", "offsets")}
+        cut = {name: None if value is None else value[:, start:stop] for name, value in cut.items()}
+        return replace(self, codes=self._cut(start, stop), **cut)
 
     def _values(self, codes: Tensor) -> Tensor:
         """Rows of codes as float32 ``[n, out_features]``, before zero points and scales."""
         return codes.float()
 
-    def _groups(self) -> Tensor:
+    def _cut(self, start: int, stop: int) -> Tensor:
+        """The codes of some outputs."""
+        return self.codes[:, start:stop]
+
+    @property
+    def groups(self) -> Tensor:
         """The group of each input, ``[in_features]``."""
         if self.group_of_row is not None:
             return self.group_of_row

@@ -36,7 +36,7 @@ def _weight_8bit(module: Any) -> RowWeight | Unreadable:
 
 
 def _is_4bit(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and hasattr(module.weight, "quant_state")
+    return isinstance(module, nn.Linear) and hasattr(getattr(module, "weight", None), "quant_state")
 
 
 def _weight_4bit(module: Any) -> RowWeight | Unreadable:
