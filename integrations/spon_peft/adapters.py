@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from spon_peft.layer import SponLayer
@@ -85,7 +86,7 @@ def collect_adapter(model: nn.Module, adapter_name: str = "default") -> Adapter:
         adapter_name: which of its adapters.
 
     Returns:
-        With copies of the tensors, on the CPU.
+        With copies of the tensors, in float32 on the CPU.
 
     Raises:
         SponError: the model has no such SPON adapter.
@@ -95,7 +96,8 @@ def collect_adapter(model: nn.Module, adapter_name: str = "default") -> Adapter:
     if config is None or config.peft_type != PEFT_TYPE or not layers:
         raise SponError.of("adapter_name", adapter_name, "the name of a SPON adapter in the model")
     masks = {
-        path: layer.mask_of(adapter_name).map(lambda t: t.detach().cpu().clone()) for path, layer in layers.items()
+        path: layer.mask_of(adapter_name).map(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
+        for path, layer in layers.items()
     }
     return Adapter(_fields(config), masks, _peft_fields(config))
 

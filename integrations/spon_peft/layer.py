@@ -23,16 +23,18 @@ from spon_plugin.errors import SponError
 from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
 from spon_plugin.masking import choose_rows, sparse_deviation
 from spon_plugin.weights import weight_of
+from spon_plugin.weights.importers.torch_linear import is_plain_matrix
 from spon_plugin.weights.linears import is_conv1d, is_linear, linear_features
 
 
 class SponLayer(BaseTunerLayer):
     """Thresholds, centres and alphas of one linear, by adapter name.
 
-    They stay float32 whatever the model is cast to: a rounded threshold is another mask.
+    They stay float32 whatever the model is cast to: a rounded threshold is another mask. Only an alpha follows the base
+    layer's dtype, and only where `follow_dtype` says so; what `state_dict` gives of it is float32, too.
 
     Attributes:
-        spon_alpha: float32 ``[in_features]`` parameters, for adapters that carry an alpha here.
+        spon_alpha: ``[in_features]`` parameters, for adapters that carry an alpha here.
         spon_threshold: float32 buffers for every adapter of this layer, ``[1]`` or ``[in_features]``.
         spon_center: float32 ``[in_features]`` buffers, for adapters that have a centre here.
         spon_tokens: which tokens each adapter leaves dense; shared by all layers of the adapter.
@@ -45,6 +47,8 @@ class SponLayer(BaseTunerLayer):
         self.base_layer = base_layer
         self.quantization_backend = backend
         self.spon_alpha = nn.ParameterDict()
+        self.spon_alpha.register_state_dict_post_hook(_in_float32)
+        self._cast_alphas: set[str] = set()
         self.spon_threshold = BufferDict(persistent=True)
         self.spon_center = BufferDict(persistent=True)
         self.spon_tokens: dict[str, AdapterTokens] = {}
@@ -89,6 +93,21 @@ class SponLayer(BaseTunerLayer):
         center, alpha = _get(self.spon_center, adapter_name), _get(self.spon_alpha, adapter_name)
         return Mask(self.spon_threshold[adapter_name], center, alpha)
 
+    def follow_dtype(self, adapter_name: str, follow: bool) -> None:
+        """Have the adapter's alpha follow the dtype of the base layer's weight, or stay float32.
+
+        A quantized weight has no dtype to follow.
+        """
+        (self._cast_alphas.add if follow else self._cast_alphas.discard)(adapter_name)
+        if adapter_name in self.spon_alpha:
+            alpha = self.spon_alpha[adapter_name]
+            alpha.data = alpha.data.to(self._alpha_dtype(adapter_name))
+
+    def _alpha_dtype(self, adapter_name: str) -> torch.dtype:
+        weight = getattr(self.get_base_layer(), "weight", None)
+        follows = adapter_name in self._cast_alphas and is_plain_matrix(weight)
+        return weight.dtype if follows and isinstance(weight, Tensor) else torch.float32
+
     def follow(self, adapter_name: str, tokens: AdapterTokens) -> None:
         """Have `tokens` say which tokens are dense for the adapter."""
         self._leave(adapter_name)
@@ -108,6 +127,7 @@ class SponLayer(BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; see `BaseTunerLayer.delete_adapter`."""
         self._leave(adapter_name)
+        self._cast_alphas.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
     @staticmethod
@@ -132,7 +152,7 @@ class SponLayer(BaseTunerLayer):
         return set(self.spon_threshold.keys())  # an adapter without an alpha here is here all the same
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # As in BaseTunerLayer, without its cast to the dtype of the weight.
+        # As in BaseTunerLayer, whose cast to the dtype of the weight no threshold and no centre may have.
         base: Any = self.get_base_layer()
         weights = (getattr(base, name, None) for name in ("weight", "qweight", "W_q"))
         device = device or next((w.device for w in weights if isinstance(w, Tensor)), None)
@@ -142,7 +162,8 @@ class SponLayer(BaseTunerLayer):
             if adapter_name not in store or store[adapter_name].device.type == "meta":
                 continue
             value = store[adapter_name]
-            moved = value.detach().to(device, torch.float32)
+            dtype = self._alpha_dtype(adapter_name) if store is self.spon_alpha else torch.float32
+            moved = value.detach().to(device, dtype)
             if isinstance(value, nn.Parameter):
                 value.data = moved
             else:
@@ -304,7 +325,7 @@ class SponLinear(nn.Module, SponLayer):
         return getattr(base, "compute_dtype", None) or torch.float32  # a packed weight's dtype says nothing
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SponLinear:
-        alphas = {name: alpha.data for name, alpha in self.spon_alpha.items()}
+        alphas = {name: alpha.data for name, alpha in self.spon_alpha.items() if name not in self._cast_alphas}
         stores = (self.spon_threshold, self.spon_center)
         buffers = [(store, name, value) for store in stores for name, value in store.items()]
         super()._apply(fn, recurse)
@@ -318,6 +339,14 @@ class SponLinear(nn.Module, SponLayer):
 
     def __repr__(self) -> str:
         return "spon." + super().__repr__()
+
+
+def _in_float32(module: nn.Module, state_dict: dict[str, Any], prefix: str, _local_metadata: Any) -> None:
+    """What is saved of alphas is float32, the format's dtype, whatever they are trained in."""
+    for name in dict(module.named_parameters(recurse=False)):
+        tensor = state_dict.get(prefix + name)
+        if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):  # one of `keep_vars` is the layer's own
+            state_dict[prefix + name] = tensor.float()
 
 
 def mixed_batch() -> SponError:

@@ -55,6 +55,11 @@ class SponModel(BaseTuner):
             for layer in layers.values():
                 layer.follow(adapter_name, tokens)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for layer in injected_layers(self.model, adapter_name).values():
+            layer.follow_dtype(adapter_name, not autocast_adapter_dtype)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter active; see `BaseTuner.set_adapter`.
 

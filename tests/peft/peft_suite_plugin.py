@@ -31,7 +31,6 @@ NOT_FOR_SPON = {
     "test_multiple_active_adapters_with_same_modules_to_save_raises": _ONE_MASK,
     "test_multiple_active_adapters_with_overlapping_modules_to_save_raises": _ONE_MASK,
     "test_multiple_active_adapters_with_different_modules_to_save_works": _ONE_MASK,
-    "test_add_adapter_no_autocast_adapter_dtype": "that expect half-precision adapters, which SPON keeps in float32",
     "test_from_pretrained": _HUB,
     "test_from_pretrained_cache_dir": _HUB,
     "test_save_pretrained_with_runtime_config": _HUB,
@@ -165,9 +164,6 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _why_not(item):
-    params = item.callspec.params
-    if params.get("autocast_adapter_dtype") is False and str(params.get("dtype")) != "torch.float32":
-        return NOT_FOR_SPON["test_add_adapter_no_autocast_adapter_dtype"]
     return NOT_FOR_SPON.get(item.originalname)
 
 
