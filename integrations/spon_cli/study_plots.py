@@ -11,6 +11,7 @@ from spon_cli.plots import COLORS, figure
 from spon_plugin.studies.ablation import DENSE
 from spon_plugin.studies.plan import Point, Study
 from spon_plugin.studies.plan_tables import Rows, recovered
+from spon_plugin.studies.quantized_bases import FULL, OWN
 
 _LEVEL_LABELS = 6
 
@@ -114,3 +115,25 @@ def plot_points(panels: Mapping[str, Mapping[str, Any]], method: str, file: Path
                 axes[index].scatter(places[:, 0], places[:, 1], s=10, color=COLORS[name], label=name, zorder=2)
             axes[index].set(title=title, xlabel=f"{method} 1", ylabel=f"{method} 2", xticks=[], yticks=[])
         axes[0].legend(fontsize=8)
+
+
+def plot_precisions(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Bars per precision: dense, TEAL, SPON with the full-precision adapter and with the base's own."""
+    tests = list(rows[0]["tests"])
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
+    bars = [("dense", FULL, ""), ("teal", FULL, ""), ("spon", FULL, ""), ("spon", OWN, "//")]
+    labels = ["dense", "TEAL", "SPON, full-precision adapter", "SPON, trained on this base"]
+    with figure(file, len(tests), width=1.4 * len(precisions) + 2) as panels:
+        for axes, test in zip(panels, tests, strict=True):
+            for index, ((variant, origin, hatch), label) in enumerate(zip(bars, labels, strict=True)):
+                found = [
+                    (precisions.index(row["precision"]), row["tests"][test][variant])
+                    for row in rows
+                    if row["adapter"] == origin and row["tests"][test][variant] is not None
+                ]
+                color = COLORS["dense" if variant == "dense" else variant.upper()]
+                places = [place + (index - 1.5) * 0.2 for place, _ in found]
+                axes.bar(places, [v for _, v in found], 0.2, label=label, color=color, hatch=hatch, edgecolor="white")
+            axes.set_xticks(range(len(precisions)), precisions)
+            axes.set(title=test, ylabel="perplexity")
+        panels[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

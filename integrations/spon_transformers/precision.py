@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,18 @@ def check_precision(precision: str) -> None:
                 importlib.import_module(package)
             except ImportError as error:
                 raise SponError.of("precision", precision, f"{package} installed", f"pip install {package}") from error
+
+
+def check_precisions(precisions: Sequence[str]) -> None:
+    """Check the precisions of a comparison: a floating-point one first.
+
+    Raises:
+        SponError: that one is not, or `check_precision` refuses one.
+    """
+    if not precisions or precisions[0] not in FLOATS:
+        raise SponError.of("precisions", list(precisions), f"a full precision first: {', '.join(FLOATS)}")
+    for precision in precisions:
+        check_precision(precision)
 
 
 def load_precision(name: str, precision: str, dtype: str = "float32", trust_remote_code: bool = False) -> Any:

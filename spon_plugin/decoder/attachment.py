@@ -36,14 +36,18 @@ class SparseMethod(ABC):
         site_of: module path -> what `sparse_input` takes for the linear, hashable. The linears that have the same one
             share the sparse form of a tensor that all of them read.
         centers: module path -> float32 ``[in_features]``, what is put where an entry is dropped; zero elsewhere.
+        weights: module path -> number of weights, of the linears that the model-wide sparsity is a share of.
         dense_prefix: first positions of a sequence that stay dense.
+        static: whether the same is dropped for every token, so that no position is dense.
     """
 
     name: str
     modules: tuple[str, ...]
     site_of: Mapping[str, Any]
     centers: Mapping[str, Tensor]
+    weights: Mapping[str, int]
     dense_prefix: int
+    static = False
 
     @abstractmethod
     def sparse_input(self, site: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -123,19 +127,41 @@ class SparseMethod(ABC):
             for module, weight in own:
                 module.weight = weight
 
+    def drops(self, counter: SparsityCounter) -> dict[str, float]:
+        """Module path -> the share of its weights that the method does not use, as counted in a run."""
+        return counter.per_module()
+
+    def masked_share(self, counter: SparsityCounter) -> float:
+        """The share of the model's weights that go unused, 0 to 1; linears without a mask count as dense.
+
+        Args:
+            counter: of a run under `attach`.
+        """
+        drops = self.drops(counter)
+        return sum(drops.get(path, 0.0) * count for path, count in self.weights.items()) / sum(self.weights.values())
+
+    def read_share(self, counter: SparsityCounter) -> float:
+        """The share of the model's weight bytes that a token reads, with what the method reads beside the weights."""
+        return 1 - self.masked_share(counter) + self.extra_reads / sum(self.weights.values())
+
+    @property
+    def extra_reads(self) -> int:
+        """Numbers of the weight's dtype that a token reads beside the weights."""
+        return 0
+
 
 class MaskedLinears(SparseMethod):
-    """The masks of an adapter.
+    """The masks of an adapter, on the model that they are for; the model-wide sparsity is over these linears.
 
-    Args:
-        masks: module path -> mask. Alphas are among what `attach` is given.
-        dense_prefix: first positions of a sequence that stay dense.
+    Attributes:
+        alphas: module path -> float32 ``[in_features]``, for `attach`.
     """
 
     name = "the adapter"
 
-    def __init__(self, masks: Mapping[str, Mask], dense_prefix: int = 0) -> None:
-        self.modules, self.dense_prefix = tuple(masks), dense_prefix
+    def __init__(self, masks: Mapping[str, Mask], weights: Mapping[str, int], dense_prefix: int = 0) -> None:
+        self.modules, self.weights, self.dense_prefix = tuple(masks), weights, dense_prefix
+        self.alphas = {path: mask.alpha.detach() for path, mask in masks.items() if mask.alpha is not None}
         self.centers = {path: mask.center for path, mask in masks.items() if mask.center is not None}
         # An adapter has a mask for every linear. Those beside each other that are equal may be of one input.
         equal: dict[tuple[str, bytes], Mask] = {}
@@ -143,6 +169,27 @@ class MaskedLinears(SparseMethod):
         for path, mask in masks.items():
             values = b"".join(t.detach().cpu().numpy().tobytes() for t in mask.without_alpha().tensors().values())
             self.site_of[path] = equal.setdefault((path.rpartition(".")[0], values), mask)
+
+    @classmethod
+    def of(cls, model: nn.Module, masks: Mapping[str, Mask], dense_prefix: int = 0) -> MaskedLinears:
+        """The masks on their model.
+
+        Args:
+            model: the dense model.
+            masks: module path -> threshold, centre and alpha.
+            dense_prefix: first positions of a sequence that stay dense.
+
+        Raises:
+            SponError: a vector has another length than its linear's input.
+        """
+        moved, weights = {}, {}
+        for path, mask in masks.items():
+            module = model.get_submodule(path)
+            in_features, out_features = linear_features(module, path)
+            mask.check_input(path, in_features, "this model")
+            moved[path] = mask.to(next(module.parameters()).device)
+            weights[path] = in_features * out_features
+        return cls(moved, weights, dense_prefix)
 
     def sparse_input(self, site: Mask, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `SparseMethod.sparse_input`; by `spon_plugin.masking`."""
@@ -170,13 +217,8 @@ def sparse_inputs(
     Raises:
         SponError: a vector has another length than its linear's input.
     """
-    moved = {}
-    for path, mask in masks.items():
-        module = model.get_submodule(path)
-        mask.check_input(path, linear_features(module, path)[0], "this model")
-        moved[path] = mask.to(next(module.parameters()).device)
-    alphas = {path: mask.alpha.detach() for path, mask in moved.items() if mask.alpha is not None}
-    with MaskedLinears(moved, dense_prefix).attach(model, alphas, counter) as tokens:
+    method = MaskedLinears.of(model, masks, dense_prefix)
+    with method.attach(model, method.alphas, counter) as tokens:
         yield tokens
 
 

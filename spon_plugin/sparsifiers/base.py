@@ -16,7 +16,6 @@ from spon_plugin.calibration.histogram import MagnitudeHistogram
 from spon_plugin.calibration.streaming import Observe, counted_rows, stream_inputs
 from spon_plugin.decoder.attachment import SparseMethod
 from spon_plugin.decoder.sites import Site, module_weights
-from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.errors import SponError
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
@@ -173,29 +172,8 @@ class Fitted(SparseMethod):
         self.quantiles = {path: quantiles[site.name] for path, site in self.site_of.items()}
         self.scales = dict(self.quantiles)
         self.modules = tuple(self.site_of)
+        self.weights = module_weights(self.sites)
         self.centers: dict[str, Tensor] = {}
-
-    def drops(self, counter: SparsityCounter) -> dict[str, float]:
-        """Module path -> the share of its weights that the method does not use, as counted in a run."""
-        return counter.per_module()
-
-    def masked_share(self, counter: SparsityCounter) -> float:
-        """The share of the model's weights that go unused, 0 to 1; linears without a mask count as dense.
-
-        Args:
-            counter: of a run under `attach`.
-        """
-        weights, drops = module_weights(self.sites), self.drops(counter)
-        return sum(drops.get(path, 0.0) * count for path, count in weights.items()) / sum(weights.values())
-
-    def read_share(self, counter: SparsityCounter) -> float:
-        """The share of the model's weight bytes that a token reads, with what the method reads beside the weights."""
-        return 1 - self.masked_share(counter) + self.extra_reads / sum(module_weights(self.sites).values())
-
-    @property
-    def extra_reads(self) -> int:
-        """Numbers of the weight's dtype that a token reads beside the weights."""
-        return 0
 
     def extra_bytes(self, model: nn.Module, carriers: Collection[str] = ()) -> int:
         """Bytes that the method keeps beside the dense weights, over all blocks.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spon_plugin.adapter.mask import Mask
-from spon_plugin.decoder.sites import Site, module_weights
+from spon_plugin.decoder.sites import Site
 from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers.base import Statistics, readable_weight
@@ -72,7 +72,7 @@ class RSparseFitted(ThresholdFitted):
 
     def masked_share(self, counter: SparsityCounter) -> float:
         """What the sparse part leaves unused, less what the factors read: the paper's model-level sparsity."""
-        return super().masked_share(counter) - self.extra_reads / sum(module_weights(self.sites).values())
+        return super().masked_share(counter) - self.extra_reads / sum(self.weights.values())
 
     def read_share(self, counter: SparsityCounter) -> float:
         """See `Fitted.read_share`; the factors are counted already."""

@@ -6,20 +6,18 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from spon_plugin.decoder.sites import Site
 from spon_plugin.errors import SponError
-from spon_plugin.progress import Progress, no_progress
-from spon_plugin.sparsifiers import SPARSIFIERS, Fitted, Sparsifier, Statistics, get_sparsifier
-from spon_plugin.studies.evaluation import evaluate_fitted
+from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
+from spon_plugin.studies.bench import Bench
 from spon_plugin.studies.rows import RowStore
-from spon_plugin.training.loop import Teacher, loss_ends, train_alphas
+from spon_plugin.training.loop import loss_ends
 from spon_plugin.training.recipe import Recipe
 
 DENSE = "dense"
@@ -51,6 +49,10 @@ class Trial:
         """The same without alpha: what a share of the gap is measured against."""
         return replace(self, carriers=(), recipe=None)
 
+    def calibration_windows(self, window: int) -> int:
+        """How many windows of that many tokens the thresholds come from."""
+        return max(1, self.calibration_tokens // window)
+
     @property
     def name(self) -> str:
         """Of the row's file: the same trial in two studies is measured once."""
@@ -68,35 +70,19 @@ class Trial:
         }
 
 
-@dataclass
-class Ablation:
+@dataclass(kw_only=True)
+class Ablation(Bench):
     """What all trials have in common.
 
     Attributes:
-        model: the dense model.
-        sites: from `find_sites`.
         pools: what trials take from, from the start, so that fewer tokens are part of more.
         window: tokens per window to calibrate on; a trial trains on windows of its recipe.
-        tests: name -> token ids ``[count, length]`` to evaluate on.
         method: name of a sparsifier.
-        protocol: see `evaluation.dense_prefix_of`.
-        seed: of the order of the training windows.
-        stage: gives the progress callback of each piece of work by its name.
-        done: called with every row when it is there, and whether it had been before.
     """
 
-    model: nn.Module
-    sites: list[Site]
     pools: Pools
     window: int
-    tests: Mapping[str, Tensor]
     method: str = "teal"
-    protocol: str = "all-but-first"
-    seed: int = 0
-    stage: Callable[[str], Progress] = lambda _name: no_progress
-    done: Callable[[dict[str, Any], bool], None] = lambda _row, _old: None
-    _statistics: dict[tuple[tuple[str, ...], int], Statistics] = field(default_factory=dict, init=False)
-    _teacher: tuple[tuple[tuple[str, ...], int], Teacher] | None = field(default=None, init=False)
 
     def check(self, trials: Sequence[Trial]) -> None:
         """Check what a run needs.
@@ -111,7 +97,7 @@ class Ablation:
         for trial in trials:
             if trial.recipe is not None and trial.recipe.windows < trial.recipe.batch_size:
                 raise SponError.of("windows", trial.recipe.windows, f"at least {trial.recipe.batch_size}, one step's")
-            needs = [(self.window, self._calibration_windows(trial))]
+            needs = [(self.window, trial.calibration_windows(self.window))]
             if trial.recipe is not None:
                 needs.append((trial.recipe.window, trial.recipe.windows))
             for window, count in needs:
@@ -131,7 +117,7 @@ class Ablation:
         """
         wanted = plan(trials)
         self.check(wanted)
-        rows = {DENSE: store.kept(DENSE, lambda: {"name": DENSE, "tests": self._evaluate("dense", None)}, self.done)}
+        rows = {DENSE: store.kept(DENSE, lambda: {"name": DENSE, "tests": self.evaluate(None, DENSE)}, self.done)}
         missing = [trial for trial in wanted if not store.has(trial.name)]
         for trial in wanted:
             rows[trial.name] = store.kept(trial.name, partial(self._measure, trial, missing), self.done)
@@ -139,59 +125,32 @@ class Ablation:
 
     def _measure(self, trial: Trial, missing: Sequence[Trial]) -> dict[str, Any]:
         label = describe(trial)
-        fitted, seconds = self.fit(trial)
+        windows = self.pools[trial.texts, self.window][: trial.calibration_windows(self.window)]
+        fitted, calibrating = self.fit(self.method, windows, trial.sparsity)
+        seconds = {"calibration": calibrating}
         row: dict[str, Any] = {"name": trial.name, **trial.as_dict()}
         added: dict[str, Any] = {}
         if trial.recipe is not None:
             start = time.perf_counter()
-            teacher = self._dense_states(trial.texts, trial.recipe.window, missing).first(trial.recipe.windows)
+            teacher = self.dense_states(self._training(trial.recipe.window, trial.texts, missing))
+            teacher = teacher.first(trial.recipe.windows)
             row["training_tokens"] = int(teacher.windows.numel())
             seconds["dense states"] = time.perf_counter() - start
             start = time.perf_counter()
-            progress = self.stage(f"{label}: training")
-            alphas, losses = train_alphas(
-                self.model, fitted, teacher, trial.recipe, list(trial.carriers), self.seed, progress
-            )
+            alphas, losses = self.train(fitted, teacher, trial.recipe, list(trial.carriers), label)
             seconds["training"] = time.perf_counter() - start
             row["loss"] = loss_ends(losses)
             added = {"alphas": alphas}
         start = time.perf_counter()
-        row["tests"] = self._evaluate(f"{label}: evaluating", fitted, added)
+        row["tests"] = self.evaluate(fitted, label, **added)
         seconds["evaluation"] = time.perf_counter() - start
         row["seconds"] = seconds
         return row
 
-    def fit(self, trial: Trial) -> tuple[Fitted, dict[str, float]]:
-        """The method as the trial has it, and the seconds that each part took."""
-        sparsifier: Sparsifier = get_sparsifier(self.method)
-        key = (trial.texts, trial.calibration_tokens)
-        start = time.perf_counter()
-        if key not in self._statistics:
-            windows = self.pools[trial.texts, self.window][: self._calibration_windows(trial)]
-            progress = self.stage(f"{sparsifier.name}: calibrating")
-            self._statistics[key] = sparsifier.calibrate(self.model, self.sites, windows, progress=progress)
-        fitted = sparsifier.at(self.model, self._statistics[key], trial.sparsity)
-        return fitted, {"calibration": time.perf_counter() - start}
-
-    def _dense_states(self, texts: tuple[str, ...], window: int, missing: Sequence[Trial]) -> Teacher:
-        """The dense model's states on the windows of every missing trial of this kind, made once."""
-        if self._teacher is None or self._teacher[0] != (texts, window):
-            recipes = [trial.recipe for trial in missing if trial.recipe is not None and trial.texts == texts]
-            most = max(recipe.windows for recipe in recipes if recipe.window == window)
-            progress = self.stage("Dense model on the training text")
-            self._teacher = ((texts, window), Teacher(self.model, self.pools[texts, window][:most], progress=progress))
-        return self._teacher[1]
-
-    def _calibration_windows(self, trial: Trial) -> int:
-        return max(1, trial.calibration_tokens // self.window)
-
-    def _evaluate(
-        self, label: str, fitted: Fitted | None, added: Mapping[str, Any] | None = None
-    ) -> dict[str, dict[str, Any]]:
-        return {
-            name: evaluate_fitted(self.model, fitted, windows, self.protocol, self.stage(label), **(added or {}))
-            for name, windows in self.tests.items()
-        }
+    def _training(self, window: int, texts: tuple[str, ...], missing: Sequence[Trial]) -> Tensor:
+        """The windows that every missing trial of this kind takes from, so that their dense states are made once."""
+        recipes = [trial.recipe for trial in missing if trial.recipe is not None and trial.texts == texts]
+        return self.pools[texts, window][: max(recipe.windows for recipe in recipes if recipe.window == window)]
 
 
 def plan(trials: Sequence[Trial]) -> list[Trial]:

@@ -4,22 +4,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from spon_plugin.decoder.sites import Site, decoder_blocks
+from spon_plugin.decoder.sites import decoder_blocks
 from spon_plugin.errors import SponError
 from spon_plugin.masking import check_sparsity
-from spon_plugin.progress import Progress, no_progress
-from spon_plugin.sparsifiers import Fitted, Sparsifier, Statistics, get_sparsifier
+from spon_plugin.sparsifiers import Fitted, get_sparsifier
 from spon_plugin.sparsifiers.mean_bias import mean_biases
-from spon_plugin.studies.evaluation import dense_prefix_of, evaluate_fitted
+from spon_plugin.studies.bench import Bench
 from spon_plugin.studies.rows import RowStore
-from spon_plugin.training.loop import Teacher, loss_ends, train_alphas
+from spon_plugin.training.loop import loss_ends
 from spon_plugin.training.recipe import Recipe
 
 OFF, MEAN, ON = "off", "mean", "on"
@@ -67,34 +66,19 @@ def keys(methods: Sequence[str], sparsities: Sequence[float], alphas: Sequence[s
     return list(dict.fromkeys(Key(m, s, a) for m in methods for s in shares for a in alphas))
 
 
-@dataclass
-class Bench:
-    """What the rows of a table have in common.
+@dataclass(kw_only=True)
+class Comparison(Bench):
+    """A table of methods.
 
     Attributes:
-        model: the dense model.
-        sites: from `find_sites`.
         calibration: token ids ``[count, length]`` to calibrate on.
         training: token ids ``[count, length]`` to train alphas on.
-        tests: name -> token ids ``[count, length]`` to evaluate on.
         recipe: the schedule of every trained row.
-        protocol: see `evaluation.dense_prefix_of`.
-        seed: of the order of the training windows.
-        stage: gives the progress callback of each piece of work by its name.
-        done: called with every row when it is there, and whether it had been before.
     """
 
-    model: nn.Module
-    sites: list[Site]
     calibration: Tensor
     training: Tensor
-    tests: Mapping[str, Tensor]
     recipe: Recipe = QUICK
-    protocol: str = "all-but-first"
-    seed: int = 0
-    stage: Callable[[str], Progress] = lambda _name: no_progress
-    done: Callable[[dict[str, Any], bool], None] = lambda _row, _old: None
-    _teacher: Teacher | None = field(default=None, init=False)
 
     def run(self, wanted: Sequence[Key], store: RowStore) -> list[dict[str, Any]]:
         """Measure every row that `store` does not have, the dense one first.
@@ -109,11 +93,10 @@ class Bench:
             SponError: an alpha names no linear, or there is less text than the recipe takes; before any work.
         """
         self.check(wanted)
-        rows = [store.kept(DENSE, lambda: {"method": DENSE, "texts": self._evaluate("dense", None)}, self.done)]
+        rows = [store.kept(DENSE, lambda: {"method": DENSE, "texts": self.evaluate(None, DENSE)}, self.done)]
         for method in dict.fromkeys(key.method for key in wanted):
             mine = [key for key in wanted if key.method == method]
-            fits = _Fits(self, get_sparsifier(method))
-            rows += [store.kept(key.name, partial(self._measure, key, fits), self.done) for key in mine]
+            rows += [store.kept(key.name, partial(self._measure, key), self.done) for key in mine]
         return rows
 
     def check(self, wanted: Sequence[Key]) -> None:
@@ -128,20 +111,20 @@ class Bench:
             remedy = "Use more text, or fewer windows, but not fewer than a step's."
             raise SponError.of("training windows", len(self.training), f"at least {least}", remedy)
 
-    def _measure(self, key: Key, fits: _Fits) -> dict[str, Any]:
+    def _measure(self, key: Key) -> dict[str, Any]:
         row: dict[str, Any] = {"method": key.method, "sparsity": key.sparsity, "alpha": key.alpha}
         label = f"{key.method} {key.sparsity:.0%}"
         try:
-            fitted = fits.at(key.sparsity, label)
+            fitted, calibrating = self.fit(key.method, self.calibration, key.sparsity)
             start = time.perf_counter()
             added, losses = self._added(fitted, key.alpha, label)
         except SponError as error:
             return {**row, "skipped": str(error)}
-        seconds = {"calibration": fits.seconds[key.sparsity]}
+        seconds = {"calibration": calibrating}
         if key.alpha != OFF:
             seconds["mean" if key.alpha == MEAN else "training"] = time.perf_counter() - start
         start = time.perf_counter()
-        row["texts"] = self._evaluate(f"{label}, alpha {key.alpha}: evaluating", fitted, added)
+        row["texts"] = self.evaluate(fitted, f"{label}, alpha {key.alpha}", **added)
         seconds["evaluation"] = time.perf_counter() - start
         blocks = len(decoder_blocks(self.model))
         carriers = {path for vectors in added.values() for path in vectors}
@@ -159,64 +142,10 @@ class Bench:
             windows = self.calibration[: max(1, MEAN_TOKENS // self.calibration.shape[1])]
             biases = mean_biases(self.model, fitted, windows, progress=self.stage(f"{label}: mean bias"))
             return {"biases": biases}, {}
-        if self._teacher is None:
-            self._teacher = Teacher(self.model, self.training, progress=self.stage("Dense model on the training text"))
-        alphas, losses = train_alphas(
-            self.model,
-            fitted,
-            self._teacher,
-            self.recipe,
-            "all" if alpha == ON else [alpha],
-            self.seed,
-            self.stage(f"{label}, alpha {alpha}: training"),
-        )
+        modules: str | list[str] = "all" if alpha == ON else [alpha]
+        teacher = self.dense_states(self.training)
+        alphas, losses = self.train(fitted, teacher, self.recipe, modules, f"{label}, alpha {alpha}")
         return {"alphas": alphas}, loss_ends(losses)
-
-    def _evaluate(
-        self, label: str, fitted: Fitted | None, added: Mapping[str, Any] | None = None
-    ) -> dict[str, dict[str, Any]]:
-        return {
-            name: evaluate_fitted(self.model, fitted, windows, self.protocol, self.stage(label), **(added or {}))
-            for name, windows in self.tests.items()
-        }
-
-
-class _Fits:
-    """One method's fits: the calibration text is read once, when the first row asks."""
-
-    def __init__(self, bench: Bench, sparsifier: Sparsifier) -> None:
-        self.bench, self.sparsifier = bench, sparsifier
-        self.seconds: dict[float, float] = {}
-        self._statistics: Statistics | SponError | None = None
-        self._pass = 0.0
-        self._last: tuple[float, Fitted] | None = None
-
-    def at(self, sparsity: float, label: str) -> Fitted:
-        """The method at that sparsity; the last one is kept."""
-        if self._last is not None and self._last[0] == sparsity:
-            return self._last[1]
-        start = time.perf_counter()
-        if self._statistics is None:
-            try:
-                prefix = dense_prefix_of("all-but-first", self.bench.calibration.shape[1])
-                self._statistics = self.sparsifier.calibrate(
-                    self.bench.model,
-                    self.bench.sites,
-                    self.bench.calibration,
-                    prefix,
-                    self.bench.stage(f"{self.sparsifier.name}: calibrating"),
-                )
-            except SponError as error:
-                self._statistics = error
-            self._pass = time.perf_counter() - start
-            start = time.perf_counter()
-        if isinstance(self._statistics, SponError):
-            raise self._statistics
-        self.bench.stage(f"{label}: fitting")
-        fitted = self.sparsifier.at(self.bench.model, self._statistics, sparsity)
-        self.seconds[sparsity] = self._pass + time.perf_counter() - start
-        self._last = (sparsity, fitted)
-        return fitted
 
 
 def by_key(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Key, Mapping[str, Any]]]:

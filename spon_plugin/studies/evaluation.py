@@ -4,24 +4,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spon_plugin.adapter.directory import Adapter
-from spon_plugin.adapter.mask import masks_without_alpha
-from spon_plugin.decoder.attachment import sparse_inputs
-from spon_plugin.decoder.sites import Site, module_weights
+from spon_plugin.decoder.attachment import MaskedLinears, SparseMethod
 from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
-
-if TYPE_CHECKING:
-    from spon_plugin.sparsifiers import Fitted
 
 Protocol = Literal["all-but-first", "last-half"]
 PROTOCOLS: tuple[str, ...] = get_args(Protocol)
@@ -81,9 +76,35 @@ def perplexity(
     return math.exp(total / count)
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What `evaluate` measured on one text.
+
+    Attributes:
+        perplexity: over the windows.
+        window: tokens per window.
+        tokens: tokens in all windows.
+        masked: the share of the model's weights that go unused; None for the dense model.
+        saved: the same, less what the method reads besides; likewise.
+        per_module: achieved sparsity of every sparsified linear.
+    """
+
+    perplexity: float
+    window: int
+    tokens: int
+    masked: float | None = None
+    saved: float | None = None
+    per_module: dict[str, float] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, Any]:
+        """For a study's row; without `masked` and `saved` where there are none."""
+        row = {"tokens": self.tokens, "window": self.window, "perplexity": self.perplexity}
+        return row if self.masked is None else {**row, "masked": self.masked, "saved": self.saved}
+
+
 @dataclass
 class Evaluation:
-    """What `evaluate` measured on one text.
+    """What `evaluate_variants` measured on one text.
 
     Attributes:
         perplexity: ``dense``, ``teal`` and ``spon``; the last is missing for an adapter without alphas.
@@ -122,20 +143,52 @@ def share_recovered(dense: float | None, masks: float | None, other: float | Non
 
 def evaluate(
     model: nn.Module,
+    method: SparseMethod | None,
+    windows: Tensor,
+    protocol: str = "all-but-first",
+    batch_size: int = 4,
+    progress: Progress = no_progress,
+    **added: Any,
+) -> Measurement:
+    """Perplexity of `model` run sparsely, and how much goes unused on this text.
+
+    Args:
+        model: the dense model.
+        method: any sparsification method, or an adapter as `MaskedLinears.of` it; None for the dense model.
+        windows: token ids ``[count, length]``.
+        protocol: see `dense_prefix_of`. A static method masks every position under any.
+        batch_size: windows per forward pass.
+        progress: called after each pass.
+        added: ``alphas=`` or ``biases=`` of `SparseMethod.attach`.
+
+    Raises:
+        SponError: the protocol is unknown, or the windows are empty.
+    """
+    prefix = dense_prefix_of(protocol, windows.shape[-1])
+    size = int(windows.shape[-1]), int(windows.numel())
+    if method is None:
+        return Measurement(perplexity(model, windows, protocol, batch_size, progress), *size)
+    counter = SparsityCounter()
+    with method.attach(model, counter=counter, dense_prefix=None if method.static else prefix, **added):
+        measured = perplexity(model, windows, protocol, batch_size, progress)
+    masked, saved = method.masked_share(counter), 1 - method.read_share(counter)
+    return Measurement(measured, *size, masked, saved, counter.per_module())
+
+
+def evaluate_variants(
+    model: nn.Module,
     adapter: Adapter,
-    sites: Sequence[Site],
     windows: Tensor,
     protocol: str = "all-but-first",
     batch_size: int = 4,
     progress: Progress = no_progress,
     known: Mapping[str, float] | None = None,
 ) -> Evaluation:
-    """Perplexity of `model` dense, under the adapter's masks (TEAL), and under masks and alphas (SPON).
+    """`evaluate` of `model` dense, under the adapter's masks (TEAL), and under masks and alphas (SPON).
 
     Args:
         model: the dense base model.
-        adapter: checked against the model first.
-        sites: from `find_sites`, for the weights of the model-wide sparsity.
+        adapter: checked against the model.
         windows: token ids ``[count, length]``.
         protocol: see `dense_prefix_of`.
         batch_size: windows per forward pass.
@@ -145,7 +198,7 @@ def evaluate(
     Raises:
         SponError: the adapter does not fit, the protocol is unknown, or the windows are empty.
     """
-    prefix = dense_prefix_of(protocol, windows.shape[-1])
+    method = MaskedLinears.of(model, adapter.masks)
     result = Evaluation(
         dict(known or {}), {"target": adapter.fields.sparsity}, protocol, windows.shape[-1], windows.numel()
     )
@@ -157,54 +210,10 @@ def evaluate(
         def advance(done: int, _total: int, index: int = index) -> None:
             progress(index * len(windows) + done, steps)
 
-        if variant == "dense":
-            result.perplexity[variant] = perplexity(model, windows, protocol, batch_size, advance)
-            continue
-        counter = SparsityCounter()
-        masks = adapter.masks if variant == "spon" else masks_without_alpha(adapter.masks)
-        with sparse_inputs(model, masks, prefix, counter):
-            result.perplexity[variant] = perplexity(model, windows, protocol, batch_size, advance)
-        weights = module_weights(sites)
-        result.sparsity["achieved"] = counter.overall({path: weights.get(path, 0) for path in adapter.masks})
-        result.per_module = counter.per_module()
+        tried, alphas = None if variant == "dense" else method, method.alphas if variant == "spon" else None
+        added = {} if tried is None else {"alphas": alphas}
+        measured = evaluate(model, tried, windows, protocol, batch_size, advance, **added)
+        result.perplexity[variant] = measured.perplexity
+        if measured.masked is not None:
+            result.sparsity["achieved"], result.per_module = measured.masked, measured.per_module
     return result
-
-
-def evaluate_fitted(
-    model: nn.Module,
-    fitted: Fitted | None,
-    windows: Tensor,
-    protocol: str = "all-but-first",
-    progress: Progress = no_progress,
-    **added: Any,
-) -> dict[str, Any]:
-    """Perplexity of `model` under any sparsification method, and how much the method leaves unused on this text.
-
-    Args:
-        model: the dense model.
-        fitted: the method; None for the dense model.
-        windows: token ids ``[count, length]``.
-        protocol: see `dense_prefix_of`.
-        progress: called after each pass.
-        added: ``alphas=`` or ``biases=`` of `Fitted.attach`.
-
-    Returns:
-        ``tokens``, ``window``, ``perplexity`` and, under a method, ``masked`` (share of the model's weights that go
-        unused) and ``saved`` (the same, less what the method reads besides).
-
-    Raises:
-        SponError: the protocol is unknown, or the windows are empty.
-    """
-    row: dict[str, Any] = {"tokens": int(windows.numel()), "window": int(windows.shape[1])}
-    if fitted is None:
-        row["perplexity"] = perplexity(model, windows, protocol, progress=progress)
-        return row
-    prefix = dense_prefix_of(protocol, windows.shape[1])
-    counter = SparsityCounter()
-    with fitted.attach(model, counter=counter, **added) as tokens:
-        if not fitted.static:
-            tokens.dense_prefix = prefix
-        row["perplexity"] = perplexity(model, windows, protocol, progress=progress)
-    row["masked"] = fitted.masked_share(counter)
-    row["saved"] = 1 - fitted.read_share(counter)
-    return row

@@ -13,7 +13,7 @@ from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
 from spon_plugin.sparsifiers.calibrate import calibrate
 from spon_plugin.sparsifiers.mean_bias import mean_biases
 from spon_plugin.sparsifiers.rsparse import RSparse
-from spon_plugin.studies.evaluation import evaluate_fitted, perplexity
+from spon_plugin.studies.evaluation import evaluate, perplexity
 from spon_plugin.weights.linears import linear_features
 
 WINDOWS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -245,6 +245,6 @@ def test_extra_bytes_are_counted(model, fits):
 @pytest.mark.parametrize(("method", "agree"), [("teal", False), ("wanda", True)])
 def test_the_protocol_says_what_is_dense_however_a_method_was_calibrated(model, method, agree):
     whole = get_sparsifier(method).fit(model, find_sites(model), WINDOWS, 0.5, dense_prefix=0)
-    evaluated = evaluate_fitted(model, whole, WINDOWS, "all-but-first")["perplexity"]
+    evaluated = evaluate(model, whole, WINDOWS, "all-but-first").perplexity
     with whole.attach(model):
         assert (evaluated == perplexity(model, WINDOWS)) is agree

@@ -10,7 +10,7 @@ from tiny_models import make_tiny_llama
 
 from spon_plugin import SponError, find_sites
 from spon_plugin.sparsifiers import get_sparsifier
-from spon_plugin.studies.comparison import Bench, Key, keys
+from spon_plugin.studies.comparison import Comparison, Key, keys
 from spon_plugin.studies.comparison_tables import markdown, records, recovered, recovered_at_equal_bytes
 from spon_plugin.studies.evaluation import perplexity
 from spon_plugin.studies.rows import RowStore
@@ -29,7 +29,8 @@ def model():
 
 def bench(model, **changes):
     tests = {"a.txt": WINDOWS[8:], "b.txt": WINDOWS[6:8]}
-    return Bench(model, find_sites(model), WINDOWS[:8], WINDOWS[:4], tests, RECIPE, **changes)
+    given = {"calibration": WINDOWS[:8], "training": WINDOWS[:4], "recipe": RECIPE, **changes}
+    return Comparison(model=model, sites=find_sites(model), tests=tests, **given)
 
 
 def figures(rows):

@@ -7,8 +7,10 @@ from torch.nn import functional as F
 
 from spon_plugin import SponError, find_sites, sparse_inputs
 from spon_plugin.calibration.text import leading_windows, mixed_windows, offline_text, read_text, spread_windows
+from spon_plugin.decoder.attachment import MaskedLinears
+from spon_plugin.sparsifiers import get_sparsifier
 from spon_plugin.sparsifiers.calibrate import calibrate
-from spon_plugin.studies.evaluation import dense_prefix_of, evaluate, perplexity, share_recovered
+from spon_plugin.studies.evaluation import dense_prefix_of, evaluate, evaluate_variants, perplexity, share_recovered
 
 PROSE = "".join(f"Line {i} of a text that says little.\n" for i in range(400))
 
@@ -86,7 +88,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(tiny_llama, protocol, fi
 def test_evaluation_masks_what_the_protocol_says(tiny_llama, protocol, prefix):
     sites = find_sites(tiny_llama)
     adapter = calibrate(tiny_llama, sites, ids(), ids(), 0.5, alpha="mean")
-    result = evaluate(tiny_llama, adapter, sites, ids(), protocol)
+    result = evaluate_variants(tiny_llama, adapter, ids(), protocol)
     with sparse_inputs(tiny_llama, adapter.masks, prefix):
         assert result.perplexity["spon"] == pytest.approx(perplexity(tiny_llama, ids(), protocol))
     assert result.perplexity["dense"] == pytest.approx(perplexity(tiny_llama, ids(), protocol))
@@ -96,9 +98,20 @@ def test_evaluation_masks_what_the_protocol_says(tiny_llama, protocol, prefix):
     assert result.tokens == 160 and result.window == 32 and result.protocol == protocol
 
 
+def test_an_adapter_is_evaluated_as_the_method_that_made_it(tiny_llama):
+    fitted = get_sparsifier("teal").fit(tiny_llama, find_sites(tiny_llama, ["down_proj", "o_proj"]), ids(), 0.5)
+    alphas = {path: torch.randn(site.in_features) for path, site in fitted.site_of.items()}
+    linears = MaskedLinears.of(tiny_llama, fitted.adapter(alphas).masks)
+    assert evaluate(tiny_llama, linears, ids(), alphas=linears.alphas) == evaluate(
+        tiny_llama, fitted, ids(), alphas=alphas
+    )
+    assert evaluate(tiny_llama, None, ids()).masked is None
+
+
 def test_an_adapter_without_alpha_has_no_spon_row(tiny_llama):
     sites = find_sites(tiny_llama)
-    result = evaluate(tiny_llama, calibrate(tiny_llama, sites, ids(), ids(), 0.5), sites, ids(), known={"dense": 12.5})
+    adapter = calibrate(tiny_llama, sites, ids(), ids(), 0.5)
+    result = evaluate_variants(tiny_llama, adapter, ids(), known={"dense": 12.5})
     assert set(result.perplexity) == {"dense", "teal"} and result.perplexity["dense"] == 12.5
     assert result.recovered is None
 

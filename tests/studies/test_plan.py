@@ -38,7 +38,7 @@ def tokens(count: int, seed: int = 0) -> torch.Tensor:
 def bench(model, sites, **changes) -> Ablation:
     pools = {(MIX, 16): tokens(8), (("a",), 16): tokens(8, 1), (("b",), 16): tokens(8, 2)}
     pools[MIX, 32] = tokens(8, 4).view(4, 32)
-    return Ablation(model, sites, pools, 16, {"test": tokens(4, 3)}, **changes)
+    return Ablation(model=model, sites=sites, pools=pools, window=16, tests={"test": tokens(4, 3)}, **changes)
 
 
 def leaves(trial: Trial) -> set[str]:

@@ -10,23 +10,25 @@ from typing import Annotated, Any
 
 import typer
 
-from spon_cli import options, precision
+from spon_cli import options
 from spon_cli.command import Between, command
 from spon_cli.loading import Loaded
 from spon_cli.output import note, show_json, show_table
 from spon_cli.progress import row_bars
-from spon_cli.study_plots import plot_study
+from spon_cli.study_plots import plot_precisions, plot_study
 from spon_plugin import Adapter, SponError, read_adapter
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.masking import check_sparsity
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
+from spon_plugin.studies import quantized_bases
 from spon_plugin.studies.ablation import DENSE, Ablation, Pools, Trial, describe, plan
 from spon_plugin.studies.plan import BASE, STUDIES, Setup
 from spon_plugin.studies.plan_tables import cells, columns, markdown, records
 from spon_plugin.studies.rows import RowStore
 from spon_plugin.studies.tables import csv_text, json_text, number
 from spon_plugin.training.recipe import Recipe
+from spon_transformers.precision import check_precisions, load_precision, weight_bytes
 from spon_transformers.text_sources import TextSource
 
 PRECISION = "precision"
@@ -72,7 +74,7 @@ class AblateOptions(options.StudyOptions):
         check_sparsity(self.sparsity)
         get_sparsifier(self.method)
         if PRECISION in self.names:
-            precision.check_precisions(self.levels)
+            check_precisions(self.levels)
             if self.method != "teal":
                 raise SponError.of("method", self.method, "teal, for the study precision")
         super().check(recipe)
@@ -103,7 +105,7 @@ def ablate_command(given: AblateOptions) -> None:
     sources, held_out = given.sources("train"), given.tests()
     loaded = given.load()
     if start is not None:
-        precision.check_adapter(start, linear_inputs(loaded.model), given.model, given.sparsity)
+        quantized_bases.check_adapter(start, linear_inputs(loaded.model), given.model, given.sparsity)
     setup = Setup(
         loaded.sites, tuple(source.name for source in sources), given.sparsity, given.calibration_tokens, recipe
     )
@@ -117,7 +119,10 @@ def ablate_command(given: AblateOptions) -> None:
         "training": windows_digest(pools[setup.texts, recipe.window]),
         "calibration_tokens": given.calibration_tokens,
     }
-    bench = Ablation(loaded.model, loaded.sites, pools, recipe.window, tests, given.method, given.protocol, given.seed)
+    bench = Ablation(
+        model=loaded.model, sites=loaded.sites, tests=tests, protocol=given.protocol, seed=given.seed, pools=pools,
+        window=recipe.window, method=given.method,
+    )  # fmt: skip
     bench.check(plan([*trials, setup.trial]))
     store = RowStore(given.output, settings)
     total = (len(plan(trials)) + 1 if trials else 0) + (2 * len(given.levels) - 1 if PRECISION in given.names else 0)
@@ -132,12 +137,14 @@ def ablate_command(given: AblateOptions) -> None:
             quantized = _precision(given, setup, bench, store, start)
     if given.json:
         flat = {found.name: records(found, rows) for found in studies}
-        show_json({"settings": settings, **flat, **({PRECISION: precision.records(quantized)} if quantized else {})})
+        show_json(
+            {"settings": settings, **flat, **({PRECISION: quantized_bases.records(quantized)} if quantized else {})}
+        )
         return
     for found in studies:
         show_table(found.title, columns(found, rows), [cells(point, rows) for point in found.points])
     if quantized:
-        show_table("Quantized bases", *precision.table(quantized))
+        show_table("Quantized bases", *quantized_bases.table(quantized))
     note(f"Tables and plots written to {given.output}")
 
 
@@ -146,13 +153,15 @@ def _precision(
 ) -> list[dict[str, Any]]:
     """Run the study of quantized bases and write its tables and plot."""
     pool = bench.pools[setup.texts, setup.recipe.window]
-    study = precision.PrecisionStudy(
-        given.model, given.levels, setup.trial, pool, bench.tests, bench.protocol, bench.seed, adapter, given.output,
-        bench.stage, bench.done,
+    study = quantized_bases.QuantizedBases(
+        load=lambda level: load_precision(given.model, level, given.levels[0], given.trust_remote_code),
+        weight_bytes=weight_bytes,
+        precisions=given.levels, trial=setup.trial, pool=pool, tests=bench.tests, directory=given.output,
+        adapter=adapter, protocol=bench.protocol, seed=bench.seed, stage=bench.stage, done=bench.done,
     )  # fmt: skip
     rows = study.run(store)
-    _write(given.output, PRECISION, precision.markdown(rows), precision.records(rows))
-    precision.plot(rows, given.output / f"{PRECISION}.png")
+    _write(given.output, PRECISION, quantized_bases.markdown(rows), quantized_bases.records(rows))
+    plot_precisions(rows, given.output / f"{PRECISION}.png")
     return rows
 
 

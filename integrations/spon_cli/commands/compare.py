@@ -23,7 +23,7 @@ from spon_plugin import SponError
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.sites import target_names
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier, method_names
-from spon_plugin.studies.comparison import DENSE, MEAN, OFF, ON, QUICK, Bench, Key, by_key, keys
+from spon_plugin.studies.comparison import DENSE, MEAN, OFF, ON, QUICK, Comparison, Key, by_key, keys
 from spon_plugin.studies.comparison_tables import SHARES, alpha_title, cells, markdown, mean, records
 from spon_plugin.studies.rows import SETTINGS, RowStore
 from spon_plugin.studies.tables import csv_text, json_text, number
@@ -94,7 +94,10 @@ def compare_command(given: CompareOptions) -> None:
         "training_windows": windows_digest(training),
         "calibration_windows": windows_digest(calibration),
     }
-    bench = Bench(loaded.model, loaded.sites, calibration, training, evaluated, recipe, given.protocol, given.seed)
+    bench = Comparison(
+        model=loaded.model, sites=loaded.sites, tests=evaluated, protocol=given.protocol, seed=given.seed,
+        calibration=calibration, training=training, recipe=recipe,
+    )  # fmt: skip
     bench.check(wanted)
     store = RowStore(given.output, settings)
     with row_bars(len(wanted) + 1, _line) as (bench.stage, bench.done):

@@ -16,7 +16,7 @@ from spon_cli.output import show_json
 from spon_cli.progress import progress_bars
 from spon_plugin import read_adapter
 from spon_plugin.decoder.sites import linear_inputs
-from spon_plugin.studies.evaluation import PROTOCOLS, evaluate
+from spon_plugin.studies.evaluation import PROTOCOLS, evaluate_variants
 from spon_transformers.precision import QUANTIZED, check_precision
 
 
@@ -68,12 +68,12 @@ def eval_command(given: EvalOptions) -> None:
     with progress_bars() as stage:
         for source in sources:
             windows = loaded.leading_windows(source, given.window, given.max_tokens)
-            common = loaded.sites, windows, given.protocol, given.batch_size
-            result = evaluate(loaded.model, adapter, *common, stage(source.name))
+            common = windows, given.protocol, given.batch_size
+            result = evaluate_variants(loaded.model, adapter, *common, stage(source.name))
             results.append(result)
             if yardstick is not None:
                 known, bar = {"dense": result.perplexity["dense"]}, stage(f"{source.name}, baseline")
-                baselines.append(evaluate(loaded.model, yardstick, *common, bar, known))
+                baselines.append(evaluate_variants(loaded.model, yardstick, *common, bar, known))
     if given.json:
         values = as_json(sources, results, loaded.opening, baselines)
         show_json(values[0] if len(values) == 1 else {"texts": values})

@@ -21,7 +21,7 @@ from spon_cli.progress import progress_bars
 from spon_cli.training import save, train
 from spon_plugin.files import check_new, new_directory
 from spon_plugin.masking import check_sparsity
-from spon_plugin.studies.evaluation import evaluate
+from spon_plugin.studies.evaluation import evaluate_variants
 from spon_plugin.training.recipe import preset
 from spon_transformers.smollm2 import smollm2_gguf
 from spon_transformers.text_sources import text_sources
@@ -65,7 +65,7 @@ def quickstart_command(given: QuickstartOptions) -> None:
         shutil.rmtree(directory / "training")
         save(adapter, losses, directory / "adapter")
         evaluation_windows = loaded.leading_windows(test, 512, 8192)
-        result = evaluate(loaded.model, adapter, loaded.sites, evaluation_windows, progress=stage("Evaluating"))
+        result = evaluate_variants(loaded.model, adapter, evaluation_windows, progress=stage("Evaluating"))
     if given.json:
         files = {"model": str(model_directory), "adapter": str(adapter_directory)}
         show_json({**files, **summary(adapter), "evaluation": as_json([test], [result], loaded.opening)[0]})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study `precision` of `spon ablate`: dense, TEAL and SPON on quantized bases, figure 5 of the paper."""
+"""Dense, TEAL and SPON on quantized bases (figure 5 of the paper): does an adapter work on weights of fewer bits?"""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from spon_cli.plots import COLORS, figure
-from spon_plugin import Adapter, SponError, find_sites, read_adapter, write_adapter
-from spon_plugin.progress import Progress
-from spon_plugin.studies.ablation import Ablation, Trial
-from spon_plugin.studies.evaluation import evaluate, share_recovered
+from spon_plugin.adapter.directory import Adapter, read_adapter, write_adapter
+from spon_plugin.decoder.sites import find_sites
+from spon_plugin.errors import SponError
+from spon_plugin.progress import Progress, no_progress
+from spon_plugin.studies.ablation import Trial, describe
+from spon_plugin.studies.bench import Bench
+from spon_plugin.studies.evaluation import evaluate_variants, share_recovered
 from spon_plugin.studies.rows import RowStore
 from spon_plugin.studies.tables import markdown_table, number
-from spon_plugin.training.loop import Teacher, train_alphas
-from spon_transformers.precision import FLOATS, check_precision, load_precision, weight_bytes
 
 FULL, OWN = "full", "own"
 NOTES = (
@@ -34,35 +34,37 @@ NOTES = (
 )
 
 
-@dataclass
-class PrecisionStudy:
+@dataclass(kw_only=True)
+class QuantizedBases:
     """What the rows of the study have in common.
 
     Attributes:
-        model: name of the model.
+        load: gives the model at a precision.
+        weight_bytes: of such a model.
         precisions: the full one first.
-        trial: how thresholds and alphas are trained.
+        trial: how thresholds and alphas are trained, by TEAL.
         pool: token ids ``[count, length]`` to calibrate and train on.
         tests: name -> token ids ``[count, length]`` to evaluate on.
-        protocol: see `evaluation.dense_prefix_of`.
-        seed: of the order of the training windows.
-        adapter: takes the place of the one trained on the full-precision base.
         directory: where adapters are kept.
-        stage: as in `Ablation`.
+        adapter: takes the place of the one trained on the full-precision base.
+        protocol: as in `Bench`.
+        seed: likewise.
+        stage: likewise.
         done: likewise.
     """
 
-    model: str
+    load: Callable[[str], nn.Module]
+    weight_bytes: Callable[[nn.Module], int]
     precisions: Sequence[str]
     trial: Trial
     pool: Tensor
     tests: Mapping[str, Tensor]
-    protocol: str
-    seed: int
-    adapter: Adapter | None
     directory: Path
-    stage: Callable[[str], Progress]
-    done: Callable[[dict[str, Any], bool], None]
+    adapter: Adapter | None = None
+    protocol: str = "all-but-first"
+    seed: int = 0
+    stage: Callable[[str], Progress] = lambda _name: no_progress
+    done: Callable[[dict[str, Any], bool], None] = lambda _row, _old: None
 
     @property
     def _key(self) -> str:
@@ -76,7 +78,7 @@ class PrecisionStudy:
         rows = []
         for precision in self.precisions:
             origins = [FULL] if precision == self.precisions[0] else [FULL, OWN]
-            loaded = cache(partial(self._load, precision))  # at the first row that is missing, if any
+            loaded = cache(partial(self._bench, precision))  # at the first row that is missing, if any
             for origin in origins:
                 name = f"precision-{precision}-{origin}-{self._key}"
                 rows.append(store.kept(name, partial(self._measure, name, loaded, precision, origin), self.done))
@@ -84,21 +86,24 @@ class PrecisionStudy:
             gc.collect()
         return rows
 
-    def _load(self, precision: str) -> Any:
+    def _bench(self, precision: str) -> Bench:
         self.stage(f"{precision}: loading")(0, 1)
-        return load_precision(self.model, precision, self.precisions[0])
+        model = self.load(precision)
+        stage = lambda name: self.stage(f"{precision}: {name}")  # noqa: E731
+        return Bench(
+            model=model, sites=find_sites(model), tests=self.tests, protocol=self.protocol, seed=self.seed, stage=stage
+        )
 
-    def _measure(self, name: str, loaded: Callable[[], Any], precision: str, origin: str) -> dict[str, Any]:
-        model = loaded()
-        sites = find_sites(model)
+    def _measure(self, name: str, loaded: Callable[[], Bench], precision: str, origin: str) -> dict[str, Any]:
+        bench = loaded()
         start = time.perf_counter()
-        adapter = self._adapter(model, sites, precision if origin == OWN else self.precisions[0], precision)
+        adapter = self._adapter(bench, precision if origin == OWN else self.precisions[0], precision)
         seconds = {"training": time.perf_counter() - start}
         start = time.perf_counter()
         tests = {}
         for test, windows in self.tests.items():
-            progress = self.stage(f"{precision}, {origin} adapter: evaluating")
-            result = evaluate(model, adapter, sites, windows, self.protocol, progress=progress)
+            progress = bench.stage(f"{origin} adapter: evaluating")
+            result = evaluate_variants(bench.model, adapter, windows, self.protocol, progress=progress)
             tests[test] = {
                 **result.perplexity,
                 "masked": result.sparsity["achieved"],
@@ -110,13 +115,13 @@ class PrecisionStudy:
             "name": name,
             "precision": precision,
             "adapter": origin,
-            "weight_bytes": weight_bytes(model),
+            "weight_bytes": self.weight_bytes(bench.model),
             "tests": tests,
             "seconds": seconds,
         }
 
-    def _adapter(self, model: Any, sites: list[Any], trained_on: str, precision: str) -> Adapter:
-        """The adapter that was trained on a precision; trained now if the model has it."""
+    def _adapter(self, bench: Bench, trained_on: str, precision: str) -> Adapter:
+        """The adapter that was trained on a precision; trained now if the bench has it."""
         if trained_on == self.precisions[0] and self.adapter is not None:
             return self.adapter
         kept = self.directory / f"adapter-{trained_on}-{self._key}"
@@ -124,25 +129,15 @@ class PrecisionStudy:
             return read_adapter(kept)
         if trained_on != precision:  # rows are there, the adapter is gone
             raise SponError.of("output", str(kept), "the adapter of the first row", "Choose another --output.")
-        assert self.trial.recipe is not None
-        texts, window = self.trial.texts, self.pool.shape[1]
-        bench = Ablation(model, sites, {(texts, window): self.pool}, window, {}, seed=self.seed, stage=self.stage)
-        fitted, _ = bench.fit(self.trial)
-        progress = self.stage(f"{precision}: dense states")
-        teacher = Teacher(model, self.pool[: self.trial.recipe.windows], progress=progress)
-        progress = self.stage(f"{precision}: training")
-        alphas, _ = train_alphas(model, fitted, teacher, self.trial.recipe, "all", self.seed, progress)
+        recipe = self.trial.recipe
+        assert recipe is not None
+        windows = self.pool[: self.trial.calibration_windows(self.pool.shape[1])]
+        fitted, _ = bench.fit("teal", windows, self.trial.sparsity)
+        teacher = bench.dense_states(self.pool[: recipe.windows])
+        alphas, _ = bench.train(fitted, teacher, recipe, "all", describe(self.trial))
         adapter = fitted.adapter(alphas)
         write_adapter(adapter, kept)
         return adapter
-
-
-def check_precisions(precisions: Sequence[str]) -> None:
-    """Raise `SponError` unless the first precision is a floating-point one and all can be loaded."""
-    if not precisions or precisions[0] not in FLOATS:
-        raise SponError.of("precisions", list(precisions), f"a full precision first: {', '.join(FLOATS)}")
-    for precision in precisions:
-        check_precision(precision)
 
 
 def check_adapter(adapter: Adapter, inputs: Mapping[str, int], model: str, sparsity: float) -> None:
@@ -198,25 +193,3 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     first = next(iter(rows[0]["tests"].values()))
     protocol = f"Windows of {first['window']} tokens, {first['tokens']} tokens of each text."
     return "\n".join(["## Quantized bases", "", *markdown_table(head, body), "", f"{protocol} {NOTES}", ""])
-
-
-def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Bars per precision: dense, TEAL, SPON with the full-precision adapter and with the base's own."""
-    tests = list(rows[0]["tests"])
-    precisions = list(dict.fromkeys(row["precision"] for row in rows))
-    bars = [("dense", FULL, ""), ("teal", FULL, ""), ("spon", FULL, ""), ("spon", OWN, "//")]
-    labels = ["dense", "TEAL", "SPON, full-precision adapter", "SPON, trained on this base"]
-    with figure(file, len(tests), width=1.4 * len(precisions) + 2) as panels:
-        for axes, test in zip(panels, tests, strict=True):
-            for index, ((variant, origin, hatch), label) in enumerate(zip(bars, labels, strict=True)):
-                found = [
-                    (precisions.index(row["precision"]), row["tests"][test][variant])
-                    for row in rows
-                    if row["adapter"] == origin and row["tests"][test][variant] is not None
-                ]
-                color = COLORS["dense" if variant == "dense" else variant.upper()]
-                places = [place + (index - 1.5) * 0.2 for place, _ in found]
-                axes.bar(places, [v for _, v in found], 0.2, label=label, color=color, hatch=hatch, edgecolor="white")
-            axes.set_xticks(range(len(precisions)), precisions)
-            axes.set(title=test, ylabel="perplexity")
-        panels[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
