@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from spon_peft.layer import SponLayer
 from spon_plugin.adapter.config import CENTER_MODULES, CHANNEL_MODULES, SponFields
 from spon_plugin.adapter.directory import (
-    KEY_PREFIX,
     PEFT_TYPE,
     WEIGHTS_NAME,
     Adapter,
@@ -23,6 +23,7 @@ from spon_plugin.adapter.directory import (
     read_adapter,
     read_config,
 )
+from spon_plugin.adapter.saved import KEY_PREFIX
 from spon_plugin.errors import SponError
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def collect_adapter(model: nn.Module, adapter_name: str = "default") -> Adapter:
         adapter_name: which of its adapters.
 
     Returns:
-        With copies of the tensors, in float32 on the CPU.
+        With copies of the tensors on the CPU, in float32; those of `modules_to_save` in their own dtype. Embeddings
+        that were resized are not among them: PEFT's `save_pretrained` finds these.
 
     Raises:
         SponError: the model has no such SPON adapter.
@@ -99,7 +101,17 @@ def collect_adapter(model: nn.Module, adapter_name: str = "default") -> Adapter:
         path: layer.mask_of(adapter_name).map(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
         for path, layer in layers.items()
     }
-    return Adapter(_fields(config), masks, _peft_fields(config))
+    return Adapter(_fields(config), masks, _peft_fields(config), _trained_modules(model, adapter_name))
+
+
+def _trained_modules(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Copies of the tensors of `modules_to_save`, by their keys in the file without its prefix."""
+    return {
+        f"{path.removeprefix(KEY_PREFIX)}.{name}": tensor.detach().cpu().clone()
+        for path, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        for name, tensor in module.modules_to_save[adapter_name].state_dict().items()
+    }
 
 
 def injected_layers(model: nn.Module, adapter_name: str) -> dict[str, SponLayer]:

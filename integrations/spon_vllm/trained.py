@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from spon_plugin.adapter.directory import KEY_PREFIX, WEIGHTS_NAME
-from spon_plugin.adapter.mask import KINDS
+from spon_plugin.adapter.directory import read_adapter
 from spon_plugin.errors import SponError
 
 REMEDY = "Save the base model with the trained modules in it, and the adapter without them."
@@ -22,14 +20,12 @@ def trained_tensors(adapter: str | Path) -> dict[str, dict[str, Tensor]]:
     """Module path -> name -> tensor of the modules that an adapter directory holds as a whole.
 
     Args:
-        adapter: a directory that `read_adapter` has read.
+        adapter: a directory.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    with safe_open(Path(adapter) / WEIGHTS_NAME, framework="pt", device="cpu") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 (not a dict)
-            module, _, name = key.removeprefix(KEY_PREFIX).rpartition(".")
-            if name not in KINDS:
-                found.setdefault(module, {})[name] = tensors.get_tensor(key)
+    for key, tensor in read_adapter(adapter).saved.items():
+        module, _, name = key.rpartition(".")
+        found.setdefault(module, {})[name] = tensor
     return found
 
 

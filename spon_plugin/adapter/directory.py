@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,13 +39,13 @@ from spon_plugin.adapter.config import (
     short_names,
 )
 from spon_plugin.adapter.mask import ALPHA, CENTER, KINDS, THRESHOLD, Mask, masks_without_alpha
+from spon_plugin.adapter.saved import KEY_PREFIX, saved_tensors
 from spon_plugin.errors import SponError
 from spon_plugin.files import new_directory
 
 PEFT_TYPE = "SPON"
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-KEY_PREFIX = "base_model.model."
 
 
 @dataclass
@@ -55,11 +56,14 @@ class Adapter:
         fields: SPON's part of the config.
         masks: module path -> what the adapter says about that linear.
         peft: PEFT's part of the config (`base_model_name_or_path`, `target_modules`, ...), kept as read.
+        saved: tensors of modules that PEFT saved whole (see `adapter.saved`): key in the file, without its prefix ->
+            tensor of any dtype. A host that cannot put them in place must refuse the adapter: `check_masks_alone`.
     """
 
     fields: SponFields
     masks: dict[str, Mask]
     peft: dict[str, Any] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def base_model(self) -> str | None:
@@ -72,16 +76,17 @@ class Adapter:
         sha = hashlib.sha256(f"{self.fields.tokens}:{self.fields.dense_prefix}".encode())
         for key, tensor in sorted(self.tensors().items()):
             sha.update(key.encode() + b"\0")
-            sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
         """The content of the safetensors file: key -> tensor."""
-        return {
+        masks = {
             f"{KEY_PREFIX}{module}.{kind}": tensor
             for module, mask in self.masks.items()
             for kind, tensor in mask.tensors().items()
         }
+        return {**masks, **{f"{KEY_PREFIX}{key}": tensor for key, tensor in self.saved.items()}}
 
     def config(self) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
@@ -109,7 +114,26 @@ class Adapter:
 
     def without_alpha(self) -> Adapter:
         """The same masks without spontaneous activations: the TEAL of this adapter, or its WINA or SCAP."""
-        return Adapter(replace(self.fields, alpha_modules=[]), masks_without_alpha(self.masks), dict(self.peft))
+        return replace(
+            self,
+            fields=replace(self.fields, alpha_modules=[]),
+            masks=masks_without_alpha(self.masks),
+            peft=dict(self.peft),
+        )
+
+    def check_masks_alone(self, host: str) -> None:
+        """Refuse whole modules where nothing would put them into the model, so that its own would be used, silently.
+
+        Args:
+            host: what uses the adapter, for the error.
+
+        Raises:
+            SponError: the adapter brings some.
+        """
+        if self.saved:
+            modules = sorted({key.rpartition(".")[0] for key in self.saved})
+            remedy = "Load it with PEFT, or merge it with `spon merge`, which put them in place."
+            raise SponError.of("modules_to_save", modules, f"none: {host} takes masks and alphas alone", remedy)
 
     def check(self) -> None:
         """Raise `SponError` if a field is wrong or a tensor is missing, extra, of a wrong shape or dtype, or bad."""
@@ -242,23 +266,16 @@ def read_adapter(path: str | Path) -> Adapter:
     file = Path(path) / WEIGHTS_NAME
     if not file.is_file():
         raise SponError.of("adapter", str(path), f"a directory with {WEIGHTS_NAME} in it")
-    read: dict[str, Tensor] = {}
-    saved = tuple(peft.get("modules_to_save") or ())
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                module, _, kind = key.removeprefix(KEY_PREFIX).rpartition(".")
-                if key.startswith(KEY_PREFIX) and module and kind in KINDS:
-                    read[key] = tensors.get_tensor(key)
-                elif not any(f".{name}." in f".{key}" for name in saved):
-                    expected = f"keys {KEY_PREFIX}<module>.{'|'.join(KINDS)}"
-                    raise SponError.of(f"{file}: {key}", "an unknown tensor", expected)
+            read = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise SponError.of(
             str(file), str(error), "a whole safetensors file", "It is truncated or damaged; copy or make it again."
         ) from error
     announced = {name: peft.pop(name) for name in (CHANNEL_MODULES, CENTER_MODULES) if name in peft}
-    adapter = Adapter(own, masks_of(read), peft)
+    saved = saved_tensors(str(file), read, tuple(peft.get("modules_to_save") or ()))
+    adapter = Adapter(own, masks_of(read), peft, saved)
     adapter.check()
     adapter.check_announced(announced)
     return adapter

@@ -49,7 +49,8 @@ def find_head(model: Any, inputs: dict[str, Any], tokens: int = 8) -> OutputHead
         tokens: how many are compared.
 
     Returns:
-        None, with a warning, where the head trains or the logits differ; the model's full logits are to be used then.
+        None, with a warning, where the head trains or is sparse, or the logits differ; the model's full logits are to
+        be used then.
     """
     reason = _why_not(model, {k: _first(v, tokens) for k, v in inputs.items()})
     if reason is None:
@@ -64,6 +65,8 @@ def _why_not(model: Any, inputs: dict[str, Any]) -> str | None:
     linear = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if linear is None or model.base_model is model:
         return "its output head was not found"
+    if hasattr(linear, "spon_threshold"):
+        return "its output head is sparse"  # and not the same function in the dense model and in the sparse one
     if any(parameter.requires_grad for parameter in linear.parameters()):
         return "its output head is trained"
     try:

@@ -196,8 +196,9 @@ def evaluate_variants(
         known: perplexities of these windows that were measured before, by variant; they are not measured again.
 
     Raises:
-        SponError: the adapter does not fit, the protocol is unknown, or the windows are empty.
+        SponError: the adapter does not fit or brings whole modules, the protocol is unknown, or the windows are empty.
     """
+    adapter.check_masks_alone("an evaluation by hooks")
     method = MaskedLinears.of(model, adapter.masks)
     result = Evaluation(
         dict(known or {}), {"target": adapter.fields.sparsity}, protocol, windows.shape[-1], windows.numel()

@@ -149,6 +149,7 @@ def check_adapter(adapter: Adapter, inputs: Mapping[str, int], model: str, spars
         model: its name.
         sparsity: the study's.
     """
+    adapter.check_masks_alone("the study")
     adapter.check_base(inputs, model)
     if not adapter.has_alpha:
         raise SponError.of("adapter", "one without alphas", "a trained one", "spon train it first.")

@@ -94,6 +94,7 @@ def analyze_command(given: AnalyzeOptions) -> None:
     """
     given.check()
     adapter = read_adapter(given.adapter)
+    adapter.check_masks_alone("spon analyze")
     sources = [] if given.prompts is not None else given.sources("test")
     lines = [] if given.prompts is None else [line for line in read_text(given.prompts).splitlines() if line.strip()]
     loaded = given.load()

@@ -58,6 +58,7 @@ def eval_command(given: EvalOptions) -> None:
         options.check_choice("precision", given.precision, QUANTIZED)
         check_precision(given.precision)
     adapter = read_adapter(given.adapter)
+    adapter.check_masks_alone("spon eval")
     yardstick = None if given.baseline is None else read_adapter(given.baseline).without_alpha()
     sources = given.sources("test")
     loaded = given.load(precision=given.precision)

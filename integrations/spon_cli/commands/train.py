@@ -122,6 +122,7 @@ def train_command(given: TrainOptions) -> None:
     recipe, settings = given.recipe(), given.settings()
     start = read_adapter(given.model) if is_adapter(given.model) else None
     if start is not None:
+        start.check_masks_alone("spon train")
         _check_continued(start, given)
     work = work_directory(given.output, given.resume)
     sources = given.sources()
