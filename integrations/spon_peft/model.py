@@ -18,6 +18,8 @@ from spon_peft.targets import TARGET_MODULES
 from spon_peft.tokens import AdapterTokens
 from spon_plugin.decoder.sites import check_dense
 from spon_plugin.errors import SponError
+from spon_plugin.weights import Opaque, weight_of
+from spon_plugin.weights.dense import DenseWeight
 from spon_plugin.weights.linears import is_linear
 
 
@@ -157,10 +159,13 @@ class SponModel(BaseTuner):
         name = SponLayer.only_one([n for n in names if n in self.peft_config])
         for path, layer in layers.items():
             base = layer.get_base_layer()
-            plain = type(base).forward is nn.Linear.forward or type(base).__name__ == "Conv1D"
-            if name in layer.spon_threshold and not (plain and layer.quantization_backend is None):
+            if name not in layer.spon_threshold:
+                continue
+            weight = weight_of(base)
+            if layer.quantization_backend is not None or not isinstance(weight, DenseWeight):
+                received = weight.reason if isinstance(weight, Opaque) else type(base).__name__
                 remedy = "Use `merge_adapter`, which keeps the adapter's layers."
-                raise SponError.of(f"merge_and_unload: {path}", type(base).__name__, "a floating-point linear", remedy)
+                raise SponError.of(f"merge_and_unload: {path}", received, "a floating-point linear", remedy)
         return name if name is not None and injected_layers(self.model, name) else None
 
     @classmethod

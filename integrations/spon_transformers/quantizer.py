@@ -98,21 +98,20 @@ class SponHfQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: SponQuantizationConfig
+    paths: dict[str, str]
+    """Path of each sparse layer in the model -> what `thresholds` calls it."""
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_kwargs: Any
     ) -> PreTrainedModel:
-        linears = {
-            path: module for path, module in model.named_modules() if path in self.quantization_config.thresholds
-        }
-        for path in self.quantization_config.thresholds:
-            field = f"{FIELD}: threshold of {path}"
-            if path not in linears:
-                raise SponError.of(field, "a layer that is missing", f"a layer of {type(model).__name__}")
+        self.paths = _paths_in(model, self.quantization_config.thresholds)
+        linears = {}
+        for path, stored in self.paths.items():
+            linears[path] = model.get_submodule(path)
             if not is_linear(linears[path]):
-                raise SponError.of(field, type(linears[path]).__name__, "a linear layer")
+                raise SponError.of(f"{FIELD}: threshold of {stored}", type(linears[path]).__name__, "a linear layer")
         for path, linear in linears.items():
-            model.set_submodule(path, self._sparse_like(path, linear))
+            model.set_submodule(path, self._sparse_like(self.paths[path], linear))
         self._check_files(linears, checkpoint_files or ())
         return model
 
@@ -126,14 +125,16 @@ class SponHfQuantizer(HfQuantizer):
             with safe_open(file, framework="pt") as tensors:
                 stored.update(key for key in tensors.keys() if ".spon_" in key)  # noqa: SIM118 (not a dict)
         for path in linears:
-            names = [THRESHOLD] if self.quantization_config.thresholds[path] is None else []
-            names += [CENTER] if path in self.quantization_config.centered else []
+            entry = self.paths[path]
+            names = [THRESHOLD] if self.quantization_config.thresholds[entry] is None else []
+            names += [CENTER] if entry in self.quantization_config.centered else []
             for name in names:
-                if not any(key == f"{path}.{name}" or key.endswith(f".{path}.{name}") for key in stored):
+                if not any(f".{key}".endswith((f".{path}.{name}", f".{entry}.{name}")) for key in stored):
                     raise SponError.of(f"{path}.{name}", "no such tensor", f"one, as {FIELD} has it", "Merge again.")
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
-        for path, value in self.quantization_config.thresholds.items():
+        for path, entry in self.paths.items():
+            value = self.quantization_config.thresholds[entry]
             layer = model.get_submodule(path)
             assert isinstance(layer, SparseLinear | SparseConv1D)
             if value is None:
@@ -173,6 +174,30 @@ class SponHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Whether the model can be trained: yes, its weights are not quantized."""
         return True
+
+
+def _paths_in(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Where a model has the layers of a checkpoint, by their paths in it -> as they are stored.
+
+    `AutoModel` makes the backbone alone, without the prefix that its paths have in a model with a head; and the other
+    way round. A sparse head is no part of the backbone.
+
+    Raises:
+        SponError: the model has no such layer.
+    """
+    prefix = model.base_model_prefix + "."
+    is_backbone = model.base_model is model
+    modules = {path for path, _ in model.named_modules()}
+    found = {}
+    for path in stored:
+        candidates = (path, path.removeprefix(prefix), prefix + path)
+        here = next((candidate for candidate in candidates if candidate in modules), None)
+        if here is not None:
+            found[here] = path
+        elif path.startswith(prefix) or not is_backbone:
+            field = f"{FIELD}: threshold of {path}"
+            raise SponError.of(field, "a layer that is missing", f"a layer of {type(model).__name__}")
+    return found
 
 
 def mark_merged(model: Any, adapter: Adapter) -> None:
