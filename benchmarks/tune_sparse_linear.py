@@ -3,11 +3,11 @@
 
     python -m benchmarks.tune_sparse_linear --device cuda
 
-For each shape, dtype and number of rows, both kernels' block sizes, splits, warps and stages are searched one at a time
-from the present configuration on, cold (see `benchmarks.timing`), until nothing helps. The crossover is the largest
-number of rows up to which the best kernel beats the masked dense GEMM. Masks are those of independent Gaussian rows,
-the least favourable to batches. Shapes that were not tuned stay in the file as they are, and the file is written after
-each shape, so that an interrupted run loses one shape at most.
+For each shape, dtype and number of rows, both kernels' block sizes, splits, warps, stages and registers are searched
+one at a time from the present configuration on, cold (see `benchmarks.timing`), until nothing helps. The crossover is
+the largest number of rows up to which the best kernel beats the masked dense GEMM. Masks are those of independent
+Gaussian rows, the least favourable to batches. Shapes that were not tuned stay in the file as they are, and the file is
+written after each shape, so that an interrupted run loses one shape at most.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ AXES: dict[str, tuple[int, ...]] = {
     "block_in": (16, 32, 64, 128, 256),
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1, 2, 3, 4),
+    "resident": (1, 2, 3, 4, 5, 6, 7, 8),
 }
 # The linears of Llama-3-8B, fused and single: qkv, o, gate or up, gate_up, down.
 SHAPES = "4096x6144,4096x4096,4096x14336,4096x28672,14336x4096"
-START = Launch("dense_mask", block_in=32, block_out=128, splits=8, num_warps=4, num_stages=1)
+START = Launch("dense_mask", block_in=32, block_out=128, splits=8, num_warps=4, num_stages=1, resident=6)
+
+# Below, a thread's registers spill.
+LEAST_REGISTERS = 32
 
 Seconds = Callable[[Launch], float]
 
@@ -164,7 +168,9 @@ def cuda_timer(
 
         def sparse(launch: Launch) -> float:
             kernel = import_module(f"spon_plugin.kernels.triton.{launch.kernel}").sparse_linear
-            if launch != launch.fitted(in_features, out_features):
+            if launch.maxnreg < LEAST_REGISTERS or launch != launch.fitted(
+                in_features, (out_features,), multiprocessors()
+            ):
                 return float("inf")
             try:
                 return median_seconds(
@@ -253,7 +259,12 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 def first_launch(nearest: Shape, shape: tuple[int, int], rows: int) -> Launch:
     """Where to begin for a shape: at what the present configuration would launch."""
     fit = [launch for most, launch in nearest.launches.items() if rows <= most]
-    return (fit or [START])[0].fitted(*shape)
+    return (fit or [START])[0].fitted(shape[0], shape[1:], multiprocessors())
+
+
+def multiprocessors() -> int:
+    """Those of the current CUDA device."""
+    return torch.cuda.get_device_properties(None).multi_processor_count
 
 
 def write(path: Path, device: Device) -> None:

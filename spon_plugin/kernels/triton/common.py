@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,7 +95,9 @@ def load_kept(
     PER_CHANNEL, ``[shards, in_features]``; `channels` is int32 ``[C]``, at or beyond in_features for none.
 
     Returns:
-        float32 values as from `load_rows`, zero where masked, and bool ``[C]``, whether any row keeps the channel.
+        float32 values as from `load_rows`, zero where masked, and bool ``[C]``, whether the channel's weights are
+        wanted: a row keeps it, and not as NaN. What a NaN is multiplied with does not matter, so that a row of NaN,
+        such as padding may be, shows in its own outputs but makes nothing be read.
     """
     inside = channels < in_features
     value = load_rows(x, stride_row, row_count, channels, inside, BLOCK_ROWS)
@@ -102,17 +105,23 @@ def load_kept(
         limit = tl.load(threshold + shard * in_features + channels, mask=inside, other=0.0)
     else:
         limit = tl.load(threshold + shard)
-    # `<=` is false for NaN, so its negation keeps NaN. What lies beyond the matrix is kept by no row.
-    if BLOCK_ROWS == 1:
-        active = inside & ~(tl.abs(value) <= limit)
-        value = tl.where(active, value, 0.0)
-    else:
+    if BLOCK_ROWS > 1:
         if PER_CHANNEL:
             limit = limit[None, :]
-        keep = ~(tl.abs(value) <= limit) & inside[None, :] & (tl.arange(0, BLOCK_ROWS) < row_count)[:, None]
-        value = tl.where(keep, value, 0.0)
-        active = tl.max(keep.to(tl.int32), axis=0) > 0
+        inside = inside[None, :] & (tl.arange(0, BLOCK_ROWS) < row_count)[:, None]
+    # Both are false for NaN. What lies beyond the matrix is zero, and wanted by no row, however low the threshold.
+    magnitude = tl.abs(value)
+    active = inside & (magnitude > limit)
+    value = tl.where(magnitude <= limit, 0.0, value)
+    if BLOCK_ROWS > 1:
+        active = tl.max(active.to(tl.int32), axis=0) > 0
     return value, active
+
+
+@triton.jit
+def nan_of_rows(value, BLOCK_ROWS: tl.constexpr):
+    """float32 ``[R]``, or a number for one row: NaN where a row of `value` has one, else zero."""
+    return tl.sum(tl.where(value != value, value, 0.0), axis=0 if BLOCK_ROWS == 1 else 1)
 
 
 @triton.jit
@@ -129,20 +138,22 @@ def load_weight_rows(weight_t, channels, active, columns, end, OUT: tl.constexpr
 
 
 @triton.jit
-def empty_sums(BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr):
-    """The float32 accumulator: per channel and column for one row, per row and column for several."""
-    return tl.zeros([BLOCK_IN if BLOCK_ROWS == 1 else BLOCK_ROWS, BLOCK_OUT], tl.float32)
+def empty_sums(BLOCK_ROWS: tl.constexpr, LANES: tl.constexpr, BLOCK_OUT: tl.constexpr):
+    """The float32 accumulator: LANES per column for one row, per row and column for several."""
+    return tl.zeros([LANES if BLOCK_ROWS == 1 else BLOCK_ROWS, BLOCK_OUT], tl.float32)
 
 
 @triton.jit
 def add_products(sums, value, weight, BLOCK_ROWS: tl.constexpr, WIDEN: tl.constexpr):
     """Add `value`, ``[R, C]`` or ``[C]``, times `weight` ``[C, BLOCK_OUT]`` to the accumulator.
 
-    One row is multiplied in place, and summed over channels only once, at the end; several rows go through the tensor
-    cores, whose float32 sums of exact products serve bfloat16 and float16 alike. float32 stays float32 (no TF32).
+    One row is multiplied in place: a thread adds up the channels that it loaded itself, LANES apart, and threads are
+    summed over only once, at the end. Several rows go through the tensor cores, whose float32 sums of exact products
+    serve bfloat16 and float16 alike. float32 stays float32 (no TF32).
     """
     if BLOCK_ROWS == 1:
-        sums += value[:, None] * weight.to(tl.float32)
+        products = value[:, None] * weight.to(tl.float32)
+        sums += tl.sum(tl.reshape(products, [weight.shape[0] // sums.shape[0], sums.shape[0], sums.shape[1]]), axis=0)
     elif WIDEN:
         sums = tl.dot(value, weight.to(tl.float32), sums, input_precision="ieee")
     else:
@@ -187,6 +198,14 @@ def _reduce(
     if bias is not None:
         total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row.to(tl.int64) * OUT + columns, total.to(y.dtype.element_ty), mask=inside)
+
+
+@lru_cache(maxsize=4096)
+def _fitted(launch: Launch, in_features: int, sizes: tuple[int, ...], device: torch.device) -> Launch:
+    """The launch for a shape on a device; where Triton interprets the kernels, a device of one multiprocessor."""
+    cuda = device.type == "cuda"
+    count = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
+    return launch.fitted(in_features, sizes, count)
 
 
 @dataclass(frozen=True)
@@ -247,7 +266,7 @@ class Problem:
             sizes=tuple(thresholds.sizes),
             bias=None if bias is None else bias.contiguous(),
             y=x.new_empty((rows, out_features)),
-            launch=launch.fitted(in_features, max(thresholds.sizes)),
+            launch=_fitted(launch, in_features, tuple(thresholds.sizes), x.device),
         )
 
     @property
@@ -268,7 +287,19 @@ class Problem:
     @property
     def grid(self) -> tuple[int, int]:
         """Blocks of columns times splits of the channels."""
-        return sum(triton.cdiv(size, self.launch.block_out) for size in self.sizes), self.launch.splits
+        return self.launch.grid(self.sizes), self.splits
+
+    @property
+    def splits(self) -> int:
+        """Programs that share the channels of a block of columns."""
+        assert self.launch.splits is not None  # `fitted` gave a number
+        return self.launch.splits
+
+    @property
+    def lanes(self) -> int:
+        """Channels that the threads of a program load at once, sixteen bytes each; one thread has every lanes-th."""
+        columns = 16 // self.weight_t.element_size()
+        return max(1, min(self.launch.block_in, self.launch.num_warps * 32 * columns // self.launch.block_out))
 
     def constants(self, kernel: Any) -> dict[str, Any]:
         """The compile-time arguments that both kernels take."""
@@ -278,12 +309,14 @@ class Problem:
             "BLOCK_ROWS": self.block_rows,
             "BLOCK_IN": self.launch.block_in,
             "BLOCK_OUT": self.launch.block_out,
-            "SPLITS": self.launch.splits,
+            "LANES": self.lanes,
+            "SPLITS": self.splits,
             "ALIGN": math.gcd(self.launch.block_out, *self.sizes),
             # Triton's interpreter multiplies the bit patterns of bfloat16; widening changes no product.
             "WIDEN": self.x.dtype == torch.float32 or isinstance(kernel, InterpretedFunction),
             "num_warps": self.launch.num_warps,
             "num_stages": self.launch.num_stages,
+            "maxnreg": self.launch.maxnreg,
             **FLOAT_OPTIONS,
         }
 
@@ -295,24 +328,24 @@ class Problem:
 
     def sums(self) -> tuple[Tensor, Tensor | None]:
         """Where the main kernel writes, and the bias that it adds: the result, or partial sums without a bias."""
-        if self.launch.splits == 1:
+        if self.splits == 1:
             return self.y, self.bias
-        shape = (self.launch.splits, *self.y.shape)
+        shape = (self.splits, *self.y.shape)
         return torch.empty(shape, dtype=torch.float32, device=self.x.device), None
 
     def finish(self, sums: Tensor) -> Tensor:
         """Add up the partial sums, if they are partial, in a fixed order; returns ``[rows, out_features]``."""
-        if self.launch.splits == 1:
+        if self.splits == 1:
             return self.y
         rows, out_features = self.y.shape
-        padded = next_power_of_two(self.launch.splits)
+        padded = next_power_of_two(self.splits)
         block = min(256, REDUCE_TILE // padded)
         _reduce[(triton.cdiv(out_features, block), rows)](
             sums,
             self.bias,
             self.y,
             rows,
-            SPLITS=self.launch.splits,
+            SPLITS=self.splits,
             PADDED=padded,
             OUT=out_features,
             BLOCK=block,

@@ -20,9 +20,10 @@ from spon_plugin.kernels.triton.common import (
     load_rows,
     load_weight_rows,
     locate,
+    nan_of_rows,
     store_sums,
 )
-from spon_plugin.kernels.triton.configs import Launch
+from spon_plugin.kernels.triton.configs import Launch, next_power_of_two
 
 CHUNK = 1024
 
@@ -59,41 +60,47 @@ def sparse_linear(
     """
     problem = Problem.of(x, weight_t, threshold, bias, shard_sizes, launch)
     with problem.on_device():
-        channels, values, counts = _lists(problem)
+        channels, values, nans, counts = _lists(problem)
         sums, early_bias = problem.sums()
         _gather[problem.grid](
             channels,
             values,
+            nans,
             counts,
             problem.weight_t,
             early_bias,
             sums,
             problem.rows,
             problem.in_features,
+            nans.shape[1],
+            CHUNKS=next_power_of_two(nans.shape[1]),
             **problem.constants(_gather),
         )
         return problem.finish(sums).view(*x.shape[:-1], -1)
 
 
-def _lists(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """List the kept channels on the device.
+def _lists(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """List the kept channels on the device, but for those that only a NaN keeps.
 
     Returns:
         Per shard the kept channels, int32 ``[shards, in_features]``; the rows' values there, ``[shards, rows,
-        in_features]`` in `x.dtype`, zero where a row masks what another keeps; and how long the lists are, int32
-        ``[shards]``. Beyond its length a list is uninitialised.
+        in_features]`` in `x.dtype`, zero where a row masks what another keeps; float32 ``[shards, chunks, rows]``, NaN
+        where a row has one in that chunk of channels, else zero; and how long the lists are, int32 ``[shards]``. Beyond
+        its length a list is uninitialised.
     """
     shards = len(problem.sizes)
     device = problem.x.device
     channels = torch.empty((shards, problem.in_features), dtype=torch.int32, device=device)
     values = torch.empty((shards, *problem.x.shape), dtype=problem.x.dtype, device=device)
-    counts = torch.empty(shards, dtype=torch.int32, device=device)
     chunks = triton.cdiv(problem.in_features, CHUNK)
+    nans = torch.empty((shards, chunks, problem.rows), dtype=torch.float32, device=device)
+    counts = torch.empty(shards, dtype=torch.int32, device=device)
     _list_kept[(chunks, shards)](
         problem.x,
         problem.threshold,
         channels,
         values,
+        nans,
         counts,
         problem.rows,
         problem.in_features,
@@ -104,7 +111,7 @@ def _lists(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         num_warps=4 if problem.rows == 1 else 8,
         **FLOAT_OPTIONS,
     )
-    return channels, values, counts
+    return channels, values, nans, counts
 
 
 @triton.jit
@@ -113,6 +120,7 @@ def _list_kept(
     threshold,
     kept_channels,
     kept_values,
+    nans,
     counts,
     row_count,
     in_features,
@@ -145,11 +153,15 @@ def _list_kept(
     places = before + tl.cumsum(ones, axis=0) - ones
     tl.store(kept_channels + shard * in_features + places, channels, mask=active)
     lists = kept_values + shard * row_count * in_features
+    flags = nans + (shard * tl.num_programs(0) + chunk) * row_count
+    flag = nan_of_rows(value, BLOCK_ROWS)
     value = value.to(kept_values.dtype.element_ty)
     if BLOCK_ROWS == 1:
+        tl.store(flags, flag)
         tl.store(lists + places, value, mask=active)
     else:
         rows = tl.arange(0, BLOCK_ROWS)
+        tl.store(flags + rows, flag, mask=rows < row_count)
         within = (rows < row_count)[:, None] & active[None, :]
         tl.store(lists + rows[:, None] * in_features + places[None, :], value, mask=within)
     if chunk == tl.num_programs(0) - 1:
@@ -160,17 +172,21 @@ def _list_kept(
 def _gather(
     kept_channels,
     kept_values,
+    nans,
     counts,
     weight_t,
     bias,
     out,
     row_count,
     in_features,
+    chunk_count,
+    CHUNKS: tl.constexpr,
     SIZES: tl.constexpr,
     OUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    LANES: tl.constexpr,
     SPLITS: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -183,7 +199,7 @@ def _gather(
     part = (count + SPLITS - 1) // SPLITS
     stop = tl.minimum((split + 1) * part, count)
     lists = kept_values + shard * row_count * in_features
-    sums = empty_sums(BLOCK_ROWS, BLOCK_IN, BLOCK_OUT)
+    sums = empty_sums(BLOCK_ROWS, LANES, BLOCK_OUT)
     for start in range(split * part, stop, BLOCK_IN):
         places = start + tl.arange(0, BLOCK_IN)
         listed = places < stop
@@ -191,4 +207,15 @@ def _gather(
         value = load_rows(lists, in_features, row_count, places, listed, BLOCK_ROWS)
         weight = load_weight_rows(weight_t, channels, listed, columns, end, OUT)
         sums = add_products(sums, value, weight, BLOCK_ROWS, WIDEN)
+    if split == 0:
+        # Zeros, or what the lists leave out.
+        chunks = tl.arange(0, CHUNKS)
+        flags = nans + shard * chunk_count * row_count
+        if BLOCK_ROWS == 1:
+            sums += tl.sum(tl.load(flags + chunks, mask=chunks < chunk_count, other=0.0), axis=0)
+        else:
+            rows = tl.arange(0, BLOCK_ROWS)
+            within = (rows < row_count)[:, None] & (chunks < chunk_count)[None, :]
+            flag = tl.load(flags + chunks[None, :] * row_count + rows[:, None], mask=within, other=0.0)
+            sums += tl.sum(flag, axis=1)[:, None]
     store_sums(sums, out, bias, split, row_count, columns, end, OUT, BLOCK_ROWS)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,17 @@ import torch
 from spon_plugin.errors import SponError
 from spon_plugin.kernels.few_rows import GPU_ROWS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DIRECTORY = Path(__file__).parents[1] / "configs"
 DEFAULT = "default"
 KERNELS = ("dense_mask", "compaction")
+MAX_SPLITS = 256
+# 32-bit registers of a multiprocessor, and what they are given out by, on every GPU since compute capability 7.0.
+REGISTERS = 65536
+REGISTER_STEP = 8
+MOST_REGISTERS = 248
+# What a grid of more than one wave fills at least: four splits of any grid do.
+FILL = 0.8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,23 +43,71 @@ class Launch:
         kernel: "dense_mask" or "compaction".
         block_in: channels that a program loads at once, a power of two of at least 16 (the tensor cores' depth).
         block_out: columns of a program, a power of two of at least 16.
-        splits: programs that share the channels of one block of columns; more than one adds a launch that sums up.
+        splits: programs that share the channels of one block of columns; more than one adds a launch that sums up. None
+            for as many as fill the device at hand (`fitted`).
         num_warps: warps of a program, a power of two.
         num_stages: depth of the software pipeline.
+        resident: programs that a multiprocessor holds at once, by which their registers are limited (`maxnreg`).
     """
 
     kernel: str
     block_in: int
     block_out: int
-    splits: int
+    splits: int | None
     num_warps: int
     num_stages: int
+    resident: int
 
-    def fitted(self, in_features: int, out_features: int) -> Launch:
-        """The same without blocks wider than the columns, or splits that no channel is left for."""
-        block_out = min(self.block_out, max(16, next_power_of_two(out_features)))
-        splits = max(1, min(self.splits, -(-in_features // self.block_in)))
-        return Launch(self.kernel, self.block_in, block_out, splits, self.num_warps, self.num_stages)
+    @property
+    def maxnreg(self) -> int:
+        """Registers that a thread may have so that `resident` programs fit a multiprocessor.
+
+        Said to the compiler, because it otherwise aims at more programs than that: it then puts each load of weights
+        next to its use, and two are in flight where eight could be.
+        """
+        share = REGISTERS // (self.resident * self.num_warps * 32)
+        return min(share // REGISTER_STEP * REGISTER_STEP, MOST_REGISTERS)
+
+    def grid(self, sizes: Sequence[int]) -> int:
+        """Blocks of columns of shards of these widths: each starts a new one."""
+        return sum(-(-size // self.block_out) for size in sizes)
+
+    def fitted(self, in_features: int, sizes: Sequence[int], multiprocessors: int) -> Launch:
+        """The same without blocks wider than the columns or splits that no channel is left for, and with a number.
+
+        Args:
+            in_features: channels.
+            sizes: widths of the shards, which add up to the columns.
+            multiprocessors: what the device has.
+        """
+        launch = replace(self, block_out=min(self.block_out, max(16, next_power_of_two(max(sizes)))))
+        blocks_in = max(1, -(-in_features // self.block_in))
+        splits = self.splits or filling(launch.grid(sizes), blocks_in, self.resident * multiprocessors)
+        return replace(launch, splits=min(splits, blocks_in))
+
+
+def filling(blocks_out: int, blocks_in: int, slots: int) -> int:
+    """Splits with which a grid fills a device once; or, if it is wider than that, without a last wave that idles.
+
+    Programs that are there at the same time share the memory's bandwidth evenly, whatever their number; what costs is a
+    few programs that start when all others are done.
+
+    Args:
+        blocks_out: blocks of columns.
+        blocks_in: blocks of channels.
+        slots: programs that the device holds at once.
+    """
+    if blocks_out <= slots:
+        most = min(slots // blocks_out, blocks_in, MAX_SPLITS)
+        # As few as leave the longest program as it is: they write fewer sums.
+        return -(-blocks_in // -(-blocks_in // most))
+    fills = {splits: fill(blocks_out * splits, slots) for splits in range(1, min(4, blocks_in) + 1)}
+    return next((splits for splits, filled in fills.items() if filled >= FILL), max(fills, key=fills.__getitem__))
+
+
+def fill(programs: int, slots: int) -> float:
+    """The share of a device's slots that a grid uses, over all its waves."""
+    return programs / (-(-programs // slots) * slots)
 
 
 @dataclass(frozen=True)
@@ -213,12 +268,15 @@ def _launch(data: Any, name: str) -> Launch:
     _keys(data, {field.name for field in fields(Launch)}, name)
     if data["kernel"] not in KERNELS:
         raise SponError.of(f"{name}.kernel", data["kernel"], f"one of {', '.join(KERNELS)}")
-    limits = {"block_in": (16, 1024), "block_out": (16, 4096), "splits": (1, 256), "num_warps": (1, 32)}
-    for key, (least, most) in limits.items():
+    for key, least, most in (("block_in", 16, 1024), ("block_out", 16, 4096), ("num_warps", 1, 32)):
         value = _integer(data[key], f"{name}.{key}", least, most)
-        if key != "splits" and value != next_power_of_two(value):
+        if value != next_power_of_two(value):
             raise SponError.of(f"{name}.{key}", value, "a power of two")
+    if data["splits"] is not None:
+        _integer(data["splits"], f"{name}.splits", 1, MAX_SPLITS)
     _integer(data["num_stages"], f"{name}.num_stages", 1, 8)
+    # More would leave a thread less than 32 registers.
+    _integer(data["resident"], f"{name}.resident", 1, max(1, 64 // data["num_warps"]))
     return Launch(**data)
 
 

@@ -84,6 +84,7 @@ def _dense_mask(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    LANES: tl.constexpr,
     SPLITS: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -95,7 +96,7 @@ def _dense_mask(
     split = tl.program_id(1)
     shard, first, end = locate(tl.program_id(0), SIZES, BLOCK_OUT, ALIGN)
     columns = first + tl.arange(0, BLOCK_OUT)
-    sums = empty_sums(BLOCK_ROWS, BLOCK_IN, BLOCK_OUT)
+    sums = empty_sums(BLOCK_ROWS, LANES, BLOCK_OUT)
     for start in range(split * BLOCK_IN, in_features, SPLITS * BLOCK_IN):
         channels = start + tl.arange(0, BLOCK_IN)
         value, active = load_kept(

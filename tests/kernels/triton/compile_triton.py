@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the Triton kernels for a GPU that need not be there, as the launchers would launch them.
 
-    python -m tests.kernels.triton.compile_triton CONFIG.json|variants
+    python -m tests.kernels.triton.compile_triton CAPABILITY CONFIG.json...|variants
 
-compiles every launch of a file of `spon_plugin/kernels/configs`, or every kind of argument, for compute capability 9.0,
-and prints a JSON line for each compiled kernel: what its loads look like in PTX, registers, stack, shared memory.
+compiles every launch of files of `spon_plugin/kernels/configs`, or every kind of argument, for a compute capability
+(80, 90, 100), and prints a JSON line for each compiled kernel: what its loads look like in PTX, registers, stack,
+shared memory, and how many loads of weights are in flight (`schedule`). With another Triton than the installed one:
+
+    pip install --no-deps --target DIR triton==3.6.0
+    PYTHONPATH=DIR TRITON_CACHE_DIR=DIR/cache pytest tests/kernels/triton/test_triton_compiles.py
 """
 
 import itertools
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from spon_plugin.kernels.triton import compaction as triton_compaction
 from spon_plugin.kernels.triton import configs
 from spon_plugin.kernels.triton import dense_mask as triton_dense_mask
 from spon_plugin.kernels.triton.configs import Launch
+from tests.kernels.triton.schedule import resources, schedule
 
 KERNELS = {"dense_mask": triton_dense_mask, "compaction": triton_compaction}
 
@@ -33,8 +36,11 @@ KERNELS = {"dense_mask": triton_dense_mask, "compaction": triton_compaction}
 class NoDevice:
     """Stands in for Triton's driver: names the GPU to compile for, and has none."""
 
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -43,24 +49,15 @@ class NoDevice:
         return 0
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, and bytes of stack, which is where registers spill to."""
-    reader = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump*"))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run([reader, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", said.stdout)[0]
-    return {"registers": int(registers), "stack": int(stack)}
-
-
 def report(kernel: triton.compiler.CompiledKernel) -> dict[str, object]:
     """What the weights' loads look like, and what the kernel occupies."""
     ptx = kernel.asm["ptx"]
     # The only loads told to leave the cache first are those of weights; a copy's last operand is the bytes it reads.
     plain = re.findall(r"(@%p\d+ )?ld\.global\.L1::evict_first\S*?((?:\.v\d)?\.b\d+) ", ptx)
     copies = re.findall(r"(@%p\d+ )?cp\.async\.cg\.shared\.global\S* \[[^]]*\], \[[^]]*\], (0x10|16), (%r\d+)?", ptx)
+    found = schedule(kernel.asm["cubin"])
     return {
+        **(found._asdict() if found else {}),
         "weight_loads": sorted({width for _, width in plain}),
         "weight_loads_predicated": all(predicate for predicate, _ in plain),
         "copies": len(copies),
@@ -99,31 +96,33 @@ def compile_launch(
     finally:
         JITFunction.run = run
     for name, kernel in compiled.items():
-        yield {"kernel": name, "rows": rows, "dtype": str(dtype), "launch": str(launch), **report(kernel)}
+        described = {"rows": rows, "dtype": str(dtype), "sizes": sizes, "per_channel": per_channel}
+        yield {"kernel": name, **described, "launch": asdict(launch), **report(kernel)}
 
 
-def shipped(path: Path) -> Iterator[dict[str, object]]:
-    """Both kernels at every launch of a file, each combination of blocks once."""
+def shipped(paths: Sequence[Path]) -> Iterator[dict[str, object]]:
+    """Every launch of some files, each combination of blocks once, for the plainest arguments and for the richest."""
     done = set()
-    for shape in configs.read(path).shapes:
+    for shape in itertools.chain.from_iterable(configs.read(path).shapes for path in paths):
         dtype = configs.DTYPES[shape.dtypes[0]]
         for most, given in shape.launches.items():
-            for kernel in KERNELS:
-                case = (replace(given, kernel=kernel, splits=min(given.splits, 2)), dtype, min(most, 5))
-                if case not in done:
-                    done.add(case)
-                    yield from compile_launch(*case)
+            case = (replace(given, splits=2), dtype, min(most, 5))
+            if case not in done:
+                done.add(case)
+                yield from compile_launch(*case, sizes=(512,))
+                yield from compile_launch(*case, sizes=(384, 128, 128), per_channel=True)
 
 
 def variants() -> Iterator[dict[str, object]]:
     """Both kernels in every dtype, with one row and several, and with the other kinds of arguments."""
     for kernel, dtype, rows in itertools.product(KERNELS, configs.DTYPES.values(), (1, 5)):
-        launch = Launch(kernel, block_in=32, block_out=64, splits=1, num_warps=4, num_stages=2)
+        launch = Launch(kernel, block_in=32, block_out=64, splits=1, num_warps=4, num_stages=2, resident=3)
         yield from compile_launch(launch, dtype, rows, 4095, (33, 1, 64), per_channel=True, bias=None)
         yield from compile_launch(launch, dtype, rows, sizes=(512,), bias=dtype)
 
 
 if __name__ == "__main__":
-    triton.runtime.driver.set_active(NoDevice())
-    for line in variants() if sys.argv[1] == "variants" else shipped(Path(sys.argv[1])):
+    capability, *what = sys.argv[1:]
+    triton.runtime.driver.set_active(NoDevice(int(capability)))
+    for line in variants() if what == ["variants"] else shipped([Path(path) for path in what]):
         print(json.dumps(line), flush=True)

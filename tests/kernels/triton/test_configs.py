@@ -3,6 +3,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,28 @@ import torch
 from spon_plugin import SponError
 from spon_plugin.kernels.few_rows import GPU_ROWS
 from spon_plugin.kernels.triton import configs
-from spon_plugin.kernels.triton.configs import DIRECTORY, DTYPES, Launch, choose, file_of, parse, read
+from spon_plugin.kernels.triton.configs import (
+    DIRECTORY,
+    DTYPES,
+    FILL,
+    Launch,
+    choose,
+    file_of,
+    fill,
+    filling,
+    parse,
+    read,
+)
 
-LAUNCH = {"kernel": "dense_mask", "block_in": 64, "block_out": 128, "splits": 8, "num_warps": 4, "num_stages": 1}
+LAUNCH = {
+    "kernel": "dense_mask",
+    "block_in": 64,
+    "block_out": 128,
+    "splits": 8,
+    "num_warps": 4,
+    "num_stages": 1,
+    "resident": 6,
+}
 SHAPE = {
     "source": "test",
     "dtypes": ["bfloat16"],
@@ -23,7 +43,7 @@ SHAPE = {
     "launches": {"1": LAUNCH, "8": {**LAUNCH, "kernel": "compaction", "splits": 3}},
 }
 FILE = {
-    "format_version": 1,
+    "format_version": 2,
     "sources": {"test": "a test"},
     "shapes": [SHAPE, {**SHAPE, "out_features": 14336, "crossover": 0}],
 }
@@ -45,7 +65,8 @@ def test_shipped_files_are_valid_and_say_where_they_come_from(path: Path) -> Non
     assert all("measured" in text for text in device.sources.values()), "measured, or not measured"
     for shape in device.shapes:
         for launch in shape.launches.values():
-            assert launch == launch.fitted(shape.in_features, shape.out_features), "blocks beyond the shape"
+            fitted = launch.fitted(shape.in_features, (shape.out_features,), 132)
+            assert launch == replace(fitted, splits=launch.splits), "blocks beyond the shape"
     assert {dtype for shape in device.shapes for dtype in shape.dtypes} == set(DTYPES)
 
 
@@ -102,15 +123,56 @@ def test_a_dtype_that_the_device_does_not_know_takes_the_default(directory: Path
 
 def test_fitted_to_small_shapes() -> None:
     launch = Launch(**LAUNCH)
-    assert launch.fitted(4096, 4096) == launch
-    assert launch.fitted(100, 40) == Launch(**{**LAUNCH, "block_out": 64, "splits": 2})
-    assert launch.fitted(0, 1) == Launch(**{**LAUNCH, "block_out": 16, "splits": 1})
+    assert launch.fitted(4096, (4096,), 132) == launch
+    assert launch.fitted(100, (40,), 132) == Launch(**{**LAUNCH, "block_out": 64, "splits": 2})
+    assert launch.fitted(0, (1,), 132) == Launch(**{**LAUNCH, "block_out": 16, "splits": 1})
+
+
+@pytest.mark.parametrize("multiprocessors", [20, 56, 58, 72, 84, 108, 114, 128, 132, 142, 148, 170, 188])
+@pytest.mark.parametrize("path", sorted(DIRECTORY.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_launches_leave_no_small_last_wave(path: Path, multiprocessors: int) -> None:
+    """At their own shapes, and at those that take the nearest: whatever the device, all programs are there at once."""
+    widths = [(1, 1, 1), (576, 192, 192), (1000,), (4096, 1024, 1024), (4096,), (14336, 14336), (29568, 29568)]
+    for shape in read(path).shapes:
+        for launch in shape.launches.values():
+            for sizes in [(shape.out_features,), *widths]:
+                fitted = launch.fitted(shape.in_features, sizes, multiprocessors)
+                blocks, slots = fitted.grid(sizes), launch.resident * multiprocessors
+                if blocks <= slots:
+                    assert blocks * fitted.splits <= slots
+                else:
+                    assert fill(blocks * fitted.splits, slots) >= FILL
+
+
+@pytest.mark.parametrize(
+    ("blocks_out", "blocks_in", "slots", "splits"),
+    [
+        (32, 64, 792, 22),  # 24 would fit, and the longest program would have three blocks of channels all the same
+        (112, 128, 792, 7),
+        (32, 4, 792, 4),
+        (1, 10000, 792, 250),
+        (792, 64, 792, 1),
+        (448, 64, 396, 3),  # 1.13 waves, 2.3, or 3.4: 85% of four
+        (397, 1, 396, 1),
+        (900, 64, 100, 1),
+    ],
+)
+def test_splits_that_fill_a_device(blocks_out: int, blocks_in: int, slots: int, splits: int) -> None:
+    assert filling(blocks_out, blocks_in, slots) == splits
+
+
+@pytest.mark.parametrize(
+    ("resident", "num_warps", "registers"), [(6, 4, 80), (7, 4, 72), (8, 4, 64), (3, 4, 168), (1, 4, 248), (4, 8, 64)]
+)
+def test_registers_that_leave_room_for_the_resident_programs(resident: int, num_warps: int, registers: int) -> None:
+    assert Launch(**{**LAUNCH, "resident": resident, "num_warps": num_warps}).maxnreg == registers
+    assert resident * num_warps * 32 * registers <= 65536
 
 
 @pytest.mark.parametrize(
     ("place", "value", "named"),
     [
-        (["format_version"], 2, "format_version"),
+        (["format_version"], 1, "format_version"),
         (["sources"], {"test": ""}, "sources"),
         (["shapes", 0, "source"], "elsewhere", "source"),
         (["shapes"], [], "shapes"),
@@ -130,6 +192,7 @@ def test_fitted_to_small_shapes() -> None:
         (["shapes", 0, "launches", "1", "splits"], 0, "splits"),
         (["shapes", 0, "launches", "1", "num_warps"], "4", "num_warps"),
         (["shapes", 0, "launches", "1", "num_stages"], 0, "num_stages"),
+        (["shapes", 0, "launches", "1", "resident"], 17, "resident"),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, list) and value and value != ["int8"] else None,
 )

@@ -25,7 +25,7 @@ KERNELS = {"dense_mask": triton_dense_mask.sparse_linear, "compaction": triton_c
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Relative error in the Frobenius norm. Triton's interpreter truncates to bfloat16, which costs 4e-3 by itself.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-LAUNCH = Launch("dense_mask", block_in=16, block_out=16, splits=1, num_warps=4, num_stages=1)
+LAUNCH = Launch("dense_mask", block_in=16, block_out=16, splits=1, num_warps=4, num_stages=1, resident=4)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs and GPU dispatch need a CUDA device")
 
 
@@ -170,6 +170,20 @@ def test_nan_and_infinity_show_in_their_row_only(kernel: str, dtype: str, device
     assert_near(y[[0, 3]], clean[[0, 3]], TOLERANCE[y.dtype])
     alone = replace(case, x=case.x[1:2]).run(KERNELS[kernel], launch=LAUNCH)
     assert torch.isnan(alone).all()
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_of_nan_make_nothing_be_read(kernel: str, rows: int, splits: int, device: torch.device) -> None:
+    """Rows that a batch is padded with hold anything: their NaN must not have a whole weight read for nothing."""
+    case = make(device, rows=rows, shape=(triton_compaction.CHUNK + 9, 5), sparsity=0.9)
+    case.x[0] = float("nan")
+    expected = case.exact()
+    case.weight_t[(case.x[1:].abs() <= case.threshold).all(dim=0)] = float("nan")
+    y = case.run(KERNELS[kernel], launch=replace(LAUNCH, block_in=256, splits=splits))
+    assert torch.isnan(y[0]).all()
+    assert_near(y[1:], expected[1:], 1e-5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -14,8 +14,8 @@ from spon_plugin import SponError
 from spon_plugin.kernels.triton import configs
 from spon_plugin.kernels.triton.configs import Device, Launch, Shape
 
-BEST = Launch("compaction", block_in=64, block_out=256, splits=11, num_warps=8, num_stages=2)
-START = Launch("dense_mask", block_in=16, block_out=32, splits=1, num_warps=1, num_stages=1)
+BEST = Launch("compaction", block_in=64, block_out=256, splits=11, num_warps=8, num_stages=2, resident=4)
+START = Launch("dense_mask", block_in=16, block_out=32, splits=1, num_warps=1, num_stages=1, resident=8)
 
 
 def distance(launch: Launch) -> float:
@@ -98,6 +98,7 @@ def test_the_whole_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(tune, "cuda_timer", lambda *args: formula_timer)
+    monkeypatch.setattr(tune, "multiprocessors", lambda: 132)
     pytest.importorskip("triton")
     path = tmp_path / "nvidia_h100.json"
     path.write_text((configs.DIRECTORY / "nvidia_h100.json").read_text())
