@@ -182,10 +182,27 @@ def store_sums(sums, out, bias, split, row_count, columns, end, OUT: tl.constexp
 
 
 @triton.jit
+def let_next_start(DEPENDENT: tl.constexpr):
+    """Allow the launch that sums up to start before this one ends; it waits for the sums itself."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def _reduce(
-    partial, bias, y, row_count, SPLITS: tl.constexpr, PADDED: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr
+    partial,
+    bias,
+    y,
+    row_count,
+    SPLITS: tl.constexpr,
+    PADDED: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """``y[row] = sum over splits of partial[split, row] + bias``, always in the same order."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     splits = tl.arange(0, PADDED)
@@ -198,6 +215,12 @@ def _reduce(
     if bias is not None:
         total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row.to(tl.int64) * OUT + columns, total.to(y.dtype.element_ty), mask=inside)
+
+
+@lru_cache(maxsize=64)
+def starts_early(device: torch.device) -> bool:
+    """Whether a launch may start before the one that it depends on ends (programmatic dependent launch, Hopper's)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @lru_cache(maxsize=4096)
@@ -296,6 +319,11 @@ class Problem:
         return self.launch.splits
 
     @property
+    def dependent(self) -> bool:
+        """Whether a launch that sums up follows, and may start early."""
+        return self.splits > 1 and starts_early(self.x.device)
+
+    @property
     def lanes(self) -> int:
         """Channels that the threads of a program load at once, sixteen bytes each; one thread has every lanes-th."""
         columns = 16 // self.weight_t.element_size()
@@ -316,7 +344,9 @@ class Problem:
             "WIDEN": self.x.dtype == torch.float32 or isinstance(kernel, InterpretedFunction),
             "num_warps": self.launch.num_warps,
             "num_stages": self.launch.num_stages,
-            "maxnreg": self.launch.maxnreg,
+            "DEPENDENT": self.dependent,
+            # An option of NVIDIA's compiler alone.
+            **({} if torch.version.hip else {"maxnreg": self.launch.maxnreg}),
             **FLOAT_OPTIONS,
         }
 
@@ -349,7 +379,9 @@ class Problem:
             PADDED=padded,
             OUT=out_features,
             BLOCK=block,
+            DEPENDENT=self.dependent,
             num_warps=4,
+            **({"launch_pdl": True} if self.dependent else {}),
             **FLOAT_OPTIONS,
         )
         return self.y

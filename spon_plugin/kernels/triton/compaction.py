@@ -16,6 +16,7 @@ from spon_plugin.kernels.triton.common import (
     Problem,
     add_products,
     empty_sums,
+    let_next_start,
     load_kept,
     load_rows,
     load_weight_rows,
@@ -190,8 +191,10 @@ def _gather(
     SPLITS: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One block of columns over one of SPLITS equal parts of its shard's list."""
+    let_next_start(DEPENDENT)
     split = tl.program_id(1)
     shard, first, end = locate(tl.program_id(0), SIZES, BLOCK_OUT, ALIGN)
     columns = first + tl.arange(0, BLOCK_OUT)

@@ -14,6 +14,7 @@ from spon_plugin.kernels.triton.common import (
     Problem,
     add_products,
     empty_sums,
+    let_next_start,
     load_kept,
     load_weight_rows,
     locate,
@@ -88,11 +89,13 @@ def _dense_mask(
     SPLITS: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One block of columns over every SPLITS-th block of channels.
 
     Splits interleave, because kept channels cluster: contiguous ranges would leave some programs with more work.
     """
+    let_next_start(DEPENDENT)
     split = tl.program_id(1)
     shard, first, end = locate(tl.program_id(0), SIZES, BLOCK_OUT, ALIGN)
     columns = first + tl.arange(0, BLOCK_OUT)

@@ -24,11 +24,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from spon_plugin.kernels.triton import common, configs
 from spon_plugin.kernels.triton import compaction as triton_compaction
-from spon_plugin.kernels.triton import configs
 from spon_plugin.kernels.triton import dense_mask as triton_dense_mask
 from spon_plugin.kernels.triton.configs import Launch
-from tests.kernels.triton.schedule import resources, schedule
+from tests.kernels.triton.schedule import resources, schedule, waits_first
 
 KERNELS = {"dense_mask": triton_dense_mask, "compaction": triton_compaction}
 
@@ -64,6 +64,8 @@ def report(kernel: triton.compiler.CompiledKernel) -> dict[str, object]:
         "copies_predicated": all(predicate or size for predicate, _, size in copies),
         "tensor_cores": bool(re.search(r"mma\.sync|wgmma", ptx)),
         "shared": kernel.metadata.shared,
+        "starts_early": "griddepcontrol.wait" in ptx,
+        "waits_first": waits_first(kernel.asm["cubin"]),
         **resources(kernel.asm["cubin"]),
     }
 
@@ -124,5 +126,6 @@ def variants() -> Iterator[dict[str, object]]:
 if __name__ == "__main__":
     capability, *what = sys.argv[1:]
     triton.runtime.driver.set_active(NoDevice(int(capability)))
+    common.starts_early = lambda device: int(capability) >= 90
     for line in variants() if what == ["variants"] else shipped([Path(path) for path in what]):
         print(json.dumps(line), flush=True)

@@ -63,11 +63,25 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def schedule(cubin: bytes) -> Schedule | None:
     """The schedule of the loop that loads weights; None for a kernel that has none."""
-    for body in _loops(_run(cubin, "nvdisasm", "-hex", "-c")):
+    return read(_run(cubin, "nvdisasm", "-hex", "-c"))
+
+
+def read(disassembly: str) -> Schedule | None:
+    """`schedule`, from what `nvdisasm` says."""
+    for body in _loops(disassembly):
         copies = any("LDGSTS" in instruction.text for instruction in body)
         if copies or any(WEIGHT_LOAD.search(instruction.text) for instruction in body):
             return Schedule(len(body), _loads_in_flight(body), _stages_in_flight(body) if copies else 0)
     return None
+
+
+def waits_first(cubin: bytes) -> bool:
+    """Whether a kernel that may start before the one it depends on ends waits for that before it loads anything."""
+    texts = [match["text"] for match in ENCODED.finditer(_run(cubin, "nvdisasm", "-hex", "-c"))]
+    wait, load = (
+        next((place for place, text in enumerate(texts) if name in text), None) for name in ("ACQBULK", "LDG")
+    )
+    return wait is not None and load is not None and wait < load
 
 
 def _run(cubin: bytes, tool: str, *options: str) -> str:

@@ -112,6 +112,16 @@ def test_shipped_launches_leave_no_small_last_wave(capability: int, shape: tuple
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+def test_the_launch_that_sums_up_starts_early_and_waits(capability: int) -> None:
+    """From Hopper on; and the compiler has moved no load before the wait."""
+    lines = [line for line in compiled(capability, *CONFIGS) if line["kernel"] == "_reduce"]
+    assert lines
+    for line in lines:
+        assert line["starts_early"] == line["waits_first"] == (capability >= 90), line
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [90])
 def test_every_kind_of_argument_compiles(capability: int) -> None:
     lines = compiled(capability, "variants")
