@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the Triton kernels for a GPU that need not be there, as the launchers would launch them.
 
-    python -m tests.kernels.triton.compile_triton CAPABILITY CONFIG.json...|variants
+    python -m tests.kernels.triton.compile_triton 80,90,100 CONFIG.json...|variants
 
-compiles every launch of files of `spon_plugin/kernels/configs`, or every kind of argument, for a compute capability
-(80, 90, 100), and prints a JSON line for each compiled kernel: what its loads look like in PTX, registers, stack,
+compiles every launch of files of `spon_plugin/kernels/configs`, or every kind of argument, for compute capabilities,
+and prints a JSON line for each compiled kernel: what its loads look like in PTX, registers, stack,
 shared memory, and how many loads of weights are in flight (`schedule`). With another Triton than the installed one:
 
     pip install --no-deps --target DIR triton==3.6.0
@@ -36,14 +36,13 @@ KERNELS = {"dense_mask": triton_dense_mask, "compaction": triton_compaction}
 class NoDevice:
     """Stands in for Triton's driver: names the GPU to compile for, and has none."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    capability = 90
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability  # Triton asks for the target of each device once
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -124,8 +123,10 @@ def variants() -> Iterator[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    capability, *what = sys.argv[1:]
-    triton.runtime.driver.set_active(NoDevice(int(capability)))
-    common.starts_early = lambda device: int(capability) >= 90
-    for line in variants() if what == ["variants"] else shipped([Path(path) for path in what]):
-        print(json.dumps(line), flush=True)
+    capabilities, *what = sys.argv[1:]
+    device = NoDevice()
+    triton.runtime.driver.set_active(device)
+    common.starts_early = lambda _: device.capability >= 90
+    for device.capability in map(int, capabilities.split(",")):
+        for line in variants() if what == ["variants"] else shipped([Path(path) for path in what]):
+            print(json.dumps({"capability": device.capability, **line}), flush=True)
