@@ -18,20 +18,36 @@ import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from spon_lm_eval.counts import InputCounts
 from spon_plugin.errors import SponError
-
-if TYPE_CHECKING:
-    from spon_lm_eval.model import SponHFLM
 
 Request = tuple[Any, list[int], list[int]]
 """lm-eval's: the strings (None for a rolling window), the tokens of the context, those of the continuation."""
+
+
+class LanguageModel(Protocol):
+    """What is asked of `spon_lm_eval.model.SponHFLM`; all but the last two are `HFLM`'s."""
+
+    max_length: Any
+    batch_size: Any
+    batch_sizes: Any
+    rank: Any
+    device: Any
+    model: Any
+    cache_hook: Any
+    softmax_dtype: Any
+    mixed_precision_dtype: Any
+    inner: Any
+    counts: InputCounts
+
+    def _batch_scheduler(self, position: int, requests: Sequence[Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,7 @@ class Row:
 
 
 def loglikelihoods(
-    lm: SponHFLM, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    lm: LanguageModel, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
 ) -> list[tuple[float, bool]]:
     """What `HFLM._loglikelihood_tokens` returns: log-likelihood and whether greedy decoding gives the continuation.
 
@@ -119,7 +135,7 @@ def _take(groups: list[list[Row]], size: int) -> list[list[Row]]:
 
 
 @torch.no_grad()
-def _score(lm: SponHFLM, batch: list[list[Row]], size: int) -> list[tuple[Row, tuple[float, bool]]]:
+def _score(lm: LanguageModel, batch: list[list[Row]], size: int) -> list[tuple[Row, tuple[float, bool]]]:
     results = []
     with _autocast(lm):
         first, context, cache = _dense_pass(lm, [group[0].context for group in batch])
@@ -141,7 +157,7 @@ def _score(lm: SponHFLM, batch: list[list[Row]], size: int) -> list[tuple[Row, t
     return results
 
 
-def _dense_pass(lm: SponHFLM, contexts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, Any]:
+def _dense_pass(lm: LanguageModel, contexts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, Any]:
     """Read contexts, padded on the left as for generation, so that what follows is contiguous in the cache.
 
     Returns:
@@ -163,7 +179,7 @@ def _dense_pass(lm: SponHFLM, contexts: list[tuple[int, ...]]) -> tuple[Tensor, 
     return F.log_softmax(out.logits[:, -1], dim=-1, dtype=lm.softmax_dtype), mask, out.past_key_values
 
 
-def _sparse_pass(lm: SponHFLM, continuations: list[list[int]], context: Tensor, cache: Any) -> list[Tensor]:
+def _sparse_pass(lm: LanguageModel, continuations: list[list[int]], context: Tensor, cache: Any) -> list[Tensor]:
     """Read continuations, less their last tokens, on the cache of their contexts.
 
     Args:
@@ -189,7 +205,9 @@ def _sparse_pass(lm: SponHFLM, continuations: list[list[int]], context: Tensor, 
     return [row[:length] for row, length in zip(logprobs, lengths, strict=True)]
 
 
-def _forward(lm: SponHFLM, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, last_only: bool = False) -> Any:
+def _forward(
+    lm: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, last_only: bool = False
+) -> Any:
     accepted = inspect.signature(lm.inner.forward).parameters
     optional: dict[str, Any] = {"position_ids": positions}
     if last_only:
@@ -204,6 +222,6 @@ def _result(logprobs: Tensor, continuation: list[int]) -> tuple[float, bool]:
     return float(logprobs.gather(1, targets.unsqueeze(1)).sum()), greedy
 
 
-def _autocast(lm: SponHFLM) -> AbstractContextManager[Any]:
+def _autocast(lm: LanguageModel) -> AbstractContextManager[Any]:
     dtype = lm.mixed_precision_dtype
     return torch.autocast(device_type=lm.device.type, dtype=dtype, enabled=dtype is not None)

@@ -13,10 +13,7 @@ if TYPE_CHECKING:
 
     from spon_plugin.adapter.directory import Adapter
 
-__all__ = ["QUANT_METHOD", "mark_merged", "register"]
-
-QUANT_METHOD = "spon"
-"""``quantization_config.quant_method`` in the `config.json` of a merged model."""
+__all__ = ["mark_merged", "register"]
 
 
 def register() -> None:
@@ -27,6 +24,7 @@ def register() -> None:
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+    from spon_plugin.adapter.merged import QUANT_METHOD
     from spon_transformers.quantizer import SponHfQuantizer, SponQuantizationConfig
 
     tables: list[tuple[Any, type]] = [

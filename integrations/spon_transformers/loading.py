@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from spon_plugin import machine
+from spon_plugin.adapter.merged import QUANT_METHOD
 from spon_plugin.errors import SponError
-from spon_transformers import QUANT_METHOD
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -22,17 +22,17 @@ from spon_plugin.adapter.directory import Adapter
 from spon_plugin.adapter.mask import CENTER, THRESHOLD
 from spon_plugin.adapter.merged import (
     FIELD,
+    QUANT_METHOD,
     centered_modules,
     check_thresholds,
     check_vector,
     holds_dense_biases,
     read_fields,
 )
-from spon_plugin.decoder.tokens import DenseTokens
+from spon_plugin.decoder.tokens import DenseTokens, follow_tokens
 from spon_plugin.errors import SponError
-from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear, follow_tokens
+from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
 from spon_plugin.weights.linears import is_conv1d, is_linear, linear_features
-from spon_transformers import QUANT_METHOD
 
 if TYPE_CHECKING:  # while peft is imported, transformers registers us before it can import this
     from transformers import PreTrainedModel

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["QUANT_METHOD", "register"]
-
-QUANT_METHOD = "spon"
-"""The name of the quantization method, for ``--quantization`` and in `config.json`."""
+__all__ = ["register"]
 
 _registered = False
 
@@ -29,6 +26,7 @@ def register() -> None:
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
 
+        from spon_plugin.adapter.merged import QUANT_METHOD
         from spon_vllm import engine, metrics
         from spon_vllm.config import SponConfig
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from spon_plugin.adapter.directory import is_adapter, read_config
+from spon_plugin.adapter.merged import QUANT_METHOD
 from spon_plugin.errors import SponError
-from spon_vllm import QUANT_METHOD
 from spon_vllm.settings import ADAPTER_VARIABLE, serving_adapter
 
 

@@ -3,22 +3,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from torch import Tensor
 from vllm.logger import init_logger
 
 from spon_plugin.errors import SponError
 from spon_vllm import metrics, steps
+from spon_vllm.settings import Settings
 from spon_vllm.trained import REMEDY
 
-if TYPE_CHECKING:
-    from spon_vllm.config import SponConfig
-    from spon_vllm.settings import Settings
-
 logger = init_logger("vllm.spon")
+
+
+class Served(Protocol):
+    """What is asked of `spon_vllm.config.SponConfig`."""
+
+    settings: Settings | None
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """The adapter's linears, as vLLM names them."""
+
+    @property
+    def trained(self) -> Mapping[str, Any]:
+        """The modules that the adapter has trained as a whole."""
 
 
 @dataclass
@@ -46,7 +57,7 @@ class Coverage:
         self.made += 1
         self.modules.update(modules)
 
-    def finish(self, threshold: Tensor, extra_bytes: int, config: SponConfig, speaks: bool, whole: bool) -> None:
+    def finish(self, threshold: Tensor, extra_bytes: int, config: Served, speaks: bool, whole: bool) -> None:
         """A layer is ready; after the last one, count and log. When weights are loaded again, nothing happens.
 
         Args:

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spon_plugin.adapter.directory import read_adapter
-from spon_plugin.adapter.merged import centered_modules, check_thresholds, holds_dense_biases, read_fields
+from spon_plugin.adapter.merged import QUANT_METHOD, centered_modules, check_thresholds, holds_dense_biases, read_fields
 from spon_plugin.errors import SponError
 from spon_plugin.kernels.few_rows import row_limit
 from spon_plugin.masking import TOKEN_MODES
-from spon_vllm import QUANT_METHOD
 
 ADAPTER_VARIABLE = "SPON_ADAPTER"
 TOKEN_MODE_VARIABLE = "SPON_TOKEN_MODE"

@@ -23,6 +23,8 @@ from spon_plugin.errors import SponError
 
 FIELD = "quantization_config"
 """What errors call the object."""
+QUANT_METHOD = "spon"
+"""Its `quant_method`, and the name of the quantization method in every host."""
 
 
 def read_fields(stored: Mapping[str, Any]) -> SponFields:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
 from spon_plugin.masking import TokenMode
 
 
@@ -138,3 +139,19 @@ class DenseTokens:
         past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
         mask = kwargs.get("attention_mask")
         return dense_tokens((ids.shape[0], ids.shape[1]), self.dense_prefix, self.tokens, mask, past, ids.device)
+
+
+def follow_tokens(model: nn.Module, tokens: DenseTokens) -> Attachment:
+    """Let the sparse layers of `model` leave the dense tokens of each of its forward passes dense.
+
+    Args:
+        model: holds `SparseLinear` and `SparseConv1D` layers, whose `keep_dense_bias` has been called.
+        tokens: which tokens are dense.
+
+    Returns:
+        What ends it for the model; the layers then mask every token.
+    """
+    for module in model.modules():
+        if isinstance(module, SparseLinear | SparseConv1D):
+            module.tokens = tokens
+    return tokens.attach(model)

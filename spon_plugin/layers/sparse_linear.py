@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.decoder.tokens import Attachment, DenseTokens
 from spon_plugin.kernels import sparse_linear
 from spon_plugin.kernels.cpu.layer_call import LayerCall
 from spon_plugin.kernels.gemm import dense_linear
 from spon_plugin.kernels.op import implementation
 from spon_plugin.masking import deviation, sparse_deviation
 from spon_plugin.weights.linears import linear_features
+
+
+class DenseRows(Protocol):
+    """What a layer asks which of its tokens are dense: `spon_plugin.decoder.tokens.DenseTokens`."""
+
+    def rows(self, x: Tensor) -> Tensor | None:
+        """Bool ``[...]`` for an input ``[..., in_features]``, True for dense; None for no dense token."""
 
 
 class _SparseLayer(nn.Module):
@@ -25,7 +31,7 @@ class _SparseLayer(nn.Module):
     spon_threshold: Tensor
     spon_center: Tensor | None
     spon_dense_bias: Tensor | None
-    tokens: DenseTokens | None = None
+    tokens: DenseRows | None = None
 
     def _register_spon_buffers(self, device: torch.device | str | None) -> None:
         self.register_buffer("spon_threshold", torch.zeros(1, dtype=torch.float32, device=device))
@@ -34,7 +40,7 @@ class _SparseLayer(nn.Module):
         self._few_rows = LayerCall()
 
     def keep_dense_bias(self, bias: Tensor | None = None) -> None:
-        """Hold the bias ``[out_features]`` of tokens that stay dense; None for zeros. `follow_tokens` needs it."""
+        """Hold the bias ``[out_features]`` of tokens that stay dense; None for zeros."""
         like = self.bias if self.bias is not None else self.weight[..., 0]
         out_features = linear_features(self)[1]
         value = torch.zeros(out_features, dtype=like.dtype, device=like.device) if bias is None else bias.detach()
@@ -103,7 +109,7 @@ class SparseLinear(_SparseLayer, nn.Linear):
         spon_threshold: float32 ``[1]`` or, per channel, ``[in_features]``; 0 masks nothing but zeros.
         spon_center: float32 ``[in_features]``, or None for 0; see `masking.sparsify`.
         spon_dense_bias: ``[out_features]``, the bias of dense tokens; None where every token is masked.
-        tokens: says which tokens are dense; see `follow_tokens`.
+        tokens: says which tokens are dense; see `decoder.tokens.follow_tokens`.
     """
 
     def __init__(
@@ -163,22 +169,6 @@ class SparseConv1D(_SparseLayer):
     def extra_repr(self) -> str:
         """Show the layer as transformers shows Conv1D."""
         return f"nf={self.nf}, nx={self.nx}"
-
-
-def follow_tokens(model: nn.Module, tokens: DenseTokens) -> Attachment:
-    """Let the sparse layers of `model` leave the dense tokens of each of its forward passes dense.
-
-    Args:
-        model: holds `SparseLinear` and `SparseConv1D` layers, whose `keep_dense_bias` has been called.
-        tokens: which tokens are dense.
-
-    Returns:
-        What ends it for the model; the layers then mask every token.
-    """
-    for module in model.modules():
-        if isinstance(module, SparseLinear | SparseConv1D):
-            module.tokens = tokens
-    return tokens.attach(model)
 
 
 def _apply_keeping_float32(module: nn.Module, fn, apply, recurse: bool) -> None:  # type: ignore[no-untyped-def]

@@ -15,16 +15,9 @@ import torch
 from torch import Tensor
 
 from spon_plugin.kernels.arguments import Thresholds
+from spon_plugin.kernels.cpu.layout import BIAS_ELEMENT, BIAS_FLOAT32, FIELDS, NO_BIAS, scratch_size
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK = 256  # inputs per count; a thread finds its share of the active list by blocks
-
-# The arguments of the compiled function travel as one array of 64-bit words.
-FIELDS = (
-    "x", "weight_t", "threshold", "bias", "y", "scratch",
-    "batch", "in_features", "out_features", "row_stride", "per_channel", "bias_kind",
-)  # fmt: skip
-NO_BIAS, BIAS_FLOAT32, BIAS_ELEMENT = 0, 1, 2
 _WORDS = struct.Struct(f"{len(FIELDS)}q")
 
 _local = threading.local()
@@ -65,13 +58,8 @@ def _worker(dtype: torch.dtype) -> tuple[Any, int]:
 
 
 def _scratch(threads: int, batch: int, in_features: int, out_features: int) -> Tensor:
-    """What the threads work in, held between calls: fresh pages would cost more than the work on them.
-
-    For each thread: sums ``[batch, out_features]``; values ``[batch, in_features]``; flags and indices of active
-    inputs ``[in_features]``; their counts by block.
-    """
-    blocks = -(-in_features // BLOCK)
-    floats = threads * (batch * (out_features + in_features) + 2 * in_features + blocks)
+    """What the threads work in, held between calls: fresh pages would cost more than the work on them."""
+    floats = scratch_size(threads, batch, in_features, out_features)
     held: Tensor | None = getattr(_local, "scratch", None)
     if held is None or held.numel() < floats:
         held = _local.scratch = torch.empty(floats, dtype=torch.float32, device="cpu")

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from spon_plugin.kernels.cpu.kernel import BIAS_ELEMENT, BIAS_FLOAT32, BLOCK, FIELDS
+from spon_plugin.kernels.cpu import layout
+from spon_plugin.kernels.cpu.layout import BIAS_ELEMENT, BIAS_FLOAT32, BLOCK, FIELDS
 from spon_plugin.kernels.cpu.numba_types import narrow, pointer, prefetch, widen
 
 # The threads are those of the OpenMP runtime that torch has loaded: one pool, so that kernels and torch's own operators
@@ -23,6 +24,8 @@ IN_FLIGHT = 8  # weight rows read at once; fewer leave memory waiting, more gain
 
 # "contract" lets a product and a sum fuse. Nothing else of fastmath: NaN must stay NaN, and sums keep their order.
 _OPTIONS: dict[str, Any] = {"fastmath": {"contract"}, "boundscheck": False}
+
+_thread_parts = njit(layout.thread_parts)
 
 
 @njit(**_OPTIONS)
@@ -171,22 +174,22 @@ def compile_worker(element: Any) -> Any:
 
     def worker(words):  # type: ignore[no-untyped-def]
         fields = carray(words, n_fields)
-        batch, in_features, out_features, row_stride = fields[6], fields[7], fields[8], fields[9]
-        per_channel, kind = fields[10], fields[11]
-        x = carray(pointer(fields[0], element), (batch, in_features))
-        weight = carray(pointer(fields[1], element), (in_features, row_stride))
-        threshold = carray(pointer(fields[2], types.float32), (in_features if per_channel else 1,))
-        y = carray(pointer(fields[4], element), (batch, row_stride))
+        batch, in_features, out_features = fields[layout.BATCH], fields[layout.IN_FEATURES], fields[layout.OUT_FEATURES]
+        row_stride, per_channel, kind = fields[layout.ROW_STRIDE], fields[layout.PER_CHANNEL], fields[layout.BIAS_KIND]
+        x = carray(pointer(fields[layout.X], element), (batch, in_features))
+        weight = carray(pointer(fields[layout.WEIGHT_T], element), (in_features, row_stride))
+        threshold = carray(pointer(fields[layout.THRESHOLD], types.float32), (in_features if per_channel else 1,))
+        y = carray(pointer(fields[layout.Y], element), (batch, row_stride))
         thread, threads = _thread_number(), _thread_count()
 
-        blocks = (in_features + BLOCK - 1) // BLOCK
-        partial_size, value_size = threads * batch * out_features, batch * in_features
-        own = fields[5] + 4 * (partial_size + thread * (value_size + 2 * in_features + blocks))
-        partial = carray(pointer(fields[5], types.float32), (threads, batch, out_features))
-        values = carray(pointer(own, types.float32), (batch, in_features))
-        active = carray(pointer(own + 4 * value_size, types.int32), (in_features,))
-        index = carray(pointer(own + 4 * (value_size + in_features), types.int32), (in_features,))
-        counts = carray(pointer(own + 4 * (value_size + 2 * in_features), types.int32), (blocks,))
+        scratch = fields[layout.SCRATCH]
+        at_values, at_active, at_index, at_counts, size = _thread_parts(batch, in_features)
+        own = scratch + 4 * (threads * batch * out_features + thread * size)
+        partial = carray(pointer(scratch, types.float32), (threads, batch, out_features))
+        values = carray(pointer(own + 4 * at_values, types.float32), (batch, in_features))
+        active = carray(pointer(own + 4 * at_active, types.int32), (in_features,))
+        index = carray(pointer(own + 4 * at_index, types.int32), (in_features,))
+        counts = carray(pointer(own + 4 * at_counts, types.int32), (size - at_counts,))
 
         _mark_active(x, threshold, per_channel, active)
         index = _share(active, counts, thread, threads, index)
@@ -203,8 +206,8 @@ def compile_worker(element: Any) -> Any:
         lines = (out_features + 63) // 64
         start = min(lines * thread // threads * 64, out_features)
         stop = min(lines * (thread + 1) // threads * 64, out_features)
-        bias_element = carray(pointer(fields[3], element), (out_features,))
-        bias_float = carray(pointer(fields[3], types.float32), (out_features,))
+        bias_element = carray(pointer(fields[layout.BIAS], element), (out_features,))
+        bias_float = carray(pointer(fields[layout.BIAS], types.float32), (out_features,))
         _finish(partial, start, stop, bias_element, bias_float, kind, y)
 
     signature = types.void(types.CPointer(types.int64))
