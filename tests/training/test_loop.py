@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from masks import alphas_of
+from tiny_models import make_tiny_llama
 from transformers import get_cosine_schedule_with_warmup
 
 from spon_peft.training import train_adapter
@@ -16,6 +17,12 @@ from spon_plugin.training.recipe import Recipe
 
 WINDOWS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
 RECIPE = Recipe(windows=8, window=32, batch_size=8, epochs=12, learning_rate=0.05)
+
+
+@pytest.fixture
+def tiny_llama():
+    """In float64: a mask turns a difference in the last place into another loss after some steps, whoever trains."""
+    return make_tiny_llama().double()
 
 
 def fit(model, method="teal", sparsity=0.5):
@@ -34,27 +41,31 @@ def test_the_loop_trains_what_the_trainer_trains(tiny_llama, tmp_path, method, a
     start.peft = {"base_model_name_or_path": "tiny", "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
     start.peft["target_modules"] += ["gate_proj", "up_proj", "down_proj"]
     trained, expected = train_adapter(tiny_llama, start, WINDOWS, recipe, tmp_path / "work")
-    assert [row["loss"] for row in losses] == pytest.approx([row["loss"] for row in expected], rel=1e-3)
+    assert [row["loss"] for row in losses] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
     assert losses[-1]["loss"] < (0.98 if method == "teal" else 1.0) * losses[0]["loss"]
     assert alphas.keys() == alphas_of(trained).keys()
     for path, alpha in alphas.items():
-        torch.testing.assert_close(alpha, trained.masks[path].alpha, rtol=1e-2, atol=1e-3 * float(alpha.abs().max()))
+        torch.testing.assert_close(alpha, trained.masks[path].alpha, rtol=0, atol=1e-4 * float(alpha.abs().max()))
 
 
 @pytest.mark.parametrize("method", [name for name in SPARSIFIERS if name != "teal-greedy"])
 def test_alpha_helps_every_method(tiny_llama, method):
-    fitted, teacher = fit(tiny_llama, method, 0.3 if method == "cats" else 0.5), Teacher(tiny_llama, WINDOWS)
+    # Where the masks leave little to do for alpha, more steps at a lower rate tell it from chance.
+    sparsity, recipe = {
+        "cats": (0.3, RECIPE),
+        "sensitivity": (0.6, RECIPE.with_changes(epochs=24, learning_rate=0.03)),
+        "larosa": (0.5, RECIPE.with_changes(epochs=24, learning_rate=0.03)),
+    }.get(method, (0.5, RECIPE))
+    fitted, teacher = fit(tiny_llama, method, sparsity), Teacher(tiny_llama, WINDOWS)
     dense = tiny_llama(input_ids=WINDOWS).logits
 
     def divergence(alphas):
         with fitted.attach(tiny_llama, alphas):
             return float(kl_reference(tiny_llama(input_ids=WINDOWS).logits.flatten(0, 1), dense.flatten(0, 1)))
 
-    centered = method == "sensitivity"  # the means already: little is left for alpha
-    recipe = RECIPE.with_changes(epochs=40, learning_rate=0.015) if centered else RECIPE
     alphas, _ = train_alphas(tiny_llama, fitted, teacher, recipe)
     assert alphas.keys() == set(fitted.modules)
-    assert divergence(alphas) < (0.97 if centered else 0.95) * divergence(None)
+    assert divergence(alphas) < 0.95 * divergence(None)
 
 
 def test_the_same_seed_gives_the_same_alphas(tiny_llama):
