@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -25,10 +26,22 @@ def check_new(path: str | Path, field: str = "output") -> Path:
         SponError: `path` exists, or its nearest existing parent is not a writable directory.
     """
     path = Path(path)
-    if path.exists() or path.is_symlink():
-        raise SponError.of(field, str(path), "a path that does not exist", "Choose another name or remove it.")
-    _check_parent(path, field)
+    with _possible(path, field):
+        if path.exists() or path.is_symlink():
+            raise SponError.of(field, str(path), "a path that does not exist", "Choose another name or remove it.")
+        _check_parent(path, field)
     return path
+
+
+@contextmanager
+def _possible(path: Path, field: str) -> Iterator[None]:
+    """Turn what the system says of a path that cannot be made (too long, say) into `SponError`; not a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        raise SponError.of(field, str(path), f"a path that can be made ({error.strerror})") from error
 
 
 def _check_parent(path: Path, field: str) -> None:
@@ -55,24 +68,28 @@ def claim(path: str | Path, field: str = "output") -> Iterator[Path]:
             not a writable directory.
     """
     path = Path(path)
-    _check_parent(path, field)
+    with _possible(path, field):
+        _check_parent(path, field)
+        file = path.absolute().parent / f".{path.name}.lock"
+        made = [parent for parent in file.parents if not parent.exists()]
     if fcntl is None:
         yield path
         return
-    file = path.absolute().parent / f".{path.name}.lock"
-    made = [parent for parent in file.parents if not parent.exists()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = _locked(file)
-    if lock is None:
-        expected = "a path that no other process is writing"
-        raise SponError.of(field, str(path), expected, "Wait for the other command, or choose another name.")
+    lock = None
     try:
+        with _possible(path, field):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = _locked(file)
+        if lock is None:
+            expected = "a path that no other process is writing"
+            raise SponError.of(field, str(path), expected, "Wait for the other command, or choose another name.")
         yield path
     finally:
-        file.unlink(missing_ok=True)  # before the lock goes, or it might be the next holder's file
-        os.close(lock)
-        with suppress(OSError):  # parents that hold nothing after all
-            for parent in made:
+        if lock is not None:
+            file.unlink(missing_ok=True)  # before the lock goes, or it might be the next holder's file
+            os.close(lock)
+        for parent in made:  # those that hold nothing after all, the deepest first
+            with suppress(OSError):
                 parent.rmdir()
 
 

@@ -82,3 +82,12 @@ def test_the_second_of_two_commands_with_one_output_is_refused_at_the_start(comm
     assert (code, out) == (2, "")
     assert "no other process" in " ".join(err.split())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "x" * 252, "a/" * 3000 + "b", "a/b/" + "x" * 300], ids=["name", "lock", "path", "below"]
+)
+def test_a_path_that_cannot_be_made_is_named_and_nothing_of_it_stays(tmp_path, name):
+    with pytest.raises(SponError, match="output: got .*expected a path that can be made"), claim(tmp_path / name):
+        pass
+    assert not list(tmp_path.iterdir())

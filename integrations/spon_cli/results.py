@@ -86,6 +86,7 @@ def read_runs(paths: Iterable[Path], metrics: Sequence[str] = METRICS) -> list[R
     kept: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for file in _files(paths):
         result = _read(file)
+        _check_content(file, result, metrics)
         config = result["config"]
         key = json.dumps([config["model"], config["model_args"], config.get("gen_kwargs")], sort_keys=True)
         kept.setdefault(key, []).append((file, result))
@@ -164,6 +165,18 @@ def _read(file: Path) -> dict[str, Any]:
         expected = f"a result file of lm-eval 0.4.10 or newer (no {', '.join(missing)})"
         raise SponError.of("results", str(file), expected, "They are called results_DATE.json.")
     return result
+
+
+def _check_content(file: Path, result: dict[str, Any], metrics: Sequence[str]) -> None:
+    """Raise `SponError` unless a row can be made of this file alone: so a broken one is named."""
+    try:
+        run = _run([(file, result)], metrics)
+        json.dumps([run.as_json(), str(result["config"].get("spon", {}).get("adapter"))])
+    except SponError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        expected = f"a result file of lm-eval, whole and unchanged ({type(error).__name__}: {error})"
+        raise SponError.of("results", str(file), expected) from error
 
 
 def _run(files: Sequence[tuple[Path, dict[str, Any]]], metrics: Sequence[str]) -> Run:

@@ -161,7 +161,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
     source = model_source(name)
     try:
-        return AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.kwargs())
+        tokenizer = AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.kwargs())
+        tokenizer("a")  # some wrong configs show at the first text only
+        return tokenizer
     except Exception as error:
         raise refused(name, "a model with a tokenizer", error) from error
 

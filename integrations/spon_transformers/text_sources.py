@@ -54,7 +54,8 @@ def _names(files: Sequence[Path]) -> list[str]:
         parts = 1
         while any(other.parts[-parts:] == path.parts[-parts:] for other in others) and parts < len(path.parts):
             parts += 1
-        names.append("/".join(path.parts[-parts:]))
+        # A file name need not be UTF-8, but what is written with it in it is.
+        names.append("/".join(path.parts[-parts:]).encode("utf-8", "backslashreplace").decode())
     return names
 
 

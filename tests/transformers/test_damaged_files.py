@@ -69,6 +69,13 @@ def test_a_damaged_tokenizer_is_refused(copy, name, content):
         load_tokenizer(str(copy))
 
 
+def test_a_tokenizer_that_fails_at_its_first_text_is_refused(copy):
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": "long"}))
+    with pytest.raises(SponError, match="model: got .*copy', expected a model with a tokenizer"):
+        load_tokenizer(str(copy))
+
+
 def test_memory_and_disk_are_not_the_models_fault():
     for error in (MemoryError(), torch.OutOfMemoryError(), OSError(errno.ENOSPC, "full"), SponError("said")):
         assert refused("m", "a model", error) is error

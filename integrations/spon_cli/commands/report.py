@@ -47,8 +47,9 @@ def report_command(given: ReportOptions) -> None:
     runs = read_runs(given.results, tuple(given.metric) if given.metric else METRICS)
     dense = next((run for run in runs if run.label == DENSE), None)
     if given.output is not None:
+        table = markdown(runs, dense)
         given.output.mkdir(parents=True, exist_ok=True)
-        (given.output / TABLE).write_text(markdown(runs, dense), encoding="utf-8")
+        (given.output / TABLE).write_text(table, encoding="utf-8", errors="backslashreplace")
         plot(runs, dense, given.output / PLOT)
     if given.json:
         rows = [{**run.as_json(), "relative": {t: s for t, (s, _) in relative(run, dense).items()}} for run in runs]
