@@ -143,7 +143,10 @@ def command(result: Mapping[str, Any], tasks: Sequence[str]) -> str:
 def _files(paths: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
-        files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        try:
+            files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        except OSError as error:
+            raise SponError.of("results", str(path), f"files that can be read ({error.strerror})") from error
         if not files:
             raise SponError.of("results", str(path), "a directory with .json files of lm-eval in it")
         found += files
@@ -155,6 +158,8 @@ def _read(file: Path) -> dict[str, Any]:
         result = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SponError.of("results", str(file), "a file that exists") from error
+    except OSError as error:
+        raise SponError.of("results", str(file), f"a file that can be read ({error.strerror})") from error
     except ValueError as error:
         raise SponError.of("results", str(file), f"JSON ({error})") from error
     parts = ("results", "config", "n-samples", "n-shot", "versions", "higher_is_better")

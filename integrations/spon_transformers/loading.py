@@ -63,12 +63,14 @@ def user_path(name: str) -> Path:
     """A path as the user gave it, with ``~`` and ``~user`` as the home directories that they stand for.
 
     Raises:
-        SponError: there is no such user.
+        SponError: there is no such user, or no file can have that name.
     """
     try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise SponError.of("model", name, f"a path ({error})") from error
+        path = Path(name).expanduser()
+        path.exists()  # raises for a name that no file can have
+    except (OSError, RuntimeError) as error:
+        raise SponError.of("model", name, f"a path ({_line(error)})") from error
+    return path
 
 
 def load_model(

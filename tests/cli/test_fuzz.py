@@ -254,6 +254,7 @@ def restore(good: Path) -> None:
     shutil.copytree(good, ".", symlinks=True, dirs_exist_ok=True)
 
 
+@pytest.mark.slow
 def test_wrong_invocations_and_files_end_in_words(tmp_path, monkeypatch):
     (tmp_path / "good").mkdir()
     (tmp_path / "here").mkdir()
