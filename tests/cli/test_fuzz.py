@@ -68,9 +68,12 @@ def worked(*_args: object, **_kwargs: object) -> None:
 def no_work(patch: pytest.MonkeyPatch) -> None:
     """Stop every command where its work begins."""
     for module, names in {
-        calibrate: ["calibrated"], train: ["calibrated", "train"], evaluate: ["evaluate"], analyze: ["all_states"],
+        calibrate: ["calibrated"],
+        train: ["calibrated", "train"],
+        evaluate: ["evaluate_variants"],
+        analyze: ["all_states"],
         quickstart: ["smollm2_gguf"],
-    }.items():  # fmt: skip
+    }.items():
         for name in names:
             patch.setattr(module, name, worked)
     patch.setattr(compare, "RowStore", worked)
