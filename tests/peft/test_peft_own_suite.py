@@ -58,6 +58,7 @@ def test_peft_suite(file, peft_tests):
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "HF_HOME": str(peft_tests / "hf_home"),
         "HF_HUB_OFFLINE": "1",
+        "PYTEST_ADDOPTS": "",  # this run's options, such as its number of workers, are not that one's
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "peft_suite_plugin", "-p", "no:cacheprovider", "--tb=short"]
     command += [f"--rootdir={peft_tests}", "-c", os.devnull, f"peft_tests/{file}"]
