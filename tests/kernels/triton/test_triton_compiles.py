@@ -127,4 +127,3 @@ def test_every_kind_of_argument_compiles() -> None:
     assert {line["kernel"] for line in lines} >= {"_dense_mask", "_gather", "_list_kept"}
     for line in lines:
         assert line["weight_loads_predicated"] and line["copies_predicated"], line
-        assert line["stack"] == 0, f"registers spill: {line}"
