@@ -14,6 +14,7 @@ from spon_plugin.decoder.sites import Site, find_sites
 from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
 from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
+from spon_plugin.weights.importers.torch_linear import is_offloaded
 from spon_plugin.weights.linears import linear_features
 
 
@@ -22,7 +23,7 @@ class SparseModel:
     """A model under an adapter.
 
     Attributes:
-        model: what to call: the merged model, or a `PeftModel` around a quantized one.
+        model: what to call: the merged model, or a `PeftModel` around a quantized or offloaded one.
         inner: the transformers model inside it, which every forward pass goes through.
         layers: module path in the base model -> the layer whose input is masked.
         masks: module path -> its mask; alphas are in the biases.
@@ -47,7 +48,7 @@ def with_adapter(base: Any, arguments: SponArguments) -> SparseModel:
     """Put the adapter on `base`, with ``W (center + alpha)`` folded into its biases.
 
     A floating-point model becomes a plain one of `SparseLinear` layers, the very layers of a merged checkpoint. The
-    layers of a quantized model stay inside PEFT's.
+    layers of a quantized model, or of one whose weights are offloaded, stay inside PEFT's.
 
     Args:
         base: a transformers model, changed in place.
@@ -56,14 +57,19 @@ def with_adapter(base: Any, arguments: SponArguments) -> SparseModel:
     Raises:
         SponError: the adapter was made for another base model.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 
     from spon_peft.adapters import injected_layers
 
     sites = _sites(base)
     config: Any = PeftConfig.from_pretrained(str(arguments.directory))
     config.tokens, config.dense_prefix = arguments.tokens, arguments.dense_prefix
-    model = PeftModel.from_pretrained(base, arguments.directory, config=config).eval()
+    if any(is_offloaded(module) for module in base.modules()):
+        # `from_pretrained` would dispatch the base once more, by a map of its own.
+        model = PeftModel(base, config).eval()
+        set_peft_model_state_dict(model, arguments.adapter.tensors())
+    else:
+        model = PeftModel.from_pretrained(base, arguments.directory, config=config).eval()
     name = model.active_adapter
     layers = injected_layers(model, name)
     if not arguments.alpha:
@@ -71,7 +77,7 @@ def with_adapter(base: Any, arguments: SponArguments) -> SparseModel:
         for layer in layers.values():
             if name in layer.spon_alpha:
                 del layer.spon_alpha[name]
-    if any(layer.quantization_backend is not None for layer in layers.values()):
+    if any(layer.quantization_backend is not None or is_offloaded(layer.get_base_layer()) for layer in layers.values()):
         model.merge_adapter()
         inner = model.get_base_model()
         masks = {path: layer.mask_of(name).without_alpha() for path, layer in layers.items()}

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from spon_peft.adapters import collect_adapter
 from spon_peft.config import SponConfig
-from spon_peft.layer import SponLayer, SponLinear
+from spon_peft.layer import SponLayer
+from spon_peft.linear import SponLinear
 from spon_peft.model import SponModel
 from spon_peft.registration import register
 

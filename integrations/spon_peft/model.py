@@ -13,7 +13,8 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import Tensor, nn
 
 from spon_peft.adapters import check_injected, check_tensors, collect_adapter, injected_layers
-from spon_peft.layer import SponLayer, SponLinear, mixed_batch
+from spon_peft.layer import SponLayer
+from spon_peft.linear import SponLinear, mixed_batch
 from spon_peft.targets import TARGET_MODULES
 from spon_peft.tokens import AdapterTokens
 from spon_plugin.decoder.sites import check_dense
@@ -59,6 +60,7 @@ class SponModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in injected_layers(self.model, adapter_name).values():
+            layer.restore(adapter_name)  # PEFT calls this when the model has been dispatched
             layer.follow_dtype(adapter_name, not autocast_adapter_dtype)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
@@ -110,6 +112,14 @@ class SponModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        weight = getattr(child, "weight", None)
+        if isinstance(new_module, SponLinear) and weight is not None and weight.is_meta:
+            # Offloaded, or about to be: the adapter's tensors are where they belong, and have values.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _check_target(self, target: nn.Module, path: str) -> Any:
         """The quantization backend of a linear, None for an ordinary one; an error for anything else."""

@@ -103,7 +103,8 @@ def find_sites(model: nn.Module, target_modules: Sequence[str] | None = None, ex
     if target_modules is not None:
         linears = _select(model, linears, target_modules)
     with _watch_inputs(linears) as seen:
-        device = next(model.parameters()).device
+        # Where weights are offloaded, accelerate takes the ids to where they are wanted.
+        device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
         kwargs = example if example is not None else {"input_ids": torch.arange(4, device=device)[None]}
         training = model.training
         model.eval()

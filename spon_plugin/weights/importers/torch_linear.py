@@ -31,12 +31,18 @@ def is_plain_matrix(weight: Any) -> bool:
     )
 
 
+def is_offloaded(module: Any) -> bool:
+    """Whether accelerate brings the weight of `module` (from CPU memory or disk) only while it is called."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.is_meta and hasattr(module, "_hf_hook")
+
+
 def why_not_plain(module: Any) -> str | None:
     """Why the weight of `module` is not its values, here and now; None if it is."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return "no weight tensor"
-    if weight.is_meta and hasattr(module, "_hf_hook"):
+    if is_offloaded(module):
         return "offloaded"
     if is_plain_matrix(weight):
         return None

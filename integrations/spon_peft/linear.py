@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer that PEFT puts around a linear: masks its input and adds ``W (center + alpha)`` to its output.
+
+The conventions are those of `peft/tuners/lora/layer.py`; the mask, the tokens and the merged layers are the core's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from spon_peft.config import SponConfig
+from spon_peft.layer import SponLayer
+from spon_plugin.adapter.mask import Mask
+from spon_plugin.errors import SponError
+from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
+from spon_plugin.masking import choose_rows, sparse_deviation
+from spon_plugin.weights import weight_of
+from spon_plugin.weights.linears import is_conv1d
+
+
+class SponLinear(nn.Module, SponLayer):
+    """A `SponLayer` around `torch.nn.Linear`, Conv1D or a quantized linear.
+
+    Args:
+        base_layer: the linear.
+        adapter_name: name of the first adapter.
+        module_path: of the linear in the base model.
+        config: the adapter's config.
+        backend: PEFT's quantization backend of the linear, if it has one.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, module_path: str, config: SponConfig, backend: Any = None
+    ) -> None:
+        super().__init__()
+        SponLayer.__init__(self, base_layer, backend)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, module_path, config)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``.
+
+        Raises:
+            SponError: `adapter_names` asks for a batch of mixed adapters.
+        """
+        if kwargs.pop("adapter_names", None) is not None:
+            raise mixed_batch()
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        active = self.merged_adapters or self.active_adapters
+        name = self.only_one([name for name in active if name in self.spon_threshold])
+        if name is None:
+            return self.base_layer(x, *args, **kwargs)
+        dense = self.spon_tokens[name].rows(x) if name in self.spon_tokens else None
+        mask = self.mask_of(name)
+        if mask.threshold.device != x.device:  # offloaded: the base layer runs where its input is
+            mask = mask.to(x.device)
+        y = self.base_layer(sparse_deviation(x, mask.threshold, dense, mask.center), *args, **kwargs)
+        if self.merged:
+            if dense is None or not self._has_constant(name):
+                return y
+            assert self._folded is not None
+            return choose_rows(dense, _add(y, -self._folded.to(y.device)), y)
+        constant = self._constant(mask, x.dtype)
+        if constant is None:
+            return y
+        shifted = _add(y, constant)
+        return choose_rows(dense, y, shifted)
+
+    def _has_constant(self, name: str) -> bool:
+        """Whether the adapter adds something to the output that is the same for every token."""
+        return name in self.spon_alpha or name in self.spon_center
+
+    def _constant(self, mask: Mask, dtype: torch.dtype) -> Tensor | None:
+        """``W (center + alpha)``, ``[out_features]``, differentiable in alpha; None where there is neither."""
+        total = mask.constant
+        return None if total is None else weight_of(self.get_base_layer(), dtype).product(total)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold ``W (center + alpha)`` into the base layer's bias, made if there is none; the mask stays.
+
+        Args:
+            safe_merge: refuse a bias that is not finite.
+            adapter_names: the adapter to merge; the active one if None.
+
+        Raises:
+            SponError: more than one adapter would be merged.
+            ValueError: with `safe_merge`, the new bias is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spon_threshold]
+        if not names:
+            return
+        self.only_one([*self.merged_adapters, *names])
+        name = names[0]
+        base: Any = self.get_base_layer()
+        with torch.no_grad():
+            bias = self._constant(self.mask_of(name), self._bias_dtype())
+            if bias is not None:
+                old = base.bias
+                bias = bias if old is None else bias + old
+                if safe_merge and not torch.isfinite(bias).all():
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+                base.bias = nn.Parameter(bias.to(self._bias_dtype()), requires_grad=False)
+                self._bias_before_merge = old
+                self._folded = base.bias.float() if old is None else base.bias.float() - old.float()
+        self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Give the base layer its own bias back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base: Any = self.get_base_layer()
+        if self._has_constant(self.merged_adapters.pop()):
+            old, merged = self._bias_before_merge, base.bias
+            base.bias = old
+            if old is not None:  # the model may have been moved or cast in the meantime
+                old.data = old.data.to(merged.device, merged.dtype)
+            self._bias_before_merge = self._folded = None
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What takes this layer's place when PEFT unloads the model; called by `BaseTuner`.
+
+        Returns:
+            Without `merge`, the base layer as it was. With it, a `SparseLinear` or `SparseConv1D`.
+
+        Raises:
+            SponError: the base layer is quantized or not a plain linear, so no such layer computes the same.
+        """
+        base: Any = self.get_base_layer()
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            if self.merged:
+                base = self._sparse_layer()
+        elif self.merged:
+            self.unmerge()
+        for name in list(self.spon_tokens):
+            self._leave(name)
+        return base
+
+    def _sparse_layer(self) -> nn.Module:
+        base: Any = self.get_base_layer()
+        name = self.merged_adapters[0]
+        device, dtype = base.weight.device, base.weight.dtype
+        layer: SparseLinear | SparseConv1D
+        if is_conv1d(base):
+            layer = SparseConv1D(self.out_features, self.in_features, device="meta", dtype=dtype)
+        else:
+            layer = SparseLinear(self.in_features, self.out_features, device="meta", dtype=dtype)
+        if base.bias is None:
+            base.bias = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device), requires_grad=False)
+        layer.weight, layer.bias = base.weight, base.bias
+        layer.spon_threshold = self.spon_threshold[name].detach().clone()
+        if name in self.spon_center:
+            layer.spon_center = self.spon_center[name].detach().clone()
+        if name in self.spon_tokens and self.spon_tokens[name].leaves_any_dense:
+            layer.keep_dense_bias(self._bias_before_merge if self._has_constant(name) else base.bias)
+        return layer.train(base.training)
+
+    def _bias_dtype(self) -> torch.dtype:
+        base: Any = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if base.bias is not None:
+            return base.bias.dtype
+        if self.quantization_backend is None and weight is not None and weight.is_floating_point():
+            return weight.dtype
+        return getattr(base, "compute_dtype", None) or torch.float32  # a packed weight's dtype says nothing
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SponLinear:
+        alphas = {name: alpha.data for name, alpha in self.spon_alpha.items() if name not in self._cast_alphas}
+        stores = (self.spon_threshold, self.spon_center)
+        buffers = [(store, name, value) for store in stores for name, value in store.items()]
+        super()._apply(fn, recurse)
+        for name, alpha in alphas.items():
+            if self.spon_alpha[name].dtype != torch.float32:
+                self.spon_alpha[name].data = alpha.to(self.spon_alpha[name].device)
+        for store, name, value in buffers:
+            if store[name].dtype != torch.float32:
+                store[name] = value.to(store[name].device)
+        return self
+
+    def __repr__(self) -> str:
+        return "spon." + super().__repr__()
+
+
+def mixed_batch() -> SponError:
+    """The error for `adapter_names=` in a forward pass."""
+    return SponError.of("adapter_names", "a batch with an adapter for each sample", "one adapter for the whole batch")
+
+
+def _add(y: Tensor, bias: Tensor) -> Tensor:
+    return (y + bias).to(y.dtype)  # bias is float32 and has a dimension, so the sum is in float32
