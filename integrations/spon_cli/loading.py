@@ -14,6 +14,7 @@ from spon_cli.output import note
 from spon_cli.progress import progress_bars
 from spon_plugin import Adapter, Site, SponError, find_sites, machine
 from spon_plugin.calibration.text import leading_windows, mixed_windows, opening_text
+from spon_plugin.decoder.left_dense import left_dense
 from spon_transformers.loading import user_path
 from spon_transformers.text_sources import TextSource
 from spon_transformers.windows import check_ids, check_length
@@ -107,6 +108,9 @@ def load(
     kept = getattr(model.config, "dtype", None)
     if dtype == "auto" and isinstance(kept, torch.dtype) and not machine.is_native(kept, model.device):
         note(f"This CPU emulates {machine.name_of(kept)}: computing in {machine.name_of(model.dtype)}.")
+    if target_modules is None:
+        for reason, paths in left_dense(model).items():
+            note(f"Left dense: {len(paths)} linears such as {paths[0]}, {reason}.")
     return Loaded(name, machine.name_of(model.dtype), model, tokenizer, find_sites(model, target_modules))
 
 

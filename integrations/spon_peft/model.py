@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from spon_peft.layer import SponLayer
 from spon_peft.linear import SponLinear, mixed_batch
 from spon_peft.targets import TARGET_MODULES
 from spon_peft.tokens import AdapterTokens
+from spon_plugin.decoder.left_dense import is_inside, read_by_parents, text_decoder
 from spon_plugin.decoder.sites import check_dense
 from spon_plugin.errors import SponError
 from spon_plugin.weights import Opaque, weight_of
@@ -49,8 +51,13 @@ class SponModel(BaseTuner):
                 layers.
         """
         check_dense(model)
+        self._read, (self._part, _) = read_by_parents(model), text_decoder(model)
+        self._outside: list[str] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
+        if self._outside:
+            count, first = len(self._outside), self._outside[0]
+            warnings.warn(f"{count} targets outside the text decoder, such as {first}, are left dense.", stacklevel=2)
         check_injected(config, model, adapter_name)
         layers = injected_layers(model, adapter_name)
         if layers:
@@ -104,6 +111,9 @@ class SponModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if not is_inside(current_key, self._part) and target is not getattr(self.model, "lm_head", None):
+            self._outside.append(current_key)
+            return
         if isinstance(target, SponLinear):
             target.update_layer(adapter_name, current_key, peft_config)
             return
@@ -127,8 +137,9 @@ class SponModel(BaseTuner):
         if isinstance(target, BaseTunerLayer):
             remedy = "Merge or unload the other adapter first."
             raise SponError.of(f"target module {path}", kind, "a linear that no other PEFT method has wrapped", remedy)
-        if kind == "NonDynamicallyQuantizableLinear":  # torch.nn.MultiheadAttention reads its weight directly
-            raise SponError.of(f"target module {path}", kind, "a linear that is called", "Leave it out.")
+        if path in self._read:
+            expected = f"a linear that is called: {self._read[path]} multiplies its weight itself"
+            raise SponError.of(f"target module {path}", kind, expected, "Leave it out.")
         backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
         if not is_linear(target) and getattr(backend, "layer_type", None) != "linear":
             remedy = "Leave it out of target_modules, or add it to exclude_modules."

@@ -63,7 +63,7 @@ TARGET_MODULES: dict[str, list[str]] = {
     "bart": _OPT,
     "bert": _BERT,
     "roberta": _BERT,
-    "deberta": ["in_proj", "intermediate.dense", "output.dense"],
+    "deberta": ["intermediate.dense", "output.dense"],  # its attention reads the weight of in_proj
     "deberta-v2": ["query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"],
 }
 """Model type of a transformers config -> names for `SponConfig.target_modules`."""

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from spon_plugin.adapter.directory import read_adapter
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.adapter.merged import QUANT_METHOD, Announced
-from spon_plugin.decoder.sites import is_expert
+from spon_plugin.decoder.left_dense import is_expert
 from spon_plugin.errors import SponError
 from spon_plugin.kernels.triton.launch import LEAST_CAPABILITY
 from spon_vllm.checks import check_centers, check_fit, check_shards

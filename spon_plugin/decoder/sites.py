@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.decoder.left_dense import is_expert, read_by_parents, text_decoder
 from spon_plugin.errors import SponError
 from spon_plugin.weights.linears import is_linear, is_sparse, linear_features
 
@@ -49,6 +50,8 @@ class Site:
 def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The repeated blocks of a decoder: the members of the outermost `ModuleList` that holds most weights in linears.
 
+    Of a multimodal model they are those of its text decoder.
+
     Returns:
         ``(path, block)`` in order.
 
@@ -56,7 +59,8 @@ def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         SponError: the model has no list of blocks with linears in them.
     """
     best: tuple[int, str, nn.ModuleList] | None = None
-    for path, module in model.named_modules():
+    part, decoder = text_decoder(model)
+    for path, module in decoder.named_modules(prefix=part):
         if isinstance(module, nn.ModuleList) and len(module):
             weights = sum(
                 features[0] * features[1] for features in (linear_features(m) for m in module.modules() if is_linear(m))
@@ -80,8 +84,9 @@ def check_dense(model: nn.Module) -> None:
 def find_sites(model: nn.Module, target_modules: Sequence[str] | None = None, example: Any = None) -> list[Site]:
     """Find the input sites of a decoder.
 
-    Linears outside the blocks (`lm_head`, embeddings), MoE experts and routers, and linears that the example does not
-    reach are left out, so they stay dense.
+    Linears outside the blocks (`lm_head`, embeddings, image and audio towers), MoE experts and routers, linears whose
+    weight is multiplied by the module around them (`left_dense`), and linears that the example does not reach are left
+    out, so they stay dense.
 
     Args:
         model: a decoder, with its weights.
@@ -93,15 +98,15 @@ def find_sites(model: nn.Module, target_modules: Sequence[str] | None = None, ex
             merged one.
     """
     check_dense(model)
-    blocks = decoder_blocks(model)
+    blocks, read = decoder_blocks(model), read_by_parents(model)
     linears = {
         f"{path}.{name}": module
         for path, block in blocks
         for name, module in block.named_modules()
-        if is_linear(module) and not is_expert(name)
+        if is_linear(module) and not is_expert(name) and f"{path}.{name}" not in read
     }
     if target_modules is not None:
-        linears = _select(model, linears, target_modules)
+        linears = _select(model, linears, target_modules, read)
     with _watch_inputs(linears) as seen:
         # Where weights are offloaded, accelerate takes the ids to where they are wanted.
         device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
@@ -112,13 +117,6 @@ def find_sites(model: nn.Module, target_modules: Sequence[str] | None = None, ex
             model(**kwargs)
         model.train(training)
     return [site for path, _ in blocks for site in _sites_of_block(path, linears, seen)]
-
-
-def is_expert(path: str) -> bool:
-    """Whether a module path belongs to a mixture of experts: experts and routers are left dense."""
-    return any(word in part for part in path.lower().split(".") for word in ("expert", "router")) or any(
-        path.lower().endswith(end) for end in ("mlp.gate", "moe.gate", "block_sparse_moe.gate")
-    )
 
 
 def module_weights(sites: Iterable[Site]) -> dict[str, int]:
@@ -142,7 +140,9 @@ def target_names(sites: Iterable[Site], model: nn.Module) -> list[str]:
     return leaves if matched == wanted else sorted(wanted)
 
 
-def _select(model: nn.Module, linears: dict[str, nn.Module], targets: Sequence[str]) -> dict[str, nn.Module]:
+def _select(
+    model: nn.Module, linears: dict[str, nn.Module], targets: Sequence[str], read: dict[str, str]
+) -> dict[str, nn.Module]:
     def matches(path: str, target: str) -> bool:
         return path == target or path.endswith("." + target)
 
@@ -151,6 +151,11 @@ def _select(model: nn.Module, linears: dict[str, nn.Module], targets: Sequence[s
             continue
         other = [(p, type(m).__name__) for p, m in model.named_modules() if matches(p, target)]
         names = ", ".join(sorted({path.rpartition(".")[2] for path in linears}))
+        if other and other[0][0] in read:
+            expected = (
+                f"linears that are called ({names}); {read[other[0][0]]} multiplies the weight of this one itself"
+            )
+            raise SponError.of("target_modules", target, expected)
         if other:
             raise SponError.of(
                 "target_modules", target, f"linears of the decoder's blocks ({names}), not {other[0][1]}"

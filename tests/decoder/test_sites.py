@@ -5,7 +5,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spon_plugin import SponError, find_sites
-from spon_plugin.decoder.sites import decoder_blocks, is_expert, module_weights, target_names
+from spon_plugin.decoder.left_dense import is_expert
+from spon_plugin.decoder.sites import decoder_blocks, module_weights, target_names
 
 SMALL = {
     "vocab_size": 64,
