@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from spon_plugin import Adapter, read_adapter, sparse_inputs
 from spon_plugin.calibration.text import leading_windows, read_text
+from spon_plugin.decoder.positions import whole_windows
 from spon_transformers.loading import load_model, load_tokenizer
 
 
@@ -29,7 +30,8 @@ def second_half(model: nn.Module, windows: Tensor, batch_size: int) -> float:
     """Perplexity of the tokens in the second half of `windows` ``[count, length]``, given those before them."""
     start, total = windows.shape[1] // 2, 0.0
     for ids in windows.split(batch_size):
-        logits = model(input_ids=ids).logits[:, start - 1 : -1]
+        with whole_windows():
+            logits = model(input_ids=ids).logits[:, start - 1 : -1]
         total += F.cross_entropy(logits.flatten(0, 1).float(), ids[:, start:].flatten(), reduction="sum").item()
     return math.exp(total / windows[:, start:].numel())
 

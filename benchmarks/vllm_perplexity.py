@@ -3,8 +3,8 @@
 
     python -m benchmarks.vllm_perplexity MODEL --adapter ADAPTER --text wikitext2.txt
 
-vLLM runs in token mode ``all``, which masks every position. `spon eval` leaves position 0 dense, as training does; so
-the function that vLLM computes is measured in PyTorch as well, by the evaluation behind `spon eval` with no dense
+vLLM runs in token mode ``all``, which masks every position. `spon eval` leaves an adapter's dense prefix dense; so the
+function that vLLM computes is measured in PyTorch as well, by the evaluation behind `spon eval` with no dense
 position, and that is what the ratio refers to. Windows and predictions are the same in all columns.
 """
 

@@ -18,7 +18,7 @@ from spon_plugin.calibration.text import windows_digest
 from spon_plugin.files import check_new, claim
 from spon_plugin.sparsifiers.calibrate import METHODS
 from spon_plugin.sparsifiers.registry import adapter_methods, adapter_sparsifier
-from spon_plugin.studies.evaluation import PROTOCOLS
+from spon_plugin.studies.evaluation import ALL, LAST_HALF, PROTOCOLS
 from spon_plugin.studies.rows import weights_digest
 from spon_plugin.training.recipe import Recipe
 from spon_transformers.text_sources import TextSource, text_sources
@@ -58,7 +58,7 @@ Targets = Annotated[
 ]
 DensePrefix = Annotated[
     int | None,
-    typer.Option(help="First positions of a sequence that stay dense.", show_default="the format's, 1"),
+    typer.Option(help="First positions of a sequence that stay dense.", show_default="0"),
     Between(0, MANY),
 ]
 Window = Annotated[int, typer.Option(help="Tokens per window."), Between(2, MANY)]
@@ -155,7 +155,7 @@ class StudyOptions(ModelOptions, TextOptions, SeedOptions):
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on."), Between(1, MANY)] = 8192
     window: Window = 512
     max_tokens: TestTokens = 4096
-    protocol: Annotated[str, typer.Option(help=" or ".join(PROTOCOLS) + "; as in spon eval.")] = PROTOCOLS[0]
+    protocol: Annotated[str, typer.Option(help=f"{ALL} or {LAST_HALF}; as in spon eval.")] = ALL
 
     def check(self, recipe: Recipe) -> None:
         """Raise `SponError` for what can be told without texts and model."""

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from spon_lm_eval.counts import InputCounts
+from spon_plugin.decoder.positions import read_as
 from spon_plugin.errors import SponError
 
 Request = tuple[Any, list[int], list[int]]
@@ -172,7 +173,8 @@ def _dense_pass(lm: LanguageModel, contexts: list[tuple[int, ...]]) -> tuple[Ten
         mask[row, longest - len(context) :] = 1
     ids, mask = ids.to(lm.device), mask.to(lm.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    out = _forward(lm, ids, mask, positions, None, last_only=True)
+    with read_as(torch.ones_like(mask, dtype=torch.bool)):
+        out = _forward(lm, ids, mask, positions, None, last_only=True)
     lm.counts.real(mask.bool())
     if getattr(out, "past_key_values", None) is None:
         raise SponError.of("model_args: tokens", "decode", "a model with a cache of keys and values", "Use tokens=all.")
@@ -199,7 +201,8 @@ def _sparse_pass(lm: LanguageModel, continuations: list[list[int]], context: Ten
         mask[row, :length] = 1
     ids, mask = ids.to(lm.device), mask.to(lm.device)
     positions = context.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=lm.device)
-    out = _forward(lm, ids, torch.cat([context, mask], dim=-1), positions, cache)
+    with read_as(torch.zeros_like(mask, dtype=torch.bool)):
+        out = _forward(lm, ids, torch.cat([context, mask], dim=-1), positions, cache)
     lm.counts.real(mask.bool())
     logprobs = F.log_softmax(out.logits, dim=-1, dtype=lm.softmax_dtype)
     return [row[:length] for row, length in zip(logprobs, lengths, strict=True)]

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
@@ -12,14 +13,16 @@ from spon_plugin.adapter.config import CENTER_MODULES, CHANNEL_MODULES, SponFiel
 from spon_plugin.adapter.directory import PEFT_TYPE
 from spon_plugin.errors import SponError
 
+_OWN = frozenset(f.name for f in fields(SponFields))
+
 
 @dataclass
 class SponConfig(SponFields, PeftConfig):
     """Configuration of a SPON adapter: which linears are sparsified, and how.
 
     The fields that say what the adapter computes (`sparsity`, `tokens`, `dense_prefix`, `alpha_modules`, ...) are those
-    of `spon_plugin.SponFields`, with the same defaults. Where a model is an encoder-decoder every token is masked,
-    whatever `tokens` and `dense_prefix` say.
+    of `spon_plugin.SponFields`, with the same defaults. By default every token is masked; what leaves some dense by
+    their position (`dense_prefix`, `tokens`) is for models that hand positions to their decoder blocks.
 
     Attributes:
         target_modules: the linears to sparsify: names (a whole path or its end), a regular expression, or
@@ -65,6 +68,11 @@ class SponConfig(SponFields, PeftConfig):
     init_weights: bool = field(
         default=True, metadata={"help": "Start as a no-op. False draws what the adapter has at random, for tests."}
     )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What PEFT writes: of our own fields what the adapter's format version has."""
+        own = self.stored()
+        return {name: value for name, value in super().to_dict().items() if name in own or name not in _OWN}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,7 +30,7 @@ class SponLayer(BaseTunerLayer):
         spon_alpha: ``[in_features]`` parameters, for adapters that carry an alpha here.
         spon_threshold: float32 buffers for every adapter of this layer, ``[1]`` or ``[in_features]``.
         spon_center: float32 ``[in_features]`` buffers, for adapters that have a centre here.
-        spon_tokens: which tokens each adapter leaves dense; shared by all layers of the adapter.
+        spon_tokens: which tokens each adapter leaves dense, for those that leave some; shared by the adapter's layers.
     """
 
     adapter_layer_names = ("spon_alpha",)
@@ -126,11 +126,12 @@ class SponLayer(BaseTunerLayer):
         follows = adapter_name in self._cast_alphas and is_plain_matrix(weight)
         return weight.dtype if follows and isinstance(weight, Tensor) else torch.float32
 
-    def follow(self, adapter_name: str, tokens: AdapterTokens) -> None:
-        """Have `tokens` say which tokens are dense for the adapter."""
+    def follow(self, adapter_name: str, tokens: AdapterTokens | None) -> None:
+        """Have `tokens` say which tokens are dense for the adapter; None for none."""
         self._leave(adapter_name)
-        tokens.layers += 1
-        self.spon_tokens[adapter_name] = tokens
+        if tokens is not None:
+            tokens.layers += 1
+            self.spon_tokens[adapter_name] = tokens
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter active; see `BaseTunerLayer.set_adapter`.

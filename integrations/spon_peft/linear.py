@@ -163,8 +163,7 @@ class SponLinear(nn.Module, SponLayer):
         layer.spon_threshold = self.spon_threshold[name].detach().clone()
         if name in self.spon_center:
             layer.spon_center = self.spon_center[name].detach().clone()
-        if name in self.spon_tokens and self.spon_tokens[name].leaves_any_dense:
-            layer.keep_dense_bias(self._bias_before_merge if self._has_constant(name) else base.bias)
+        layer.keep_dense_bias(self._bias_before_merge if self._has_constant(name) else base.bias)
         return layer.train(base.training)
 
     def _bias_dtype(self) -> torch.dtype:

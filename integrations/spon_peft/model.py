@@ -47,8 +47,8 @@ class SponModel(BaseTuner):
         """Create the adapter's layers; see `BaseTuner.inject_adapter`.
 
         Raises:
-            SponError: the model is a merged one, or the config was read from an adapter whose tensors do not fit the
-                layers.
+            SponError: the model is a merged one, the config was read from an adapter whose tensors do not fit the
+                layers, or the adapter leaves tokens dense by their position in a model that tells its blocks none.
         """
         check_dense(model)
         self._read, (self._part, _) = read_by_parents(model), text_decoder(model)
@@ -60,10 +60,9 @@ class SponModel(BaseTuner):
             warnings.warn(f"{count} targets outside the text decoder, such as {first}, are left dense.", stacklevel=2)
         check_injected(config, model, adapter_name)
         layers = injected_layers(model, adapter_name)
-        if layers:
-            tokens = AdapterTokens(config, model)
-            for layer in layers.values():
-                layer.follow(adapter_name, tokens)
+        tokens = AdapterTokens.of(config, model, layers)
+        for layer in layers.values():
+            layer.follow(adapter_name, tokens)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in injected_layers(self.model, adapter_name).values():

@@ -3,50 +3,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import nn
 
 from spon_peft.config import SponConfig
-from spon_plugin.decoder.tokens import Attachment, DenseTokens, dense_tokens
+from spon_plugin.decoder.tokens import Attachment, DenseTokens, rule_of
 
 
 class AdapterTokens(DenseTokens):
     """The `DenseTokens` of one adapter in one model, shared by the adapter's layers.
 
-    It hangs on the base model, so it works alike under `PeftModel` and where layers were injected without one.
+    It follows the blocks of the base model, so it works alike under `PeftModel`, where layers were injected without
+    one, and where the backbone is called by itself.
 
     Attributes:
         layers: how many layers refer to it; the last one to leave detaches it.
     """
 
-    def __init__(self, config: SponConfig, model: nn.Module) -> None:
-        super().__init__(config.dense_prefix, config.tokens)  # type: ignore[arg-type]
+    def __init__(self, rule: DenseTokens, model: nn.Module, paths: Iterable[str]) -> None:
+        super().__init__(rule.dense_prefix, rule.tokens)
         self.layers = 0
-        self._attachment: Attachment | None = None
-        # The two sequences of an encoder-decoder have positions of their own: all their tokens are masked.
-        encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        self.leaves_any_dense = (self.dense_prefix > 0 or self.tokens != "all") and not encoder_decoder
-        if self.leaves_any_dense:
-            self._attachment = self.attach(model)
+        self._attachment: Attachment | None = self.attach(model, paths)
 
-    def of_example(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | None:
-        """The tokens of a whole example that would be dense if its labelled tokens were generated one by one.
+    @classmethod
+    def of(cls, config: SponConfig, model: nn.Module, paths: Iterable[str]) -> AdapterTokens | None:
+        """What follows `model` for an adapter on the linears at `paths`; None for one that masks every token.
 
-        Args:
-            inputs: of the model's forward, without labels.
-            labels: ``[batch, sequence]``; -100 marks the context.
-
-        Returns:
-            bool ``[batch, sequence]``, True for dense; None where all tokens are masked.
+        Raises:
+            SponError: the adapter leaves tokens dense by their position, and the model tells its blocks none.
         """
-        if self.tokens == "all" or not self.leaves_any_dense:
-            return self.of_inputs(**inputs) if self.leaves_any_dense else None
-        mask = inputs.get("attention_mask")
-        shape = (labels.shape[0], labels.shape[1])
-        prefix = dense_tokens(shape, self.dense_prefix, attention_mask=mask, device=labels.device)
-        context = labels == -100
-        return context if prefix is None else context | prefix
+        rule, paths = rule_of(config, model), list(paths)
+        rule.check(model, paths)
+        return cls(rule, model, paths) if rule.leaves_any else None
 
     def detach(self) -> None:
         """Take the hooks off the model."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from spon_peft.layer import SponLayer
-from spon_peft.tokens import AdapterTokens
 from spon_plugin.decoder.head import OutputHead, backbone_hidden, find_head
+from spon_plugin.decoder.positions import read_as
 from spon_plugin.errors import SponError
 from spon_plugin.training.distillation import kl_divergence
 
@@ -103,7 +103,7 @@ class SponTrainer(Trainer):
                 teacher = run()
             if torch.is_autocast_enabled(teacher.device.type):
                 torch.clear_autocast_cache()  # weights that the teacher's pass cast have no gradient
-            with fixed_tokens(model, inputs, labels):
+            with read_as(labels == -100):
                 student = run()
         return kl_divergence(student, teacher, self._head, self.temperature), counted.sum()
 
@@ -132,19 +132,6 @@ def dense_model(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for switch, state in zip(switches, states, strict=True):
             switch._disable_adapters = state
-
-
-@contextmanager
-def fixed_tokens(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Iterator[None]:
-    """In this block the active adapters leave dense what they would leave dense when serving such a sequence."""
-    states: set[AdapterTokens] = set()
-    for layer in model.modules():
-        if isinstance(layer, SponLayer):
-            states |= {layer.spon_tokens[name] for name in layer.active_adapters if name in layer.spon_tokens}
-    with ExitStack() as stack:
-        for state in states:
-            stack.enter_context(state.fixed(state.of_example(inputs, labels)))
-        yield
 
 
 def through_forward(wrapper: nn.Module, module: nn.Module, function: Callable[[], Any]) -> Any:

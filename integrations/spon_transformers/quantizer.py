@@ -9,6 +9,7 @@ those of `transformers/quantizers/quantizer_bitnet.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +18,11 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spon_plugin.adapter.config import CENTER_MODULES, FORMAT_VERSION, SponFields, short_names
+from spon_plugin.adapter.config import CENTER_MODULES, SponFields, short_names
 from spon_plugin.adapter.directory import Adapter
 from spon_plugin.adapter.mask import CENTER, THRESHOLD
 from spon_plugin.adapter.merged import (
+    DENSE_BIAS,
     FIELD,
     QUANT_METHOD,
     centered_modules,
@@ -29,7 +31,7 @@ from spon_plugin.adapter.merged import (
     holds_dense_biases,
     read_fields,
 )
-from spon_plugin.decoder.tokens import DenseTokens, follow_tokens
+from spon_plugin.decoder.tokens import follow_tokens, rule_of
 from spon_plugin.errors import SponError
 from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
 from spon_plugin.weights.linears import is_conv1d, is_linear, linear_features
@@ -72,18 +74,21 @@ class SponQuantizationConfig(QuantizationConfigMixin):
             raise SponError.of(FIELD, sorted(unknown), "no such fields", "Was it written by another version?")
         if quant_method != QUANT_METHOD:
             raise SponError.of(f"{FIELD}: quant_method", quant_method, repr(QUANT_METHOD))
-        stored = dict(sparsity=sparsity, tokens=tokens, dense_prefix=dense_prefix, format_version=format_version)
-        read_fields(stored)
-        thresholds = check_thresholds(thresholds)
         self.quant_method: Any = QUANT_METHOD
         self.format_version = format_version
         self.sparsity = sparsity
         self.tokens = tokens
         self.dense_prefix = dense_prefix
+        read_fields(vars(self))
         self.adapter_digest = adapter_digest
-        self.thresholds = thresholds
+        self.thresholds = check_thresholds(thresholds)
         self.center_modules = center_modules or []
-        self.centered = centered_modules(center_modules, thresholds)
+        self.centered = centered_modules(center_modules, self.thresholds)
+
+    @property
+    def fields(self) -> SponFields:
+        """What it keeps of the adapter's fields."""
+        return read_fields(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` says; `center_modules` only where there are centres."""
@@ -128,6 +133,7 @@ class SponHfQuantizer(HfQuantizer):
             entry = self.paths[path]
             names = [THRESHOLD] if self.quantization_config.thresholds[entry] is None else []
             names += [CENTER] if entry in self.quantization_config.centered else []
+            names += [DENSE_BIAS] if holds_dense_biases(self.quantization_config.fields) else []
             for name in names:
                 if not any(f".{key}".endswith((f".{path}.{name}", f".{entry}.{name}")) for key in stored):
                     raise SponError.of(f"{path}.{name}", "no such tensor", f"one, as {FIELD} has it", "Merge again.")
@@ -162,7 +168,7 @@ class SponHfQuantizer(HfQuantizer):
             layer.spon_threshold = vector
         if path in self.quantization_config.centered:
             layer.spon_center = vector.clone()
-        if holds_dense_biases(self.quantization_config.dense_prefix, self.quantization_config.tokens):
+        if holds_dense_biases(self.quantization_config.fields):
             layer.keep_dense_bias()
         return layer.train(linear.training)
 
@@ -207,20 +213,23 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
     layers = {path: m for path, m in model.named_modules() if isinstance(m, SparseLinear | SparseConv1D)}
     for layer in layers.values():
         layer.arrange_for_kernels()
+    rule = rule_of(adapter.fields, model)
+    fields = replace(adapter.fields, tokens=rule.tokens, dense_prefix=rule.dense_prefix)
+    if not holds_dense_biases(fields):
+        for layer in layers.values():
+            layer.spon_dense_bias = None
     config = SponQuantizationConfig(
         thresholds={
             path: float(layer.spon_threshold) if layer.spon_threshold.numel() == 1 else None
             for path, layer in layers.items()
         },
         center_modules=short_names((path for path, m in layers.items() if m.spon_center is not None), layers),
-        sparsity=adapter.fields.sparsity,
-        tokens=adapter.fields.tokens,
-        dense_prefix=adapter.fields.dense_prefix,
+        sparsity=fields.sparsity,
+        tokens=fields.tokens,
+        dense_prefix=fields.dense_prefix,
         adapter_digest=adapter.digest,
-        format_version=FORMAT_VERSION,
+        format_version=fields.format_version,
     )
-    if all(layer.spon_dense_bias is None for layer in layers.values()):  # an encoder-decoder: all tokens are masked
-        config.tokens, config.dense_prefix = "all", 0
     _follow(model, config)
     saves: Any = model
     if isinstance(model, PreTrainedModel):
@@ -230,5 +239,6 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
 
 
 def _follow(model: nn.Module, config: SponQuantizationConfig) -> None:
-    if holds_dense_biases(config.dense_prefix, config.tokens):
-        follow_tokens(model, DenseTokens(config.dense_prefix, config.tokens))  # type: ignore[arg-type]
+    rule = rule_of(config.fields, model)
+    if rule.leaves_any:
+        follow_tokens(model, rule)

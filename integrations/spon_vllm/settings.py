@@ -142,7 +142,7 @@ def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -
         digest=str(merged.get("adapter_digest")),
         sparsity=fields.sparsity,
         max_sparse_tokens=limit or _row_limit(fields.sparsity),
-        has_dense_bias=holds_dense_biases(fields.dense_prefix, fields.tokens),
+        has_dense_bias=holds_dense_biases(fields),
     )
     if not settings.has_dense_bias and settings.token_mode == "decode":
         # Dense steps need the dense model's biases, and this checkpoint has nothing but the folded ones.
@@ -150,8 +150,8 @@ def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -
             raise SponError.of(
                 "token_mode",
                 "decode",
-                "all: this merged checkpoint masks every token (dense_prefix 0) and lacks the dense model's biases",
-                "Serve the adapter instead, or merge one whose dense_prefix is at least 1.",
+                "all: this merged checkpoint of format 1 lacks the dense model's biases",
+                "Serve the adapter instead, or merge it again.",
             )
         settings = replace(settings, token_mode="all")
     return settings, dict(merged)

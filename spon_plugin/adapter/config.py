@@ -11,7 +11,9 @@ from typing import Any
 from spon_plugin.errors import SponError
 from spon_plugin.masking import TOKEN_MODES, check_sparsity
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of new adapters. An adapter of version 1 is read as what it is, and written again as version 1."""
+READ_VERSIONS = (1, 2)
 CHANNEL_MODULES, CENTER_MODULES = "channel_modules", "center_modules"
 ALLOCATIONS = ("uniform", "greedy", "sensitivity")
 
@@ -25,23 +27,43 @@ class SponFields:
         allocation: how the target was spread: ``uniform`` over the sites, TEAL's block-wise ``greedy``, or by
             ``sensitivity`` over channels (`spon_plugin.calibration.sensitivity`).
         tokens: which tokens are masked: ``all``, or ``decode`` (the context runs dense).
-        dense_prefix: the first positions of a sequence that stay dense.
+        dense_prefix: the first positions of a sequence that stay dense: 0 by default, so that the mask is a function of
+            the input alone; 1 in format version 1.
         alpha_modules: which of the sparsified linears carry an alpha: ``"all"``, or a list of names matched as
             PEFT matches `target_modules` (whole path or its end); an empty list for none (plain TEAL).
         calibration: how thresholds and alphas were made: enough to make them again.
         alpha_scale: module path -> the unit of alpha's learning rate, a layer's magnitude as the method sees it; for
             the linears that carry an alpha. Empty where it is not known.
         format_version: of the directory; see `FORMAT_VERSION`.
+
+    A field that came with a later version says so by ``metadata={"since": version}``: adapters of earlier ones are
+    written without it, and those that have nothing in it, too.
     """
 
     sparsity: float = 0.5
     allocation: str = "uniform"
     tokens: str = "all"
-    dense_prefix: int = 1
+    dense_prefix: int = None  # type: ignore[assignment]  # the version's own, see above
     alpha_modules: str | list[str] = "all"
     calibration: dict[str, Any] = field(default_factory=dict)
-    alpha_scale: dict[str, float] = field(default_factory=dict)
+    alpha_scale: dict[str, float] = field(default_factory=dict, metadata={"since": 2})
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.dense_prefix is None:
+            self.dense_prefix = 1 if self.format_version == 1 else 0
+        following: Any = super()  # PEFT's, in a config of its own
+        if hasattr(following, "__post_init__"):
+            following.__post_init__()
+
+    def stored(self) -> dict[str, Any]:
+        """What a config file says of these fields: name -> value."""
+        values = {f: getattr(self, f.name) for f in fields(SponFields)}
+        return {
+            f.name: value
+            for f, value in values.items()
+            if "since" not in f.metadata or (value and f.metadata["since"] <= self.format_version)
+        }
 
     def check(self) -> None:
         """Raise `SponError` for the first field that is wrong."""
@@ -55,9 +77,9 @@ def check_fields(values: Mapping[str, Any]) -> None:
         SponError: names the field, its value and what was expected.
     """
     version = values["format_version"]
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in READ_VERSIONS:
         remedy = "Upgrade spon-plugin." if isinstance(version, int) and version > FORMAT_VERSION else ""
-        raise SponError.of("format_version", version, str(FORMAT_VERSION), remedy)
+        raise SponError.of("format_version", version, " or ".join(map(str, READ_VERSIONS)), remedy)
     check_sparsity(values["sparsity"])
     for name, allowed in (("allocation", ALLOCATIONS), ("tokens", TOKEN_MODES)):
         if values[name] not in allowed:

@@ -90,12 +90,10 @@ class Adapter:
 
     def config(self) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
-        own = {f.name: getattr(self.fields, f.name) for f in fields(SponFields)}
-        if not own["alpha_scale"]:
-            del own["alpha_scale"]
         vectors = {CHANNEL_MODULES: self.channel_modules, CENTER_MODULES: self.center_modules}
         peft = {name: value for name, value in self.peft.items() if name not in vectors}
-        return {**peft, **own, **{name: value for name, value in vectors.items() if value}, "peft_type": PEFT_TYPE}
+        own = {**self.fields.stored(), **{name: value for name, value in vectors.items() if value}}
+        return {**peft, **own, "peft_type": PEFT_TYPE}
 
     @property
     def channel_modules(self) -> str | list[str]:

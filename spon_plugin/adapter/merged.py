@@ -3,8 +3,8 @@
 
 A threshold stands there as a number, because loading a checkpoint in bfloat16 may round those among its tensors; where
 a linear has a threshold per channel it is null, and the tensor `spon_threshold` of that linear counts. The linears in
-`center_modules` have a tensor `spon_center`. The biases are the folded ones; where tokens stay dense the checkpoint
-holds the dense model's beside them. All these tensors are float32, the biases of the dtype of the model.
+`center_modules` have a tensor `spon_center`. The biases are the folded ones; the dense model's are held beside them,
+for whoever leaves tokens dense. All these tensors are float32, the biases of the dtype of the model.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ FIELD = "quantization_config"
 """What errors call the object."""
 QUANT_METHOD = "spon"
 """Its `quant_method`, and the name of the quantization method in every host."""
+DENSE_BIAS = "spon_dense_bias"
 
 
 def read_fields(stored: Mapping[str, Any]) -> SponFields:
@@ -126,6 +127,9 @@ def check_vector(path: str, name: str, vector: Tensor, in_features: int) -> None
         raise SponError.of(field, "other values", expected, "The checkpoint is broken; merge again.")
 
 
-def holds_dense_biases(dense_prefix: int, tokens: str) -> bool:
-    """Whether some tokens of the model stay dense, so that the checkpoint has `spon_dense_bias` tensors."""
-    return dense_prefix > 0 or tokens != "all"
+def holds_dense_biases(fields: SponFields) -> bool:
+    """Whether the checkpoint has `spon_dense_bias` tensors, for tokens that stay dense or a server's dense steps.
+
+    In format version 1 it is without them where every token is masked.
+    """
+    return fields.format_version > 1 or fields.dense_prefix > 0 or fields.tokens != "all"

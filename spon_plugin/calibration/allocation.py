@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.histogram import MagnitudeHistogram
+from spon_plugin.calibration.streaming import SINKS
 from spon_plugin.decoder.attachment import sparse_inputs
+from spon_plugin.decoder.positions import whole_windows
 from spon_plugin.decoder.sites import Site
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
@@ -52,14 +54,15 @@ def allocate_greedy(
     windows: Tensor,
     sparsity: float,
     step: float = 0.05,
-    dense_prefix: int = 1,
+    dense_prefix: int = 0,
     progress: Progress = no_progress,
 ) -> dict[str, float]:
     """TEAL's ``greedy`` (arXiv 2408.14690, algorithm 1): spend sparsity where a block feels it least.
 
     In every block, one site's sparsity is raised at a time: the one whose increase hurts least, measured as the L2
-    distance between the block's masked and dense output on dense inputs. Increases are weighted by the site's weights,
-    so each costs the same number of weights and every block ends at the target exactly; then so does the model.
+    distance between the block's masked and dense output on dense inputs, without `SINKS`. Increases are weighted by the
+    site's weights, so each costs the same number of weights and every block ends at the target exactly; then so does
+    the model.
 
     Args:
         model: a dense decoder.
@@ -86,13 +89,12 @@ def allocate_greedy(
     for done, (path, group) in enumerate(by_block.items(), start=1):
         block = model.get_submodule(path)
         args, kwargs, target = calls.pop(path)
-        prefix = _prefix_mask(target, dense_prefix)
 
         def error(trial: dict[str, float], group: list[Site] = group, block: nn.Module = block) -> float:
-            with sparse_inputs(model, masks_at(group, histograms, trial)) as tokens:
-                tokens.mask = prefix  # noqa: B023 (called within this turn of the loop)
-                out = _first(block(*args, **kwargs))  # noqa: B023
-            return float((out - target).float().norm())  # noqa: B023
+            masks = masks_at(group, histograms, trial)
+            with sparse_inputs(model, masks, dense_prefix), whole_windows():
+                out = _first(block(*args, **kwargs))  # noqa: B023 (called within this turn of the loop)
+            return float((out - target)[:, SINKS:].float().norm())  # noqa: B023
 
         shares.update(_descend(group, sparsity, step, error))
         progress(done, len(by_block))
@@ -143,11 +145,3 @@ def _record_calls(
 def _first(output: Any) -> Tensor:
     """A block's hidden states: some blocks return a tuple."""
     return output[0] if isinstance(output, tuple) else output
-
-
-def _prefix_mask(hidden: Tensor, dense_prefix: int) -> Tensor | None:
-    if not dense_prefix:
-        return None
-    mask = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    mask[:, :dense_prefix] = True
-    return mask

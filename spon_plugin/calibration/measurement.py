@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from spon_plugin.adapter.mask import Mask
-from spon_plugin.calibration.streaming import Observe, counted_rows, stream_inputs, window_batches
+from spon_plugin.calibration.streaming import SINKS, Observe, counted_rows, stream_inputs, window_batches
 from spon_plugin.decoder.attachment import sparse_inputs
+from spon_plugin.decoder.positions import whole_windows
 from spon_plugin.decoder.sites import Site, module_weights
 from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.masking import sparsify
@@ -22,7 +23,7 @@ def measure_sparsity(
     sites: Sequence[Site],
     masks: Mapping[str, Mask],
     windows: Tensor,
-    dense_prefix: int = 1,
+    dense_prefix: int = 0,
     batch_size: int = 4,
 ) -> tuple[float, dict[str, float]]:
     """The sparsity that masks achieve in the sparse model itself; use tokens that calibration did not see.
@@ -39,7 +40,7 @@ def measure_sparsity(
         The model-wide share, linears weighted by their weights, and the share per module path.
     """
     counter = SparsityCounter()
-    with sparse_inputs(model, masks, dense_prefix, counter):
+    with sparse_inputs(model, masks, dense_prefix, counter), whole_windows():
         device = next(model.parameters()).device
         for _, batch in window_batches(windows, batch_size):
             model(input_ids=batch.to(device))
@@ -52,7 +53,7 @@ def mean_alphas(
     sites: Sequence[Site],
     masks: Mapping[str, Mask],
     windows: Tensor,
-    dense_prefix: int = 1,
+    skip: int = SINKS,
     batch_size: int = 4,
 ) -> dict[str, Tensor]:
     """``alpha = E[x - S(x)]`` over dense activations: a bias without training, the control of every SPON table.
@@ -62,7 +63,7 @@ def mean_alphas(
         sites: from `find_sites`.
         masks: module path -> mask.
         windows: token ids ``[count, length]``.
-        dense_prefix: positions at the start of each window that are not counted.
+        skip: positions at the start of each window that are not counted.
         batch_size: windows per forward pass.
 
     Returns:
@@ -82,5 +83,5 @@ def mean_alphas(
         return update
 
     # Every linear by itself: those of a site read one tensor, but each may have its own mask.
-    stream_inputs(model, {path: observe(path) for path in module_weights(sites)}, windows, dense_prefix, batch_size)
+    stream_inputs(model, {path: observe(path) for path in module_weights(sites)}, windows, skip, batch_size)
     return {path: total / rows[path] for path, total in sums.items()}

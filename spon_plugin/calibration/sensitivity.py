@@ -28,9 +28,8 @@ from torch.nn import functional as F
 
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.measurement import measure_sparsity
-from spon_plugin.calibration.streaming import check_windows, counted_rows, window_batches
+from spon_plugin.calibration.streaming import SINKS, check_windows, counted_rows, first_positions, window_batches
 from spon_plugin.decoder.sites import Site, module_weights
-from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
 
@@ -76,9 +75,9 @@ class RowSample:
         self._rows: list[Tensor] = []
 
     @classmethod
-    def of(cls, windows: Tensor, dense_prefix: int, max_rows: int = SAMPLE_ROWS) -> RowSample:
+    def of(cls, windows: Tensor, skip: int, max_rows: int = SAMPLE_ROWS) -> RowSample:
         """A sample of about `max_rows` of the counted tokens of ``windows [count, length]``."""
-        return cls(max(1, -(-windows[:, dense_prefix:].numel() // max_rows)))
+        return cls(max(1, -(-windows[:, skip:].numel() // max_rows)))
 
     def update(self, rows: Tensor) -> None:
         """See ``[tokens, in_features]``."""
@@ -94,7 +93,7 @@ def collect_fisher(
     model: nn.Module,
     sites: Sequence[Site],
     windows: Tensor,
-    dense_prefix: int = 1,
+    skip: int = SINKS,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> dict[str, Tensor]:
@@ -104,7 +103,7 @@ def collect_fisher(
         model: a dense decoder that maps ``input_ids=`` to an object with ``logits``.
         sites: from `find_sites`.
         windows: token ids ``[count, length]``.
-        dense_prefix: first positions of each window that are not counted.
+        skip: first positions of each window that are not counted.
         seed: of the sampled tokens.
         progress: called after each window.
 
@@ -114,14 +113,13 @@ def collect_fisher(
     Raises:
         SponError: there are no windows, or none has a position after the prefix.
     """
-    check_windows(windows, dense_prefix)
+    check_windows(windows, skip)
     sums: dict[str, Tensor] = {}
-    tokens = DenseTokens(dense_prefix)
-    handles: list[Any] = [tokens.attach(model)]
+    handles: list[Any] = []
 
     def watch(path: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            special = tokens.rows(args[0])
+            special = first_positions(args[0], windows[:1].shape, skip)
 
             def add(gradient: Tensor) -> None:
                 squares = counted_rows(gradient, special).float().square().sum(0).cpu()
@@ -158,7 +156,7 @@ def collect_fisher(
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
-    return {path: total / windows[:, dense_prefix:].numel() for path, total in sums.items()}
+    return {path: total / windows[:, skip:].numel() for path, total in sums.items()}
 
 
 def solve(samples: Sequence[SiteSample], sparsity: float, blend: float = BLEND) -> dict[str, Mask]:
@@ -260,7 +258,7 @@ def match_sparsity(
     masks: Mapping[str, Mask],
     windows: Tensor,
     sparsity: float,
-    dense_prefix: int = 1,
+    dense_prefix: int = 0,
     tolerance: float = 0.002,
     passes: int = 4,
 ) -> dict[str, Mask]:

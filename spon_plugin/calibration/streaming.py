@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 
@@ -17,9 +16,31 @@ Observe = Callable[[Tensor, Tensor | None], None]
 """Called with an input ``[..., in_features]`` and which of its tokens are special, bool ``[...]`` or None for none."""
 
 
+SINKS = 1
+"""Positions at the start of a window that statistics leave out: attention sinks, whose activations are hundreds of
+times as large as others' and would be all that a mean or a norm shows. Masks treat them as any other."""
+
+
 def counted_rows(x: Tensor, special: Tensor | None) -> Tensor:
     """The rows ``[tokens, in_features]`` of the tokens that are not special."""
     return x.flatten(0, -2) if special is None else x[~special]
+
+
+def first_positions(x: Tensor, shape: torch.Size, count: int) -> Tensor | None:
+    """Which rows of `x` are at the first `count` positions of windows that are read in one pass.
+
+    Args:
+        x: ``[..., features]``, of a module inside the model.
+        shape: ``(windows, length)``.
+        count: of positions.
+
+    Returns:
+        Bool ``[...]``; None for none, as of an input that has other tokens.
+    """
+    if not count or x.shape[:-1].numel() != shape.numel():
+        return None
+    first = torch.arange(shape[1], device=x.device) < count
+    return first.expand(shape).reshape(x.shape[:-1])
 
 
 @torch.no_grad()
@@ -27,7 +48,7 @@ def stream_inputs(
     model: nn.Module,
     observers: Mapping[str, Observe],
     windows: Tensor,
-    dense_prefix: int = 1,
+    skip: int = SINKS,
     batch_size: int = 4,
     progress: Progress = no_progress,
     outputs: Mapping[str, Observe] | None = None,
@@ -38,23 +59,23 @@ def stream_inputs(
         model: a dense decoder.
         observers: module path -> what sees its input.
         windows: token ids, int64 ``[count, length]``, without padding.
-        dense_prefix: positions at the start of each window that are special (attention sinks).
+        skip: positions at the start of each window that are special.
         batch_size: windows per forward pass.
         progress: called after each pass.
         outputs: module path -> what sees its output, likewise.
 
     Raises:
-        SponError: there are no windows, or none has a position after the prefix.
+        SponError: there are no windows, or none has a position after the skipped ones.
     """
-    check_windows(windows, dense_prefix)
-    tokens = DenseTokens(dense_prefix)
-    handles: list[Any] = [tokens.attach(model)]
+    check_windows(windows, skip)
+    handles: list[Any] = []
+    shape = windows[:batch_size].shape
 
     def on_input(observe: Observe) -> Any:
-        return lambda _module, args: observe(args[0], tokens.rows(args[0]))
+        return lambda _module, args: observe(args[0], first_positions(args[0], shape, skip))
 
     def on_output(observe: Observe) -> Any:
-        return lambda _module, _args, y: observe(y, tokens.rows(y))
+        return lambda _module, _args, y: observe(y, first_positions(y, shape, skip))
 
     for path, observe in observers.items():
         handles.append(model.get_submodule(path).register_forward_pre_hook(on_input(observe)))
@@ -63,6 +84,7 @@ def stream_inputs(
     try:
         device = next(model.parameters()).device
         for done, batch in window_batches(windows, batch_size):
+            shape = batch.shape
             model(input_ids=batch.to(device))
             progress(done, len(windows))
     finally:
@@ -70,11 +92,11 @@ def stream_inputs(
             handle.remove()
 
 
-def check_windows(windows: Tensor, dense_prefix: int) -> None:
-    """Raise `SponError` if there are no windows ``[count, length]``, or none has a position after the prefix."""
-    if windows.numel() == 0 or windows.shape[1] <= dense_prefix:
+def check_windows(windows: Tensor, skip: int) -> None:
+    """Raise `SponError` if there are no windows ``[count, length]``, or none has a position after the skipped ones."""
+    if windows.numel() == 0 or windows.shape[1] <= skip:
         raise SponError.of(
-            "calibration windows", tuple(windows.shape), f"at least one window of more than {dense_prefix} tokens"
+            "calibration windows", tuple(windows.shape), f"at least one window of more than {skip} tokens"
         )
 
 

@@ -95,7 +95,8 @@ class SparseMethod(ABC):
             dense_prefix: takes the place of the method's own.
 
         Yields:
-            The token state of the run.
+            The rule of which tokens are dense. Positions are those that the model hands to its blocks, or places in
+            the row in a block of `positions.whole_windows`.
 
         Raises:
             SponError: an alpha or a bias belongs to a linear that the method does not sparsify, or an alpha has
@@ -107,7 +108,7 @@ class SparseMethod(ABC):
                 if path not in self.modules:
                     raise SponError.of(f"{path}: {kind}", "one", f"none, as {self.name} leaves this linear dense")
         state = DenseTokens(self.dense_prefix if dense_prefix is None else dense_prefix)
-        handles: list[Any] = [state.attach(model)]
+        handles: list[Any] = [state.attach(model, self.modules)]
         shared = _SharedInput(self)
         own: list[tuple[nn.Module, nn.Parameter]] = []
         try:
@@ -212,7 +213,7 @@ def sparse_inputs(
         counter: counts what the masks drop.
 
     Yields:
-        The token state of the run, whose `dense_prefix` may be changed between passes.
+        The rule of which tokens are dense; see `SparseMethod.attach`.
 
     Raises:
         SponError: a vector has another length than its linear's input.

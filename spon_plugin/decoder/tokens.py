@@ -1,60 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens of a forward pass keep their whole input.
 
-A mask is a matter of entries (`masking`); whether a token is masked at all is a matter of its position. This module
-answers the second question for everything that runs a transformers-like model: calibration, evaluation and PEFT.
+A mask is a matter of entries (`masking`), and by default of nothing else: every token is masked. `DenseTokens` is for
+adapters that leave some tokens dense by their position in the sequence, with whatever runs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from spon_plugin.adapter.config import SponFields
+from spon_plugin.decoder.positions import POSITIONS, WITHOUT, BlockHook, current_call
+from spon_plugin.errors import SponError
 from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
 from spon_plugin.masking import TokenMode
-
-
-def dense_tokens(
-    shape: tuple[int, int],
-    dense_prefix: int,
-    tokens: TokenMode = "all",
-    attention_mask: Tensor | None = None,
-    past: int = 0,
-    device: torch.device | str | None = None,
-) -> Tensor | None:
-    """Which tokens of one pass are dense.
-
-    Positions count real tokens: with left padding the first real token is position 0. In ``decode`` mode a pass that
-    starts a sequence is its context and runs dense; passes that continue on a cache are masked.
-
-    Args:
-        shape: ``(batch, sequence)`` of this pass.
-        dense_prefix: how many first positions are dense.
-        tokens: ``all`` or ``decode``.
-        attention_mask: ``[batch, past + sequence]``, 0 for padding; None for no padding.
-        past: number of tokens already in the cache.
-        device: of the result.
-
-    Returns:
-        bool ``[batch, sequence]``, True for dense (padding counts as dense); None where all tokens are masked.
-    """
-    batch, length = shape
-    if tokens == "decode" and past == 0:
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
-    padded = attention_mask is not None and tuple(attention_mask.shape) == (batch, past + length)
-    if dense_prefix == 0 or (past >= dense_prefix and (not padded or dense_prefix == 1)):
-        # With a prefix of one, a token that follows a cache is never first, padding or not.
-        return None
-    if padded:
-        assert attention_mask is not None
-        return attention_mask.long().cumsum(-1)[:, past:] <= dense_prefix
-    positions = torch.arange(past, past + length, device=device)
-    return (positions < dense_prefix).expand(batch, length)
 
 
 class Attachment:
@@ -70,75 +34,113 @@ class Attachment:
 
 
 class DenseTokens:
-    """The answer of `dense_tokens` for the pass that is running, kept up to date by hooks on the model.
+    """Which tokens are dense: a rule, that is applied to the positions which the model hands to its decoder blocks.
 
-    Layers hold a reference to it and ask `rows`. Layers that are called outside of a model's forward find None. A copy
-    or pickle of the model takes the hooks along, and its layers refer to the copy.
+    It holds nothing of a pass, so threads, passes within passes and recomputed ones do not meet in it. A copy or pickle
+    of the model takes the hooks along, and its layers refer to the copy.
+
+    Attributes:
+        dense_prefix: how many first positions of a sequence are dense.
+        tokens: ``all``, or ``decode``: prompts are dense, too; see `positions.read_as`.
     """
 
     def __init__(self, dense_prefix: int = 0, tokens: TokenMode = "all") -> None:
         self.dense_prefix = dense_prefix
         self.tokens: TokenMode = tokens
-        self.mask: Tensor | None = None
-        self._fixed = False
 
-    def attach(self, model: nn.Module) -> Attachment:
-        """Follow every forward pass of `model`; returns what ends it."""
-        return Attachment(
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, always_call=True),
-        )
+    @property
+    def leaves_any(self) -> bool:
+        """Whether any token is dense at all."""
+        return self.dense_prefix > 0 or self.tokens != "all"
+
+    def attach(self, model: nn.Module, paths: Iterable[str]) -> Attachment:
+        """Follow the decoder blocks of `model` that hold the linears at `paths`; returns what ends it."""
+        blocks = dict.fromkeys(block for block in (block_of(model, path) for path in paths) if block is not None)
+        handles: list[RemovableHandle] = []
+        width = attention_width(model)
+        for block in blocks:
+            module = model.get_submodule(block)
+            handles += BlockHook(block, module, width).attach(module)
+        return Attachment(*handles)
 
     def rows(self, x: Tensor) -> Tensor | None:
-        """The mask in the leading shape of `x` ``[..., in_features]``, or None where all its tokens are masked.
+        """Which rows of a linear's input ``[..., in_features]`` are dense, in its leading shape; None for none.
 
-        An input with another number of tokens than the pass (the encoder's output in cross-attention) is masked.
+        Raises:
+            SponError: it depends on positions, and the linear is called outside of a decoder block, its input has
+                other tokens than the block's, or the model does not hand positions to the block.
         """
-        if self.mask is None or self.mask.numel() != x.shape[:-1].numel():
+        if not self.leaves_any:
             return None
-        return self.mask.reshape(x.shape[:-1]).to(x.device)
+        call = current_call()
+        if call is None:
+            raise SponError.of(self._field, "a linear called outside of its decoder block", "the model's own", WITHOUT)
+        if x.shape[:-1].numel() != call.shape[0] * call.shape[1]:
+            expected = f"the tokens of the block, {call.shape}"
+            raise call.unknown(self._field, f"an input with tokens {tuple(x.shape[:-1])}", expected)
+        dense = call.dense(self.dense_prefix, self.tokens)
+        return None if dense is None else dense.reshape(x.shape[:-1]).to(x.device)
 
-    @contextmanager
-    def fixed(self, mask: Tensor | None) -> Iterator[None]:
-        """Passes in this block use `mask`, bool ``[batch, sequence]`` with True for dense, whatever their inputs say.
+    @property
+    def _field(self) -> str:
+        return "dense_prefix" if self.dense_prefix else "tokens"
 
-        The mask stays after the block until the next pass, so that a backward pass which recomputes activations
-        (gradient checkpointing) recomputes the same ones.
+    def check(self, model: nn.Module, paths: Iterable[str]) -> None:
+        """Check that the linears at `paths` can learn which tokens come first, as far as the model's code shows it.
+
+        What else is not known to a block is refused in the first pass.
+
+        Raises:
+            SponError: a linear lies outside of the decoder blocks; a block takes no positions; or its attention is so
+                narrow that a prefix cannot be told from what it sees.
         """
-        was, self._fixed, self.mask = self._fixed, True, mask
-        try:
-            yield
-        finally:
-            self._fixed = was
-
-    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._fixed:
+        if not self.dense_prefix:
             return
-        if torch.compiler.is_compiling():
-            # Traced, a cache's length would be a constant of the graph, and every token a new graph.
-            from spon_plugin.decoder.untraced import call
+        value = f"dense_prefix {self.dense_prefix}"
+        for path in paths:
+            block = block_of(model, path)
+            if block is None:
+                raise SponError.of(f"{value}: {path}", "a linear outside of any block", "one in a block", WITHOUT)
+            module = model.get_submodule(block)
+            taken = inspect.signature(module.forward).parameters
+            if POSITIONS not in taken and all(p.kind is not p.VAR_KEYWORD for p in taken.values()):
+                received, expected = f"a linear in {type(module).__name__}", f"a block that takes {POSITIONS}"
+                raise SponError.of(f"{value}: {path}", received, expected, WITHOUT)
+        width = attention_width(model)
+        if width is not None and self.dense_prefix >= width:
+            raise SponError.of(
+                "dense_prefix", self.dense_prefix, f"less than {width}, what the attention sees", WITHOUT
+            )
 
-            self.mask = call(self.of_inputs, *args, **kwargs)
-        else:
-            self.mask = self.of_inputs(*args, **kwargs)
 
-    def _after_forward(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        # With gradients on, a checkpointed layer may run again in the backward pass and needs the mask.
-        if not self._fixed and not torch.is_grad_enabled():
-            self.mask = None
+def attention_width(model: nn.Module) -> int | None:
+    """How many tokens the narrowest of a model's layers attends to: its sliding window; 1 in chunks; None for all."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    if isinstance(getattr(config, "attention_chunk_size", None), int):
+        return 1  # the first of a chunk sees itself alone
+    window = getattr(config, "sliding_window", None)
+    return window if isinstance(window, int) else None
 
-    def of_inputs(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """The mask of a pass, from the arguments of a transformers-like model's forward."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None:
-            ids = kwargs.get("inputs_embeds")
-        # Token ids are whole numbers [batch, sequence]; two-dimensional floats are the rows of something else.
-        if not isinstance(ids, Tensor) or ids.dim() < 2 or (ids.dim() == 2 and ids.is_floating_point()):
-            return None
-        cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
-        mask = kwargs.get("attention_mask")
-        return dense_tokens((ids.shape[0], ids.shape[1]), self.dense_prefix, self.tokens, mask, past, ids.device)
+
+def rule_of(fields: SponFields, model: nn.Module) -> DenseTokens:
+    """Which tokens an adapter leaves dense in `model`."""
+    # Format 1 left a token dense by default, and masked all of them in an encoder-decoder, whatever its fields said.
+    config: Any = getattr(model, "config", None)
+    if fields.format_version == 1 and getattr(config, "is_encoder_decoder", False):
+        return DenseTokens()
+    return DenseTokens(fields.dense_prefix, fields.tokens)  # type: ignore[arg-type]
+
+
+def block_of(model: nn.Module, path: str) -> str | None:
+    """Path of the decoder block around the module at `path`: a member of the outermost `ModuleList`; None for none."""
+    module: Any = model
+    names = path.split(".")
+    for depth, name in enumerate(names, start=1):
+        if isinstance(module, nn.ModuleList):
+            return ".".join(names[:depth])
+        module = getattr(module, name)
+    return None
 
 
 def follow_tokens(model: nn.Module, tokens: DenseTokens) -> Attachment:
@@ -149,9 +151,13 @@ def follow_tokens(model: nn.Module, tokens: DenseTokens) -> Attachment:
         tokens: which tokens are dense.
 
     Returns:
-        What ends it for the model; the layers then mask every token.
+        What ends it for the model.
+
+    Raises:
+        SponError: see `DenseTokens.check`.
     """
-    for module in model.modules():
-        if isinstance(module, SparseLinear | SparseConv1D):
-            module.tokens = tokens
-    return tokens.attach(model)
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, SparseLinear | SparseConv1D)}
+    tokens.check(model, layers)
+    for layer in layers.values():
+        layer.tokens = tokens
+    return tokens.attach(model, layers)

@@ -100,8 +100,8 @@ class SparseLinear(_SparseLayer, nn.Linear):
     With a centre it is ``y = W (S(x) - center) + bias``, with ``bias = b + W (center + alpha)``.
 
     What PEFT-merged and exported models run: `kernels.sparse_linear`, once `arrange_for_kernels` has been called. Same
-    parameters as `torch.nn.Linear`, and buffers besides, so state dicts interchange. Every token is masked, unless the
-    layer follows a `DenseTokens`: then dense tokens compute ``W x + spon_dense_bias``, as in the dense model.
+    parameters as `torch.nn.Linear`, and buffers besides, so state dicts interchange. Every token is masked, unless
+    `tokens` says otherwise: dense tokens compute ``W x + spon_dense_bias``, as in the dense model.
 
     Attributes:
         weight: ``[out_features, in_features]``.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from spon_plugin.adapter.config import SponFields
 from spon_plugin.adapter.directory import Adapter
 from spon_plugin.calibration.histogram import MagnitudeHistogram
-from spon_plugin.calibration.streaming import Observe, counted_rows, stream_inputs
+from spon_plugin.calibration.streaming import SINKS, Observe, counted_rows, stream_inputs
 from spon_plugin.decoder.attachment import SparseMethod
 from spon_plugin.decoder.sites import Site, module_weights
 from spon_plugin.errors import SponError
@@ -29,7 +30,8 @@ class Statistics:
     Attributes:
         sites: the sites that were watched.
         windows: token ids ``[count, length]`` that were read.
-        dense_prefix: first positions of each window that were left out.
+        dense_prefix: first positions of a sequence that stay dense.
+        skip: first positions of each window that were left out.
         histograms: site name -> magnitudes of the site's input.
         own: site name -> what the method itself collected.
         static: whether the method is, see `Sparsifier`.
@@ -38,6 +40,7 @@ class Statistics:
     sites: list[Site]
     windows: Tensor
     dense_prefix: int
+    skip: int
     histograms: dict[str, MagnitudeHistogram]
     own: dict[str, Any] = field(default_factory=dict)
     static: bool = False
@@ -49,7 +52,8 @@ class Sparsifier(ABC):
     Attributes:
         name: as `get_sparsifier` knows it.
         title: as tables show it.
-        static: whether it drops the same for every token, so that no position is dense, in calibration and in use.
+        static: whether it drops the same for every token, so that no position is left out in calibration or dense in
+            use.
         universal: whether it covers every linear of any decoder at any sparsity.
     """
 
@@ -63,8 +67,9 @@ class Sparsifier(ABC):
         model: nn.Module,
         sites: Sequence[Site],
         windows: Tensor,
-        dense_prefix: int = 1,
+        dense_prefix: int = 0,
         progress: Progress = no_progress,
+        skip: int = SINKS,
     ) -> Statistics:
         """Read the calibration text once, with the dense model.
 
@@ -72,15 +77,17 @@ class Sparsifier(ABC):
             model: a dense decoder.
             sites: from `find_sites`.
             windows: token ids, int64 ``[count, length]``, without padding.
-            dense_prefix: first positions of each window that are left out (attention sinks); a static method sees all.
+            dense_prefix: first positions of a sequence that stay dense; none where the method is static.
             progress: called after each forward pass.
+            skip: first positions of each window that are left out, beside the dense ones; none where the method is
+                static.
 
         Raises:
             SponError: the windows are too short, or the method cannot be used on this model.
         """
-        dense_prefix = 0 if self.static else dense_prefix
+        dense_prefix, skip = (0, 0) if self.static else (dense_prefix, max(skip, dense_prefix))
         histograms = {site.name: MagnitudeHistogram() for site in sites}
-        statistics = Statistics(list(sites), windows, dense_prefix, histograms, static=self.static)
+        statistics = Statistics(list(sites), windows, dense_prefix, skip, histograms, static=self.static)
         observers: dict[str, Observe] = {}
         for site in sites:
             own = self.observer(model, site, statistics)
@@ -88,7 +95,7 @@ class Sparsifier(ABC):
                 statistics.own[site.name] = own
             observers[site.modules[0]] = _both(statistics.histograms[site.name], own)
         outputs = self.output_observers(model, statistics)
-        stream_inputs(model, observers, windows, dense_prefix, progress=progress, outputs=outputs)
+        stream_inputs(model, observers, windows, skip, progress=progress, outputs=outputs)
         self.complete(model, statistics, progress)
         return statistics
 
@@ -124,8 +131,9 @@ class Sparsifier(ABC):
         sites: Sequence[Site],
         windows: Tensor,
         sparsity: float,
-        dense_prefix: int = 1,
+        dense_prefix: int = 0,
         progress: Progress = no_progress,
+        skip: int = SINKS,
     ) -> Fitted:
         """`calibrate` and `at` in one call.
 
@@ -133,7 +141,7 @@ class Sparsifier(ABC):
             SponError: see both.
         """
         check_sparsity(sparsity)
-        return self.at(model, self.calibrate(model, sites, windows, dense_prefix, progress), sparsity, progress)
+        return self.at(model, self.calibrate(model, sites, windows, dense_prefix, progress, skip), sparsity, progress)
 
 
 def _both(histogram: MagnitudeHistogram, own: Any) -> Observe:
@@ -155,6 +163,7 @@ class Fitted(SparseMethod):
         sparsity: the target.
         static: whether the method is, see `Sparsifier`.
         dense_prefix: first positions of a sequence that stay dense; 0 where the method is static.
+        skip: first positions of a window that statistics leave out.
         quantiles: module path -> the magnitude below which a share `sparsity` of the layer's inputs lies.
         scales: module path -> the unit of alpha's learning rate (`Recipe.relative`): the quantile, unless the method
             says otherwise.
@@ -166,7 +175,7 @@ class Fitted(SparseMethod):
         self.name = name
         self.sites = statistics.sites
         self.sparsity = check_sparsity(sparsity)
-        self.static, self.dense_prefix = statistics.static, statistics.dense_prefix
+        self.static, self.dense_prefix, self.skip = statistics.static, statistics.dense_prefix, statistics.skip
         quantiles = {site.name: statistics.histograms[site.name].quantile(sparsity) for site in self.sites}
         self.site_of = {path: site for site in self.sites for path in site.modules}
         self.quantiles = {path: quantiles[site.name] for path, site in self.site_of.items()}
@@ -174,6 +183,12 @@ class Fitted(SparseMethod):
         self.modules = tuple(self.site_of)
         self.weights = module_weights(self.sites)
         self.centers: dict[str, Tensor] = {}
+
+    def with_dense_prefix(self, count: int) -> Fitted:
+        """The same, with the first `count` positions of a sequence dense; a static method has none."""
+        other = copy.copy(self)
+        other.dense_prefix = 0 if self.static else count
+        return other
 
     def extra_bytes(self, model: nn.Module, carriers: Collection[str] = ()) -> int:
         """Bytes that the method keeps beside the dense weights, over all blocks.

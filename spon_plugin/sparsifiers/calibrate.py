@@ -82,7 +82,7 @@ def calibrate(
         masks = match_sparsity(model, sites, masks, windows, sparsity, prefix)
     carriers = [module for module in modules if carries_alpha(module, alpha_modules)]
     if carriers:
-        means = mean_alphas(model, sites, masks, windows, prefix) if alpha == "mean" else {}
+        means = mean_alphas(model, sites, masks, windows, statistics.skip) if alpha == "mean" else {}
         inputs = {path: site.in_features for site in sites for path in site.modules}
         masks = with_alphas(masks, {path: means.get(path, torch.zeros(inputs[path])) for path in carriers})
     fields.allocation = fitted.allocation

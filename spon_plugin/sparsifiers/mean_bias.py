@@ -53,7 +53,7 @@ def mean_biases(
     first = {next(path for path in site.modules if path in watched): site for site in set(watched.values())}
     with fitted.watching(model):
         observers = {path: observe(site) for path, site in first.items()}
-        stream_inputs(model, observers, windows, fitted.dense_prefix, batch_size, progress)
+        stream_inputs(model, observers, windows, fitted.skip, batch_size, progress)
     biases = {}
     for path, site in watched.items():
         module: Any = model.get_submodule(path)

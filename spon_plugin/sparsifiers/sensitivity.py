@@ -34,12 +34,12 @@ class Sensitivity(ThresholdSparsifier):
 
     def observer(self, model: nn.Module, site: Site, statistics: Statistics) -> RowSample:
         """See `Sparsifier.observer`."""
-        return RowSample.of(statistics.windows, statistics.dense_prefix)
+        return RowSample.of(statistics.windows, statistics.skip)
 
     def complete(self, model: nn.Module, statistics: Statistics, progress: Progress) -> None:
         """See `Sparsifier.complete`: the model runs forward and backward."""
-        sites, windows, prefix = statistics.sites, statistics.windows, statistics.dense_prefix
-        fisher = collect_fisher(model, sites, windows, prefix, progress=progress)
+        sites = statistics.sites
+        fisher = collect_fisher(model, sites, statistics.windows, statistics.skip, progress=progress)
         statistics.own = {site.name: statistics.own[site.name].sample(site, fisher) for site in sites}
 
     def at(

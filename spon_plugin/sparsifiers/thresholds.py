@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -51,6 +52,17 @@ class ThresholdFitted(Fitted):
     def masks(self) -> dict[str, Mask]:
         """Module path -> threshold and centre; the linears of a site share theirs."""
         return {path: self.site_masks[site.name] for path, site in self.site_of.items()}
+
+    def with_masks(self, masks: Mapping[str, Mask]) -> ThresholdFitted:
+        """The same with thresholds that were brought to the target in the sparse model.
+
+        Args:
+            masks: module path -> mask, one for the linears of each site; alphas are left out.
+        """
+        other = copy.copy(self)
+        other.site_masks = {site.name: masks[path].without_alpha() for path, site in self.site_of.items()}
+        other.matched = True
+        return other
 
     def alpha_scale(self, path: str, mask: Mask) -> float:
         """The unit of alpha's learning rate for the linear at `path` under `mask`; see `Fitted.scales`.

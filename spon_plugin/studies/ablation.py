@@ -7,14 +7,17 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from spon_plugin.adapter.mask import with_alphas
+from spon_plugin.calibration.sensitivity import match_sparsity
 from spon_plugin.errors import SponError
-from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
+from spon_plugin.sparsifiers import SPARSIFIERS, Fitted, get_sparsifier
+from spon_plugin.sparsifiers.thresholds import ThresholdFitted, ThresholdSparsifier
 from spon_plugin.studies.bench import Bench
 from spon_plugin.studies.rows import RowStore
 from spon_plugin.training.loop import loss_ends
@@ -36,6 +39,8 @@ class Trial:
         calibration_tokens: how many of their tokens the thresholds come from.
         carriers: paths of the linears with a trained alpha; none for the masks alone.
         recipe: the schedule of the alphas; None without them.
+        dense_prefix: first positions of a sequence that stay dense.
+        matched: whether the thresholds are held at the target in the sparse model itself, after training as well.
     """
 
     sparsity: float
@@ -43,6 +48,8 @@ class Trial:
     calibration_tokens: int
     carriers: tuple[str, ...] = ()
     recipe: Recipe | None = None
+    dense_prefix: int = 0
+    matched: bool = False
 
     @property
     def masks(self) -> Trial:
@@ -67,7 +74,16 @@ class Trial:
             "calibration_tokens": self.calibration_tokens,
             "carriers": list(self.carriers),
             "recipe": None if self.recipe is None else self.recipe.as_dict(),
+            "dense_prefix": self.dense_prefix,
+            "matched": self.matched,
         }
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Trial:
+        """The trial of a row that `as_dict` is part of."""
+        values = {f.name: row[f.name] for f in fields(cls)}
+        recipe = None if row["recipe"] is None else Recipe(**row["recipe"])
+        return cls(**{**values, "texts": tuple(row["texts"]), "carriers": tuple(row["carriers"]), "recipe": recipe})
 
 
 @dataclass(kw_only=True)
@@ -94,6 +110,8 @@ class Ablation(Bench):
         if not get_sparsifier(self.method).universal:
             every = ", ".join(name for name, cls in SPARSIFIERS.items() if cls.universal)
             raise SponError.of("method", self.method, f"one that covers every linear at every sparsity: {every}")
+        if any(trial.matched for trial in trials) and not isinstance(get_sparsifier(self.method), ThresholdSparsifier):
+            raise SponError.of("method", self.method, "one with thresholds, to be matched to the target", "Use teal.")
         for trial in trials:
             if trial.recipe is not None and trial.recipe.windows < trial.recipe.batch_size:
                 raise SponError.of("windows", trial.recipe.windows, f"at least {trial.recipe.batch_size}, one step's")
@@ -127,6 +145,7 @@ class Ablation(Bench):
         label = describe(trial)
         windows = self.pools[trial.texts, self.window][: trial.calibration_windows(self.window)]
         fitted, calibrating = self.fit(self.method, windows, trial.sparsity)
+        fitted = self._adjusted(trial, fitted, windows)
         seconds = {"calibration": calibrating}
         row: dict[str, Any] = {"name": trial.name, **trial.as_dict()}
         added: dict[str, Any] = {}
@@ -141,6 +160,7 @@ class Ablation(Bench):
             seconds["training"] = time.perf_counter() - start
             row["loss"] = loss_ends(losses)
             added = {"alphas": alphas}
+            fitted = self._adjusted(trial, fitted, windows, alphas)
         start = time.perf_counter()
         row["tests"] = self.evaluate(fitted, label, **added)
         seconds["evaluation"] = time.perf_counter() - start
@@ -152,6 +172,16 @@ class Ablation(Bench):
         recipes = [trial.recipe for trial in missing if trial.recipe is not None and trial.texts == texts]
         return self.pools[texts, window][: max(recipe.windows for recipe in recipes if recipe.window == window)]
 
+    def _adjusted(
+        self, trial: Trial, fitted: Fitted, windows: Tensor, alphas: Mapping[str, Tensor] | None = None
+    ) -> Fitted:
+        """The method with the dense prefix of a trial, and with thresholds at its target under these alphas."""
+        fitted = fitted.with_dense_prefix(trial.dense_prefix)
+        if not trial.matched or not isinstance(fitted, ThresholdFitted):
+            return fitted
+        masks, prefix = with_alphas(fitted.masks, alphas or {}), fitted.dense_prefix
+        return fitted.with_masks(match_sparsity(self.model, self.sites, masks, windows, trial.sparsity, prefix))
+
 
 def plan(trials: Sequence[Trial]) -> list[Trial]:
     """The trials and the masks alone of each, every one once; those of one mix of texts together."""
@@ -162,7 +192,8 @@ def plan(trials: Sequence[Trial]) -> list[Trial]:
 
 def describe(trial: Trial) -> str:
     """A trial in a few words, for progress bars."""
-    what = f"{trial.sparsity:.0%}, {' + '.join(trial.texts)}"
+    what = f"{trial.sparsity:.0%}{' matched' * trial.matched}, {' + '.join(trial.texts)}"
+    what += f", first {trial.dense_prefix} dense" * bool(trial.dense_prefix)
     if trial.recipe is None:
         return f"{what}: masks alone"
     recipe = trial.recipe

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spon_plugin.adapter.directory import Adapter
-from spon_plugin.calibration.streaming import Observe, counted_rows, stream_inputs
+from spon_plugin.calibration.streaming import SINKS, Observe, counted_rows, stream_inputs
 from spon_plugin.decoder.sites import Site
 from spon_plugin.masking import sparsify
 from spon_plugin.progress import Progress, no_progress
@@ -61,7 +61,7 @@ def alpha_statistics(
         model: the dense base model.
         adapter: with alphas, checked against the model.
         sites: from `find_sites`.
-        prompts: token ids ``[length]`` each, longer than the adapter's dense prefix.
+        prompts: token ids ``[length]`` each, longer than what is left out: `SINKS` and the adapter's dense prefix.
         progress: called after each prompt.
 
     Returns:
@@ -70,13 +70,13 @@ def alpha_statistics(
     Raises:
         SponError: there are no prompts, or one is too short.
     """
-    prefix = adapter.fields.dense_prefix
-    check_prompts(prompts, prefix)
+    skip = max(SINKS, adapter.fields.dense_prefix)
+    check_prompts(prompts, skip)
     alphas = {path: mask.alpha for path, mask in adapter.masks.items() if mask.alpha is not None}
     site_of = {path: site for site in sites for path in site.modules if path in alphas}
     dropped: dict[str, Tensor] = {}
     energy: dict[str, Tensor] = {}
-    count = sum(len(prompt) - prefix for prompt in prompts)
+    count = sum(len(prompt) - skip for prompt in prompts)
 
     def on_input(path: str) -> Observe:
         def observe(x: Tensor, special: Tensor | None) -> None:
@@ -92,7 +92,7 @@ def alpha_statistics(
 
     inputs, outputs = {p: on_input(p) for p in site_of}, {p: on_output(p) for p in site_of}
     for done, prompt in enumerate(prompts, start=1):
-        stream_inputs(model, inputs, prompt[None], prefix, outputs=outputs)
+        stream_inputs(model, inputs, prompt[None], skip, outputs=outputs)
         progress(done, len(prompts))
     rows = []
     for path, site in site_of.items():

@@ -15,7 +15,7 @@ from spon_plugin.decoder.sites import Site
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers import Fitted, Statistics, get_sparsifier
-from spon_plugin.studies.evaluation import evaluate
+from spon_plugin.studies.evaluation import ALL, evaluate
 from spon_plugin.training.loop import Losses, Teacher, train_alphas
 from spon_plugin.training.recipe import Recipe
 
@@ -37,7 +37,7 @@ class Bench:
     model: nn.Module
     sites: list[Site]
     tests: Mapping[str, Tensor]
-    protocol: str = "all-but-first"
+    protocol: str = ALL
     seed: int = 0
     stage: Callable[[str], Progress] = lambda _name: no_progress
     done: Callable[[dict[str, Any], bool], None] = lambda _row, _old: None

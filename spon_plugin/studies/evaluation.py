@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,45 +14,49 @@ from torch.nn import functional as F
 
 from spon_plugin.adapter.directory import Adapter
 from spon_plugin.decoder.attachment import MaskedLinears, SparseMethod
+from spon_plugin.decoder.positions import whole_windows
 from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 
-Protocol = Literal["all-but-first", "last-half"]
-PROTOCOLS: tuple[str, ...] = get_args(Protocol)
+ALL, LAST_HALF, ALL_BUT_FIRST = "all", "last-half", "all-but-first"
+PROTOCOLS = (ALL, LAST_HALF, ALL_BUT_FIRST)
 
 
-def dense_prefix_of(protocol: str, window: int) -> int:
-    """How many first positions of each window a protocol keeps dense.
+def dense_prefix_of(protocol: str, window: int, own: int = 0) -> int:
+    """How many first positions of each window stay dense.
 
-    ``all-but-first`` masks every position but the first, an attention sink. ``last-half`` is TEAL's evaluation: the
-    first half of each window is dense.
+    Args:
+        protocol: ``all``: those that the method or adapter leaves dense itself, none by default. ``last-half`` is
+            TEAL's evaluation: the first half of each window. ``all-but-first``: one, whatever the adapter says.
+        window: tokens per window.
+        own: first positions that the method or adapter leaves dense.
 
     Raises:
         SponError: an unknown protocol.
     """
     if protocol not in PROTOCOLS:
         raise SponError.of("protocol", protocol, "one of " + ", ".join(PROTOCOLS))
-    return 1 if protocol == "all-but-first" else window // 2
+    return {ALL: own, LAST_HALF: window // 2, ALL_BUT_FIRST: 1}[protocol]
 
 
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
     windows: Tensor,
-    protocol: str = "all-but-first",
+    protocol: str = ALL,
     batch_size: int = 4,
     progress: Progress = no_progress,
 ) -> float:
     """Perplexity over independent windows.
 
-    All predictions within a window count under ``all-but-first``; under ``last-half`` those that sparse positions
-    make. Windows do not overlap and carry no context, so the figure depends on the window: say it with the number.
+    All predictions within a window count; under ``last-half`` those that sparse positions make. Windows do not overlap
+    and carry no context, so the figure depends on the window: say it with the number.
 
     Args:
         model: anything that maps ``input_ids=`` to an object with ``logits`` ``[batch, length, vocabulary]``.
         windows: token ids ``[count, length]``.
-        protocol: ``all-but-first`` or ``last-half``; says which predictions count, not which positions are masked.
+        protocol: one of `PROTOCOLS`; says which predictions count, not which positions are masked.
         batch_size: windows per forward pass.
         progress: called after each pass.
 
@@ -61,14 +65,15 @@ def perplexity(
     """
     if windows.dim() != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
         raise SponError.of("windows", tuple(windows.shape), "at least one window of at least 2 tokens")
-    first = 0 if protocol == "all-but-first" else dense_prefix_of(protocol, windows.shape[1])
+    first = dense_prefix_of(protocol, windows.shape[1]) if protocol == LAST_HALF else 0
     if windows.shape[1] < first + 2:
         raise SponError.of("windows", tuple(windows.shape), f"windows of at least {first + 2} tokens for {protocol}")
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for start in range(0, len(windows), batch_size):
         ids = windows[start : start + batch_size].to(device)
-        logits = model(input_ids=ids).logits[:, first:-1]
+        with whole_windows():
+            logits = model(input_ids=ids).logits[:, first:-1]
         for row, target in zip(logits, ids[:, first + 1 :], strict=True):  # row by row: one window's float32 logits
             total += F.cross_entropy(row.float(), target, reduction="sum").item()
         count += ids[:, first + 1 :].numel()
@@ -110,7 +115,7 @@ class Evaluation:
         perplexity: ``dense``, ``teal`` and ``spon``; the last is missing for an adapter without alphas.
         sparsity: ``target``, and ``achieved`` in the sparse model on this text.
         per_module: achieved sparsity of every sparsified linear.
-        protocol: ``all-but-first`` or ``last-half``.
+        protocol: one of `PROTOCOLS`.
         window: tokens per window.
         tokens: tokens in all windows.
     """
@@ -145,7 +150,7 @@ def evaluate(
     model: nn.Module,
     method: SparseMethod | None,
     windows: Tensor,
-    protocol: str = "all-but-first",
+    protocol: str = ALL,
     batch_size: int = 4,
     progress: Progress = no_progress,
     **added: Any,
@@ -164,7 +169,7 @@ def evaluate(
     Raises:
         SponError: the protocol is unknown, or the windows are empty.
     """
-    prefix = dense_prefix_of(protocol, windows.shape[-1])
+    prefix = dense_prefix_of(protocol, windows.shape[-1], 0 if method is None else method.dense_prefix)
     size = int(windows.shape[-1]), int(windows.numel())
     if method is None:
         return Measurement(perplexity(model, windows, protocol, batch_size, progress), *size)
@@ -179,7 +184,7 @@ def evaluate_variants(
     model: nn.Module,
     adapter: Adapter,
     windows: Tensor,
-    protocol: str = "all-but-first",
+    protocol: str = ALL,
     batch_size: int = 4,
     progress: Progress = no_progress,
     known: Mapping[str, float] | None = None,
@@ -199,7 +204,7 @@ def evaluate_variants(
         SponError: the adapter does not fit or brings whole modules, the protocol is unknown, or the windows are empty.
     """
     adapter.check_masks_alone("an evaluation by hooks")
-    method = MaskedLinears.of(model, adapter.masks)
+    method = MaskedLinears.of(model, adapter.masks, adapter.fields.dense_prefix)
     result = Evaluation(
         dict(known or {}), {"target": adapter.fields.sparsity}, protocol, windows.shape[-1], windows.numel()
     )

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.calibration.streaming import SINKS
+from spon_plugin.decoder.positions import whole_windows
 from spon_plugin.decoder.sites import decoder_blocks
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
@@ -23,15 +25,14 @@ PROJECTIONS = ("tsne", "pca")
 
 @torch.no_grad()
 def block_outputs(
-    model: nn.Module, prompts: Sequence[Tensor], skip: int = 1, progress: Progress = no_progress
+    model: nn.Module, prompts: Sequence[Tensor], skip: int = SINKS, progress: Progress = no_progress
 ) -> list[Tensor]:
     """The hidden states after each decoder block, of the model as it is now.
 
     Args:
         model: a decoder; run it in a `sparse_inputs` block for its sparse states.
         prompts: token ids ``[length]`` each, of any length above `skip`.
-        skip: first positions of each prompt that are left out. Position 0 is an attention sink whose states are a
-            hundred times larger than the others; it stays dense, and in an average it would be all that is seen.
+        skip: first positions of each prompt that are left out, see `SINKS`.
         progress: called after each prompt.
 
     Returns:
@@ -55,7 +56,8 @@ def block_outputs(
     device = next(model.parameters()).device
     try:
         for done, prompt in enumerate(prompts, start=1):
-            model(input_ids=prompt[None].to(device), use_cache=False)
+            with whole_windows():
+                model(input_ids=prompt[None].to(device), use_cache=False)
             progress(done, len(prompts))
     finally:
         for handle in handles:

@@ -224,8 +224,17 @@ def sparsity(setup: Setup) -> Study:
     return Study("sparsity", "Where it breaks", "target sparsity", tuple(points), "perplexity")
 
 
+def prefix(setup: Setup) -> Study:
+    """Position 0, an attention sink, masked like any other or left dense; at the same sparsity of the sparse model."""
+    points = []
+    for count in (0, 1):
+        trial = replace(setup.trial, dense_prefix=count, matched=True)
+        points += [Point(str(count), trial.masks, "TEAL", count), Point(str(count), trial, "SPON", count)]
+    return Study("prefix", "First positions dense", "dense prefix", tuple(points), "perplexity")
+
+
 STUDIES: dict[str, Callable[[Setup], Study]] = {
-    build.__name__: build for build in (location, layer, halves, tokens, rate, domain, generalization, sparsity)
+    build.__name__: build for build in (location, layer, halves, tokens, rate, domain, generalization, sparsity, prefix)
 }
 
 

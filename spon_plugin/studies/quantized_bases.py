@@ -21,7 +21,7 @@ from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.studies.ablation import Trial, describe
 from spon_plugin.studies.bench import Bench
-from spon_plugin.studies.evaluation import evaluate_variants, share_recovered
+from spon_plugin.studies.evaluation import ALL, evaluate_variants, share_recovered
 from spon_plugin.studies.rows import RowStore
 from spon_plugin.studies.tables import markdown_table, number
 
@@ -61,7 +61,7 @@ class QuantizedBases:
     tests: Mapping[str, Tensor]
     directory: Path
     adapter: Adapter | None = None
-    protocol: str = "all-but-first"
+    protocol: str = ALL
     seed: int = 0
     stage: Callable[[str], Progress] = lambda _name: no_progress
     done: Callable[[dict[str, Any], bool], None] = lambda _row, _old: None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spon_plugin.adapter.config import carries_alpha
 from spon_plugin.decoder.head import OutputHead, backbone_hidden, find_head
-from spon_plugin.decoder.tokens import dense_tokens
+from spon_plugin.decoder.positions import whole_windows
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers.base import Fitted
@@ -108,13 +108,12 @@ def train_alphas(
     ]
     optimizer = torch.optim.AdamW(groups)
     losses: Losses = []
-    with _frozen(model), fitted.attach(model, alphas) as tokens:
+    with _frozen(model), fitted.attach(model, alphas):
         for step, rows in enumerate(_batches(len(teacher.windows), recipe, seed)):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * recipe.factor(step)
             ids = teacher.windows[rows].to(device)
-            shape = (ids.shape[0], ids.shape[1])
-            with tokens.fixed(dense_tokens(shape, tokens.dense_prefix, device=device)):
+            with whole_windows():
                 student = teacher.student(model, ids)[:, :-1].flatten(0, 1)
             dense = teacher.states[rows][:, :-1].flatten(0, 1).to(device)
             loss = kl_divergence(student, dense, teacher.head) / len(student)

@@ -86,6 +86,8 @@ def _aligned(tensor: Tensor) -> Tensor:
     """`tensor`, copied if it does not start on a 64-byte boundary.
 
     A matrix-vector product on the CPU sums in another order there, so a weight that was mapped from a file would give
-    other bits than the same weight in the process that trained alpha.
+    other bits than the same weight in the process that trained alpha. A compiler sees no addresses.
     """
-    return tensor if tensor.device.type != "cpu" or tensor.data_ptr() % 64 == 0 else tensor.clone()
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return tensor
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()

@@ -76,7 +76,7 @@ def test_linears_may_share_a_vector_in_memory(tmp_path):
 
 def test_an_adapter_without_them_has_the_digest_that_it_always_had():
     assert not {"channel_modules", "center_modules"} & make_adapter().config().keys()
-    assert make_adapter().digest == "3c9f7ceaee2248bcdf184e2843677a4146b65a6069c273d44424ab3277b476af"
+    assert make_adapter(format_version=1).digest == "3c9f7ceaee2248bcdf184e2843677a4146b65a6069c273d44424ab3277b476af"
 
 
 def test_the_same_adapter_gives_the_same_bytes(tmp_path):
@@ -89,7 +89,7 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path):
 
 
 def test_the_digest_follows_what_changes_the_function():
-    digests = {make_adapter().digest, make_adapter(dense_prefix=0).digest, make_adapter().without_alpha().digest}
+    digests = {make_adapter().digest, make_adapter(dense_prefix=1).digest, make_adapter().without_alpha().digest}
     assert len(digests) == 3
     assert make_adapter(calibration={"seed": 1}).digest == make_adapter().digest
     moved = make_vectors()
@@ -131,8 +131,9 @@ def test_which_modules_carry_alpha(modules, expected):
         pytest.param("dense_prefix", True, "dense_prefix: got True", id="bool-prefix"),
         pytest.param("alpha_modules", "down_proj", 'alpha_modules: got .* expected "all" or a list', id="alpha"),
         pytest.param("calibration", [], "calibration: got", id="calibration"),
-        pytest.param("format_version", 2, "format_version: got 2, expected 1. Upgrade spon-plugin", id="newer"),
-        pytest.param("format_version", "1", "format_version: got '1', expected 1", id="version-type"),
+        pytest.param("format_version", 3, "format_version: got 3, expected 1 or 2. Upgrade spon-plugin", id="newer"),
+        pytest.param("format_version", "1", "format_version: got '1', expected 1 or 2", id="version-type"),
+        pytest.param("format_version", [1], r"format_version: got \[1\], expected 1 or 2", id="version-list"),
     ],
 )
 def test_a_wrong_field_is_named_on_writing_and_on_reading(tmp_path, field, value, message):
@@ -144,6 +145,26 @@ def test_a_wrong_field_is_named_on_writing_and_on_reading(tmp_path, field, value
     (tmp_path / "a" / CONFIG_NAME).write_text(json.dumps({**config, field: value}))
     with pytest.raises(SponError, match=message):
         read_config(tmp_path / "a")
+
+
+@pytest.mark.parametrize(("version", "prefix"), [(1, 1), (2, 0)])
+def test_the_dense_prefix_of_a_version(tmp_path, version, prefix):
+    write_adapter(make_adapter(format_version=version), tmp_path / "a")
+    file = tmp_path / "a" / CONFIG_NAME
+    config = json.loads(file.read_text())
+    assert config.pop("dense_prefix") == prefix == make_adapter(format_version=version).fields.dense_prefix
+    file.write_text(json.dumps(config))
+    assert read_adapter(tmp_path / "a").fields.dense_prefix == prefix
+
+
+def test_an_adapter_of_format_1_is_written_as_it_was(tmp_path):
+    write_adapter(make_adapter(format_version=1), tmp_path / "a")
+    adapter = read_adapter(tmp_path / "a")
+    adapter.fields.alpha_scale = {"a": 1.0}  # a field of format 2, as training on may fill it
+    write_adapter(adapter, tmp_path / "b")
+    assert json.loads((tmp_path / "a" / CONFIG_NAME).read_text()).keys().isdisjoint({"alpha_scale"})
+    for name in files(tmp_path / "a"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 @pytest.mark.parametrize("field", ["format_version", "sparsity", "alpha_modules"])

@@ -141,7 +141,7 @@ def test_sensitivity_reaches_the_target_with_less_divergence_than_uniform(tiny_l
     dense = tiny_llama(input_ids=held_out).logits.log_softmax(-1)
 
     def divergence(adapter) -> float:
-        achieved, _ = measure_sparsity(tiny_llama, sites, adapter.masks, held_out, dense_prefix=1)
+        achieved, _ = measure_sparsity(tiny_llama, sites, adapter.masks, held_out)
         assert achieved == pytest.approx(sparsity, abs=0.015)
         with sparse_inputs(tiny_llama, adapter.masks, 1):
             sparse = tiny_llama(input_ids=held_out).logits.log_softmax(-1)
@@ -162,10 +162,10 @@ def test_sensitivity_reaches_the_target_with_less_divergence_than_uniform(tiny_l
 def test_matching_multiplies_all_thresholds_by_one_factor(tiny_llama):
     sites = find_sites(tiny_llama)
     start = calibrate(tiny_llama, sites, windows(8), windows(4, seed=1), 0.3).masks
-    matched = match_sparsity(tiny_llama, sites, start, windows(8), 0.6, dense_prefix=1)
+    matched = match_sparsity(tiny_llama, sites, start, windows(8), 0.6)
     factors = torch.cat([matched[path].threshold / start[path].threshold for path in start])
     torch.testing.assert_close(factors, factors[0].expand_as(factors))
-    achieved, _ = measure_sparsity(tiny_llama, sites, matched, windows(8), dense_prefix=1)
+    achieved, _ = measure_sparsity(tiny_llama, sites, matched, windows(8))
     assert achieved == pytest.approx(0.6, abs=0.004)
 
 
@@ -180,9 +180,9 @@ def test_after_training_sparsity_is_measured_anew_and_a_matched_target_met_again
     for path, mask in start.masks.items():  # as large as training never makes them, so that they are felt
         alpha = 3 * mask.threshold.mean() * torch.randn(mask.alpha.shape, generator=generator)
         start.masks[path] = replace(mask, alpha=alpha)
-    before, _ = measure_sparsity(tiny_llama, sites, start.masks, held_out, dense_prefix=1)
+    before, _ = measure_sparsity(tiny_llama, sites, start.masks, held_out)
     settled = settle(tiny_llama, start, windows(32), held_out)
-    after, _ = measure_sparsity(tiny_llama, sites, settled.masks, held_out, dense_prefix=1)
+    after, _ = measure_sparsity(tiny_llama, sites, settled.masks, held_out)
     assert abs(before - 0.5) > 0.03
     assert settled.fields.calibration["achieved_sparsity"] == pytest.approx(after, abs=1e-4)
     assert settled.fields.calibration["tokens"] == start.fields.calibration["tokens"]

@@ -115,7 +115,7 @@ def test_an_interrupted_training_resumes_to_the_same_bytes(spon, trained, tiny_m
     assert not train_module.work_directory(tmp_path / "resumed", False).exists()
 
 
-@pytest.mark.parametrize("protocol", ["all-but-first", "last-half"])
+@pytest.mark.parametrize("protocol", ["all", "last-half", "all-but-first"])
 def test_eval_reports_what_the_readme_says(spon, trained, tiny_model_dir, text, protocol):
     code, out, err = spon("eval", tiny_model_dir, "--adapter", trained, "--text", text, "--window", "64",
                           "--max-tokens", "640", "--protocol", protocol, "--json")  # fmt: skip
@@ -132,7 +132,7 @@ def test_eval_shows_texts_side_by_side(spon, trained, tiny_model_dir, text, tmp_
     (tmp_path / "other.txt").write_text(TEXT[::-1])
     arguments = ["--adapter", trained, "--window", "32", "--max-tokens", "64", "--text", text, "--text"]
     _, out, _ = spon("eval", tiny_model_dir, *arguments, tmp_path / "other.txt")
-    assert "text.txt" in out and "other.txt" in out and "all-but-first" in out
+    assert "text.txt" in out and "other.txt" in out and "tokens, all, target" in out
 
 
 def test_eval_against_the_masks_of_another_adapter(spon, trained, tiny_model_dir, text, tmp_path):
@@ -307,7 +307,7 @@ SETTLED = {
     "sparsity": ("--sparsity", "0.4", "sparsity: got 0.4, expected 0.5, the adapter's"),
     "allocation": ("--allocation", "greedy", "method: got 'teal-greedy', expected teal, the adapter's"),
     "method": ("--method", "wina", "method: got 'wina', expected teal, the adapter's"),
-    "dense prefix": ("--dense-prefix", "3", "dense_prefix: got 3, expected 1, the adapter's"),
+    "dense prefix": ("--dense-prefix", "3", "dense_prefix: got 3, expected 0, the adapter's"),
     "targets": ("--target-modules", "o_proj", "target_modules: got ['o_proj'], expected ['down_proj', "),
     "alphas": ("--alpha-modules", "down_proj", "alpha_modules: got ['down_proj'], expected all, the adapter's"),
 }
@@ -363,7 +363,7 @@ def wrong(tmp_path: Path, model: Path, text: str, trained: Path) -> dict[str, tu
         ),
         "no such protocol": (
             ["eval", model, "--adapter", trained, "--text", text, "--protocol", "first-half"],
-            "protocol: got 'first-half', expected one of all-but-first, last-half",
+            "protocol: got 'first-half', expected one of all, last-half, all-but-first",
         ),
         "window longer than the text": (
             ["eval", model, "--adapter", trained, "--text", tmp_path / "short.txt"],

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from spon_plugin import Mask, SparsityCounter, SponError, find_sites, sparse_inputs, sparsify
-from spon_plugin.decoder.tokens import DenseTokens, dense_tokens
 
 IDS = torch.arange(24).view(2, 12) * 7 % 255 + 1
 DOWN = "model.layers.1.mlp.down_proj"
@@ -167,47 +166,3 @@ def test_the_overall_sparsity_is_weighted_by_weights():
     counter.add("a", torch.tensor([True, False]))
     counter.add("b", torch.tensor([True, True]))
     assert counter.overall({"a": 300, "b": 100}) == pytest.approx(0.5 * 300 / 400)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        pytest.param({"dense_prefix": 0}, None, id="no-prefix"),
-        pytest.param({"dense_prefix": 2}, [[1, 1, 0], [1, 1, 0]], id="prefix"),
-        pytest.param({"dense_prefix": 2, "past": 1}, [[1, 0, 0], [1, 0, 0]], id="cache-within-the-prefix"),
-        pytest.param({"dense_prefix": 2, "past": 2}, None, id="cache-past-the-prefix"),
-        pytest.param({"dense_prefix": 0, "tokens": "decode"}, [[1, 1, 1], [1, 1, 1]], id="decode-context"),
-        pytest.param({"dense_prefix": 0, "tokens": "decode", "past": 4}, None, id="decode-continuation"),
-        pytest.param(
-            {"dense_prefix": 1, "attention_mask": [[1, 1, 1], [0, 1, 1]]}, [[1, 0, 0], [1, 1, 0]], id="left-padding"
-        ),
-        pytest.param(
-            {"dense_prefix": 3, "past": 3, "attention_mask": [[1] * 6, [0, 0, 1, 1, 1, 1]]},
-            [[0, 0, 0], [1, 1, 0]],
-            id="left-padding-with-a-cache",
-        ),
-    ],
-)
-def test_which_tokens_are_dense(arguments, expected):
-    if "attention_mask" in arguments:
-        arguments["attention_mask"] = torch.tensor(arguments["attention_mask"])
-    mask = dense_tokens((2, 3), **arguments)
-    assert (mask if mask is None else mask.int().tolist()) == expected
-
-
-def test_the_state_follows_a_generation_with_a_cache(tiny_llama):
-    state, seen = DenseTokens(1), []
-    handle = state.attach(tiny_llama)
-    watch = tiny_llama.model.register_forward_pre_hook(lambda _m, _a: seen.append(state.mask), with_kwargs=False)
-    tiny_llama.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    handle.remove()
-    watch.remove()
-    assert seen[0].sum().item() == 2 and seen[1:] == [None, None]
-
-
-def test_rows_take_the_shape_of_the_input():
-    state = DenseTokens(1)
-    state.mask = torch.tensor([[True, False, False]])
-    assert state.rows(torch.zeros(1, 3, 8)).shape == (1, 3)
-    assert state.rows(torch.zeros(3, 8)).tolist() == [True, False, False]  # OPT flattens its tokens
-    assert state.rows(torch.zeros(1, 7, 8)) is None  # cross-attention reads the encoder's tokens

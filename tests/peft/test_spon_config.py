@@ -30,7 +30,7 @@ def test_defaults_are_those_of_the_core():
         {"dense_prefix": True},
         {"alpha_modules": "down_proj"},
         {"calibration": []},
-        {"format_version": 2},
+        {"format_version": 3},
     ],
 )
 def test_wrong_field_is_named(wrong):
@@ -79,6 +79,18 @@ def test_config_survives_peft_and_core(tmp_path):
     own, peft = read_config(tmp_path)
     assert own == SponFields(0.4, "greedy", "decode", 3, ["down_proj", "up_proj"], config.calibration)
     assert set(peft["target_modules"]) == {"up_proj", "down_proj"} and peft["layers_to_transform"] == 0
+
+
+@pytest.mark.parametrize(("version", "prefix"), [(1, 1), (2, 0)])
+def test_the_format_version_says_what_is_dense(version, prefix, tmp_path):
+    SponConfig(format_version=version).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("dense_prefix") == prefix and "alpha_scale" not in config
+    file.write_text(json.dumps(config))
+    read = PeftConfig.from_pretrained(tmp_path)
+    assert (read.format_version, read.dense_prefix) == (version, prefix)
+    assert SponConfig().format_version == 2 and SponConfig().dense_prefix == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

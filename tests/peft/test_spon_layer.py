@@ -9,7 +9,7 @@ from spon_models import KINDS, ids, layers, logits, sparse, tiny
 from torch import nn
 
 from spon_peft import SponConfig, SponLayer, SponLinear, collect_adapter
-from spon_plugin import SparseConv1D, SparseLinear, fold_alpha, sparse_inputs, sparsify
+from spon_plugin import SparseConv1D, SparseLinear, SponError, fold_alpha, sparse_inputs, sparsify
 
 
 @pytest.mark.parametrize("alpha_modules", ["all", [], ["down_proj", "fc2"]])
@@ -179,9 +179,13 @@ def test_adapters_differ_in_what_they_leave_dense():
         assert torch.equal(logits(model), logits(base))
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
-    hooks = len(model.get_base_model()._forward_pre_hooks)
+
+    def hooks():
+        return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+    assert hooks() == 2 * 2  # one before and one after each block, for `other` alone
     model.delete_adapter("other")
-    assert len(model.get_base_model()._forward_pre_hooks) == hooks - 1
+    assert hooks() == 0
     assert torch.equal(logits(model), first)
 
 
@@ -193,9 +197,8 @@ def test_two_active_adapters_on_different_layers_work():
     assert not torch.equal(logits(model), only_first)
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2])
-def test_layers_called_alone_mask_every_row(prefix):
-    model = sparse(dense_prefix=prefix)
+def test_layers_called_alone_mask_every_row():
+    model = sparse()
     logits(model, ids(2, 8))
     layer = layers(model)[0]
     x = torch.randn(16, 16)  # as many rows as the pass before had tokens
@@ -204,12 +207,15 @@ def test_layers_called_alone_mask_every_row(prefix):
         masked = base(sparsify(x, layer.spon_threshold["default"]))
         expected = masked + fold_alpha(base, layer.spon_alpha["default"])
         assert torch.equal(layer(x), expected)
+    layer = layers(sparse(dense_prefix=1))[0]
+    with pytest.raises(SponError, match="dense_prefix: .*outside of its decoder block"):
+        layer(x)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4,), (2, 3, 4), (6, 1)])
 def test_models_that_are_not_of_language_mask_every_row(shape):
     linear = nn.Linear(shape[-1], 3)
-    model = get_peft_model(nn.Sequential(linear), SponConfig(target_modules=["0"], init_weights=False, dense_prefix=1))
+    model = get_peft_model(nn.Sequential(linear), SponConfig(target_modules=["0"], init_weights=False))
     layer = layers(model)[0]
     x = torch.randn(shape)
     if len(shape) == 3:

@@ -51,7 +51,7 @@ def config(**values):
 
 
 WRONG = {
-    "version": (config(format_version=2), "format_version: got 2"),
+    "version": (config(format_version=3), "format_version: got 3"),
     "sparsity": (config(sparsity=1.5), "sparsity: got 1.5"),
     "truncated": (truncate, "truncated or damaged"),
     "nan": (tensors(lambda t: t[f"{DOWN}.spon_alpha"].fill_(float("nan"))), r"down_proj.spon_alpha: got 'NaN"),

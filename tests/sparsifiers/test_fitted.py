@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from spon_plugin import SponError, find_sites, fold_alpha, read_adapter, sparse_inputs, write_adapter
 from spon_plugin.calibration.measurement import mean_alphas
+from spon_plugin.decoder.positions import whole_windows
 from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier
 from spon_plugin.sparsifiers.calibrate import calibrate
@@ -65,7 +66,7 @@ def test_the_target_is_met_and_the_model_is_left_dense(model, fits, method):
 def test_special_tokens_stay_dense_where_a_method_can(model, fits, method):
     dense = model(input_ids=WINDOWS).logits
     alphas = {LAST: torch.randn(96)}
-    with fits[method].attach(model, alphas):
+    with fits[method].with_dense_prefix(1).attach(model, alphas):
         sparse = model(input_ids=WINDOWS).logits
     assert torch.equal(sparse[:, 0], dense[:, 0]) is not SPARSIFIERS[method].static
     assert not torch.allclose(sparse[:, 1], dense[:, 1], atol=1e-3)
@@ -92,7 +93,7 @@ def test_alpha_adds_the_dense_weight_times_alpha(model, fits, method):
     with fits[method].attach(model, {LAST: alpha}):
         added, _ = outputs_of(model, LAST)
     expected = model.get_submodule(LAST).weight @ alpha
-    torch.testing.assert_close((added - without)[:, 1:], expected.expand_as(added[:, 1:]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(added - without, expected.expand_as(added), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", SPARSIFIERS)
@@ -112,7 +113,7 @@ def test_alphas_gradient_is_that_of_a_bias_through_the_dense_weight(model, fits,
 def test_the_mean_bias_is_what_the_output_misses(model, fits, method):
     biases = mean_biases(model, fits[method], WINDOWS)
     path = next(iter(fits[method].modules)) if method != "cats" else "model.layers.0.mlp.down_proj"
-    start = fits[method].dense_prefix
+    start = fits[method].skip
     dense, _ = outputs_of(model, path)
     with fits[method].attach(model, biases={path: biases[path]}):
         sparse, _ = outputs_of(model, path)
@@ -188,7 +189,7 @@ def test_conv1d(method):
     with fitted.attach(model, counter=counter, biases={path: biases[path]}):
         sparse, _ = outputs_of(model, path)
     assert fitted.masked_share(counter) == pytest.approx(0.5, abs=0.03)
-    start = fitted.dense_prefix
+    start = fitted.skip
     torch.testing.assert_close(sparse[:, start:].mean((0, 1)), dense[:, start:].mean((0, 1)), rtol=1e-3, atol=2e-4)
 
 
@@ -215,8 +216,8 @@ def test_packed_weights_take_alphas_and_biases_and_refuse_methods_that_read_them
         added, _ = outputs_of(model, LAST)
         added.sum().backward()
     weight = packed.weight.float() / 100
-    torch.testing.assert_close((added - without)[:, 1:], (weight @ alpha).expand_as(added[:, 1:]), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(alpha.grad, weight.sum(0) * added[:, 1:].shape[:2].numel(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(added - without, (weight @ alpha).expand_as(added), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(alpha.grad, weight.sum(0) * added.shape[:2].numel(), rtol=1e-3, atol=1e-3)
     assert mean_biases(model, fitted, WINDOWS)[LAST].abs().max() > 1e-3
     for method in ("wina", "rsparse", "wanda"):
         with pytest.raises(SponError, match="down_proj: weight: got .*torch.int8.*expected one whose values"):
@@ -240,6 +241,15 @@ def test_extra_bytes_are_counted(model, fits):
     total = sum(site.weights for site in fits["larosa"].sites)
     net = fits["larosa"].masked_share(counter) - 2 * 48 * 48 / total
     assert fits["larosa"].read_share(counter) == pytest.approx(1 - net)
+
+
+@pytest.mark.parametrize(("method", "prefix"), [("teal", 2), ("wanda", 0)])
+def test_a_method_with_a_dense_prefix_leaves_it_dense(model, fits, method, prefix):
+    with fits[method].with_dense_prefix(2).attach(model), whole_windows():
+        sparse, _ = outputs_of(model, LAST)
+    with fits[method].attach(model, dense_prefix=prefix), whole_windows():
+        assert torch.equal(outputs_of(model, LAST)[0], sparse)
+    assert fits[method].dense_prefix == 0
 
 
 @pytest.mark.parametrize(("method", "agree"), [("teal", False), ("wanda", True)])

@@ -65,7 +65,7 @@ def fit(method, inputs, *weights, sparsity=0.5):
     model = Decoder(inputs, Linears(*weights))
     ids = torch.arange(len(inputs))[None]
     sparsifier = get_sparsifier(method) if isinstance(method, str) else method
-    fitted = sparsifier.fit(model, find_sites(model, example={"input_ids": ids}), ids, sparsity, dense_prefix=0)
+    fitted = sparsifier.fit(model, find_sites(model, example={"input_ids": ids}), ids, sparsity, skip=0)
     counter = SparsityCounter()
     with fitted.attach(model, counter=counter):
         out = model(input_ids=ids).logits[0]
@@ -202,7 +202,7 @@ def test_cats_lets_the_gate_decide_and_counts_what_stays_dense():
     model = Decoder(torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).tolist(), GatedMLP())
     ids = torch.arange(6)[None]
     sites = find_sites(model, example={"input_ids": ids})
-    fitted = get_sparsifier("cats").fit(model, sites, ids, 1 / 3, dense_prefix=0)
+    fitted = get_sparsifier("cats").fit(model, sites, ids, 1 / 3, skip=0)
     counter = SparsityCounter()
     with fitted.attach(model, counter=counter):
         out = model(input_ids=ids).logits[0]
@@ -233,7 +233,7 @@ def test_models_and_methods_that_do_not_fit_are_said():
     model = Decoder(X, Linears(W))
     ids = torch.arange(2)[None]
     with pytest.raises(SponError, match="its blocks have no gated MLP"):
-        get_sparsifier("cats").fit(model, find_sites(model, example={"input_ids": ids}), ids, 0.2, dense_prefix=0)
+        get_sparsifier("cats").fit(model, find_sites(model, example={"input_ids": ids}), ids, 0.2, skip=0)
     with pytest.raises(SponError, match="method: got 'tael', expected one of teal, "):
         get_sparsifier("tael")
     assert list(SPARSIFIERS) == [cls().name for cls in SPARSIFIERS.values()]

@@ -77,17 +77,19 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 256, (5, 32), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("protocol", "first"), [("all-but-first", 0), ("last-half", 16)])
+@pytest.mark.parametrize(("protocol", "first"), [("all", 0), ("all-but-first", 0), ("last-half", 16)])
 def test_perplexity_is_the_exponential_of_the_mean_loss(tiny_llama, protocol, first):
     logits = tiny_llama(input_ids=ids()).logits[:, first:-1]
     loss = F.cross_entropy(logits.flatten(0, 1), ids()[:, first + 1 :].flatten())
     assert perplexity(tiny_llama, ids(), protocol, batch_size=2) == pytest.approx(math.exp(loss), rel=1e-5)
 
 
-@pytest.mark.parametrize(("protocol", "prefix"), [("all-but-first", 1), ("last-half", 16)])
-def test_evaluation_masks_what_the_protocol_says(tiny_llama, protocol, prefix):
+@pytest.mark.parametrize(
+    ("protocol", "own", "prefix"), [("all", 0, 0), ("all", 3, 3), ("all-but-first", 3, 1), ("last-half", 3, 16)]
+)
+def test_evaluation_masks_what_the_protocol_says(tiny_llama, protocol, own, prefix):
     sites = find_sites(tiny_llama)
-    adapter = calibrate(tiny_llama, sites, ids(), ids(), 0.5, alpha="mean")
+    adapter = calibrate(tiny_llama, sites, ids(), ids(), 0.5, alpha="mean", dense_prefix=own)
     result = evaluate_variants(tiny_llama, adapter, ids(), protocol)
     with sparse_inputs(tiny_llama, adapter.masks, prefix):
         assert result.perplexity["spon"] == pytest.approx(perplexity(tiny_llama, ids(), protocol))
@@ -117,5 +119,5 @@ def test_an_adapter_without_alpha_has_no_spon_row(tiny_llama):
 
 
 def test_an_unknown_protocol_is_named():
-    with pytest.raises(SponError, match="protocol: got 'first-half', expected one of all-but-first, last-half"):
+    with pytest.raises(SponError, match="protocol: got 'first-half', expected one of all, last-half, all-but-first"):
         dense_prefix_of("first-half", 32)

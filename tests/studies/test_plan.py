@@ -137,6 +137,22 @@ def test_no_study_asks_for_more_than_the_pool(setup):
             assert recipe is None or recipe.windows * recipe.window <= setup.pool * RECIPE.window
 
 
+def test_position_0_is_masked_or_dense_at_one_sparsity(tiny_llama, sites, setup, tmp_path):
+    points = STUDIES["prefix"](replace(setup, calibration_tokens=128)).points
+    assert [(p.series, p.trial.dense_prefix) for p in points] == [("TEAL", 0), ("SPON", 0), ("TEAL", 1), ("SPON", 1)]
+    assert all(point.trial.matched for point in points)
+    pools = {(MIX, 16): tokens(8)}
+    own = Ablation(model=tiny_llama, sites=sites, pools=pools, window=16, tests={"test": tokens(8)})
+    rows = own.run([point.trial for point in points], RowStore(tmp_path / "rows", {}))
+    found = [rows[point.trial.name]["tests"]["test"] for point in points]
+    # On the windows that they were matched on.
+    assert [row["masked"] for row in found] == [pytest.approx(0.5, abs=0.005)] * 4
+    assert len({row["perplexity"] for row in found}) == 4
+    assert [Trial.of(json.loads(json.dumps(rows[point.trial.name]))) for point in points] == [p.trial for p in points]
+    with pytest.raises(SponError, match="method: got 'topk', expected one with thresholds"):
+        replace(own, method="topk").check([points[0].trial])
+
+
 def test_a_plan_has_every_trial_once_after_its_masks(setup):
     trials = [p.trial for name in ("location", "halves", "sparsity") for p in STUDIES[name](setup).points]
     planned = plan(trials)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import spon_transformers
@@ -161,7 +162,7 @@ def test_config_says_what_was_merged(tmp_path):
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     thresholds = stored.pop("thresholds")
     assert stored == {
-        "quant_method": "spon", "format_version": 1, "sparsity": 0.4, "tokens": "all", "dense_prefix": 2,
+        "quant_method": "spon", "format_version": 2, "sparsity": 0.4, "tokens": "all", "dense_prefix": 2,
         "adapter_digest": adapter.digest,
     }  # fmt: skip
     assert thresholds.keys() == adapter.masks.keys()
@@ -174,6 +175,30 @@ def test_biases_are_made_where_the_base_has_none(saved):
     assert len(sparse_layers(model)) == 14 and not isinstance(model.lm_head, SparseLinear)
 
 
+def test_the_dense_models_biases_are_kept_for_dense_steps(saved, tmp_path):
+    dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    for path, layer in sparse_layers(AutoModelForCausalLM.from_pretrained(saved)).items():
+        own = dense.get_submodule(path).bias
+        assert layer.spon_dense_bias.shape == layer.bias.shape and (own is not None or not layer.spon_dense_bias.any())
+        assert layer.tokens is None
+    tensors = load_file(saved / "model.safetensors")
+    del tensors[f"{PATH}.spon_dense_bias"]
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SponError, match=f"{PATH}.spon_dense_bias: got 'no such tensor'"):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("prefix", "biases"), [(0, False), (1, True)])
+def test_adapters_of_format_1_are_merged_as_they_were(prefix, biases, tmp_path):
+    model = merged(format_version=1, dense_prefix=prefix)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (stored["format_version"], stored["dense_prefix"]) == (1, prefix)
+    assert any("dense_bias" in key for key in load_file(tmp_path / "model.safetensors")) == biases
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
 def test_loaded_model_can_be_cast_and_adapted(saved):
     model = AutoModelForCausalLM.from_pretrained(saved)
     thresholds = {path: layer.spon_threshold.clone() for path, layer in sparse_layers(model).items()}
@@ -184,7 +209,7 @@ def test_loaded_model_can_be_cast_and_adapted(saved):
 
 
 WRONG = {
-    "version": (lambda c: c.update(format_version=2), "format_version: got 2"),
+    "version": (lambda c: c.update(format_version=3), "format_version: got 3"),
     "no version": (lambda c: c.pop("format_version"), "format_version: got None"),
     "unknown field": (lambda c: c.update(bits=4), "bits"),
     "no thresholds": (lambda c: c.pop("thresholds"), "thresholds: got None"),

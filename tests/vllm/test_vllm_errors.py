@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engines import make_adapter, make_model, merge, override, saving, with_prefix
+from engines import make_adapter, make_model, merge, override, saving
 
 from spon_plugin import Mask, write_adapter
 
@@ -92,7 +92,7 @@ def test_threshold_missing_in_a_merged_checkpoint(llama, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        pytest.param("format_version", 99, "format_version: got 99, expected 1.*Upgrade", id="newer"),
+        pytest.param("format_version", 99, "format_version: got 99, expected 1 or 2.*Upgrade", id="newer"),
         pytest.param("format_version", None, "format_version: got None, expected 1", id="no version"),
         pytest.param("sparsity", 1.5, "sparsity: got 1.5", id="sparsity"),
         pytest.param("tokens", "some", "tokens: got 'some'.*all, decode", id="tokens"),
@@ -114,9 +114,11 @@ def test_damaged_merged_checkpoint(llama, tmp_path, field, value, message, overr
 
 
 def test_decode_needs_the_dense_biases(llama, tmp_path):
-    source = with_prefix(llama[2], tmp_path / "prefix0", 0)
-    merged = merge(llama[0], source, tmp_path / "merged")
+    old = replace(llama[2], fields=replace(llama[2].fields, format_version=1, dense_prefix=0, alpha_scale={}))
+    merged = merge(llama[0], write_adapter(old, tmp_path / "format1"), tmp_path / "merged")
     assert configure(merged).quant_config.settings.token_mode == "all"
+    again = merge(llama[0], llama[1], tmp_path / "again")
+    assert configure(again).quant_config.settings.token_mode == "decode"
     fields = {"quant_method": "spon", "token_mode": "decode"}
     with pytest.raises(ValueError, match="token_mode.*lacks the dense model's biases.*Serve the adapter"):
         configure(merged, hf_overrides={"quantization_config": fields})

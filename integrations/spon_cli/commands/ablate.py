@@ -43,6 +43,9 @@ class AblateOptions(options.StudyOptions):
     sparsity: options.Sparsity = 0.5
     method: Annotated[str, typer.Option(help="One of " + ", ".join(SPARSIFIERS) + ".")] = "teal"
     windows: Annotated[int, typer.Option(help="Training windows of a row."), Between(1, options.MANY)] = BASE.windows
+    train_window: Annotated[
+        int, typer.Option(help="Tokens per window to calibrate and train on."), Between(2, options.MANY)
+    ] = BASE.window
     learning_rate: Annotated[float, typer.Option(help="Highest rate, relative to thresholds.")] = BASE.learning_rate
     precisions: Annotated[str, typer.Option(help="For the study precision, the full one first.")] = (
         "float32,bfloat16,int8,int4"
@@ -63,7 +66,7 @@ class AblateOptions(options.StudyOptions):
 
     def recipe(self) -> Recipe:
         """The schedule that the studies vary from."""
-        return BASE.with_changes(windows=self.windows, learning_rate=self.learning_rate)
+        return BASE.with_changes(windows=self.windows, window=self.train_window, learning_rate=self.learning_rate)
 
     def check(self, recipe: Recipe) -> None:
         """Raise `SponError` for what can be told without texts and model."""
@@ -87,7 +90,8 @@ def ablate_command(given: AblateOptions) -> None:
     location: where alpha is. layer: one decoder block at a time. halves: the first or the last half of them. tokens: to
     calibrate and to train on. rate: the learning rate. domain: each --text alone and all together, on every --test.
     generalization: that, mixes without one text, fewer sites, other windows, weight decay. sparsity: 70 to 90%.
-    precision: quantized bases, with the adapter of the full-precision base and with their own.
+    prefix: position 0 masked or dense, matched. precision: quantized bases, with the adapter of the full-precision base
+    and with their own.
 
     Each row is kept in OUTPUT as soon as it is measured and serves every study; the same command goes on where it
     stopped, and studies may be added. Without --text and --test, four fifths of Python's language reference are trained
@@ -197,6 +201,4 @@ def _line(row: dict[str, Any]) -> str:
     tests = ", ".join(f"{name} {number(result['perplexity'])}" for name, result in row["tests"].items())
     if row["name"] == DENSE:
         return f"{DENSE}: {tests}"
-    recipe = None if row["recipe"] is None else Recipe(**row["recipe"])
-    trial = Trial(row["sparsity"], tuple(row["texts"]), row["calibration_tokens"], tuple(row["carriers"]), recipe)
-    return f"{describe(trial)}: {tests} ({sum(row['seconds'].values()):.0f} s)"
+    return f"{describe(Trial.of(row))}: {tests} ({sum(row['seconds'].values()):.0f} s)"

@@ -19,6 +19,7 @@ from spon_cli.output import note, show_json, show_table
 from spon_cli.progress import progress_bars
 from spon_cli.study_plots import plot_points, plot_shift
 from spon_plugin import Adapter, SponError, read_adapter, sparse_inputs
+from spon_plugin.calibration.streaming import SINKS
 from spon_plugin.calibration.text import opening, read_text, token_ids
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new, new_directory
@@ -41,7 +42,7 @@ from spon_transformers.windows import check_length
 SHIFT = ("variant", "block", "distance", "cka")
 NOTES = (
     "distance: ||h - h_dense|| / ||h_dense||, the mean over tokens. CKA: linear centred kernel alignment with the "
-    "dense model's states, 1 where they agree up to rotation and scale. The dense prefix is left out."
+    "dense model's states, 1 where they agree up to rotation and scale. Position 0 and the dense prefix are left out."
 )
 ALPHA_NOTES = (
     "Means over the blocks. norm: of alpha. rms, largest: of alpha, over the threshold. bias: ||W alpha||. "
@@ -100,8 +101,8 @@ def analyze_command(given: AnalyzeOptions) -> None:
     loaded = given.load()
     adapter.check_base(linear_inputs(loaded.model), given.model)
     ids = given.ids(loaded, sources, lines)
-    prefix = adapter.fields.dense_prefix
-    check_prompts(ids, prefix)
+    skip = max(SINKS, adapter.fields.dense_prefix)
+    check_prompts(ids, skip)
     with progress_bars() as stage:
         states = all_states(loaded, adapter, ids, stage)
         statistics = []
@@ -121,7 +122,7 @@ def analyze_command(given: AnalyzeOptions) -> None:
     if given.output is not None:
         with new_directory(given.output) as directory:
             write(report, statistics, directory)
-            panels = projected(states, [len(prompt) - prefix for prompt in ids], given.projection, given.seed)
+            panels = projected(states, [len(prompt) - skip for prompt in ids], given.projection, given.seed)
             plot_shift(shift, directory / "shift.png")
             plot_points(panels, given.projection, directory / f"{given.projection}.png")
     if given.json:
@@ -137,11 +138,12 @@ def all_states(
 ) -> dict[str, list[Tensor]]:
     """Variant -> hidden states ``[tokens, hidden]`` after each block; SPON only for an adapter with alphas."""
     prefix = adapter.fields.dense_prefix
-    states = {"dense": block_outputs(loaded.model, prompts, prefix, stage("dense"))}
+    skip = max(SINKS, prefix)
+    states = {"dense": block_outputs(loaded.model, prompts, skip, stage("dense"))}
     variants = {"TEAL": adapter.without_alpha()} | ({"SPON": adapter} if adapter.has_alpha else {})
     for name, variant in variants.items():
         with sparse_inputs(loaded.model, variant.masks, prefix):
-            states[name] = block_outputs(loaded.model, prompts, prefix, stage(name))
+            states[name] = block_outputs(loaded.model, prompts, skip, stage(name))
     return states
 
 

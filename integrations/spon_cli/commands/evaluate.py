@@ -16,7 +16,7 @@ from spon_cli.output import show_json
 from spon_cli.progress import progress_bars
 from spon_plugin import read_adapter
 from spon_plugin.decoder.sites import linear_inputs
-from spon_plugin.studies.evaluation import PROTOCOLS, evaluate_variants
+from spon_plugin.studies.evaluation import ALL, PROTOCOLS, evaluate_variants
 from spon_transformers.precision import QUANTIZED, check_precision
 
 
@@ -33,8 +33,8 @@ class EvalOptions(options.ModelOptions, options.TextOptions, options.JsonOptions
         int, typer.Option(help="Tokens of each text to evaluate on, from its start."), Between(1, options.MANY)
     ] = 16384
     protocol: Annotated[
-        str, typer.Option(help="all-but-first: position 0 dense; last-half: TEAL's, first half of each window dense.")
-    ] = "all-but-first"
+        str, typer.Option(help="all: as the adapter has it; last-half: TEAL's, first half of each window dense.")
+    ] = ALL
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass."), Between(1, options.MANY)] = 4
     precision: Annotated[
         str | None, typer.Option(help="Quantize the linears: " + ", ".join(QUANTIZED) + "; the rest is in --dtype.")
