@@ -70,6 +70,8 @@ def ending(error: Exception) -> tuple[str, int]:
     if isinstance(error, ImportError):
         return f"{_line(error)}. Install what is missing; pip install 'spon-plugin[cli]' brings the usual.", FAILED
     # Libraries written in C++ and Rust report a full disk in errors of their own.
+    if any(words in str(error) for words in ("I/O error", "No space left", "PytorchStreamWriter failed writing")):
+        return f"writing failed: {_line(error)}", FAILED
     sentence = f"{type(error).__name__}: {_line(error)}"
     return f"{sentence.rstrip('.')}. Set {DEBUG}=1 for the traceback.", FAILED
 

@@ -78,7 +78,10 @@ def perplexity(
             total += F.cross_entropy(row.float(), target, reduction="sum").item()
         count += ids[:, first + 1 :].numel()
         progress(start + len(ids), len(windows))
-    return math.exp(total / count)
+    try:
+        return math.exp(total / count)
+    except OverflowError:  # more than 709 nats a token
+        return math.inf
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class RowStore:
         settings: JSON values; whatever changes a row's figures and is not part of its name.
 
     Raises:
-        SponError: the directory holds rows that were made under other settings.
+        SponError: the directory holds rows that were made under other settings, or a file in it is damaged.
     """
 
     def __init__(self, directory: str | Path, settings: Mapping[str, Any]) -> None:
@@ -35,7 +35,7 @@ class RowStore:
         file = self.directory / SETTINGS
         settings = json.loads(json.dumps(settings))  # as it will be read back
         if file.is_file():
-            kept = json.loads(file.read_text(encoding="utf-8"))
+            kept = _read(file)
             for name in sorted({*settings, *kept}):
                 if kept.get(name) != settings.get(name):
                     expected = f"{kept.get(name)!r}, as for the rows in {directory}"
@@ -49,8 +49,7 @@ class RowStore:
 
     def read(self, name: str) -> dict[str, Any]:
         """A row that was measured."""
-        row: dict[str, Any] = json.loads(self._file(name).read_text(encoding="utf-8"))
-        return row
+        return _read(self._file(name))
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
         """Keep a row; whole or not at all. Numbers that JSON does not have (NaN, infinity) become null."""
@@ -75,10 +74,20 @@ class RowStore:
 
     def all(self) -> list[dict[str, Any]]:
         """Every row, by file name."""
-        return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(self._rows.glob("*.json"))]
+        return [_read(file) for file in sorted(self._rows.glob("*.json"))]
 
     def _file(self, name: str) -> Path:
         return self._rows / f"{name.replace('/', '_').replace(':', '_')}.json"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SponError.of("output", str(file), f"JSON as it was written ({error})", "Remove the file.") from error
+    if not isinstance(value, dict):
+        raise SponError.of("output", str(file), "a JSON object as it was written", "Remove the file.")
+    return value
 
 
 def _write(file: Path, value: Any) -> None:

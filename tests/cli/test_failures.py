@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from commands import run
+from safetensors import SafetensorError
 
 import spon_cli
 from spon_cli.commands import calibrate
@@ -18,6 +19,11 @@ from spon_plugin import SponError
 KINDS = {
     "wrong input": (SponError.of("field", 1, "2", "Do this."), 2, "field: got 1, expected 2. Do this."),
     "full disk": (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 1, "No space left on device: /a/b"),
+    "full disk under safetensors": (
+        SafetensorError("I/O error: full (os error 28)"),
+        1,
+        "writing failed: I/O error: full",
+    ),
     "broken socket": (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "Broken pipe"),
     "memory": (MemoryError(), 1, "out of memory (MemoryError). Take a smaller window or batch"),
     "accelerator's memory": (torch.OutOfMemoryError("tried 3 GiB\n..."), 1, "out of memory (tried 3 GiB). Take"),

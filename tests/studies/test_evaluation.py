@@ -121,3 +121,9 @@ def test_an_adapter_without_alpha_has_no_spon_row(tiny_llama):
 def test_an_unknown_protocol_is_named():
     with pytest.raises(SponError, match="protocol: got 'first-half', expected one of all, last-half, all-but-first"):
         dense_prefix_of("first-half", 32)
+
+
+def test_a_perplexity_beyond_any_number_is_infinite(tiny_llama):
+    with torch.no_grad():
+        tiny_llama.lm_head.weight *= 1e6
+    assert perplexity(tiny_llama, torch.arange(32).view(2, 16)) == float("inf")
