@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from spon_plugin import machine
 from spon_plugin.kernels import sparse_linear
 from spon_plugin.kernels.cpu.layer_call import LayerCall
 from spon_plugin.kernels.gemm import dense_linear
@@ -57,7 +58,10 @@ class _SparseLayer(nn.Module):
         weight_t = self.weight_t
         row = weight_t.new_empty((1, weight_t.shape[0]))
         few = implementation(row) if weight_t.is_contiguous() else "gemm"
-        return "masked dense product" if few == "gemm" else f"spon::sparse_linear ({few}), masked dense for many rows"
+        if few == "gemm":
+            return "masked dense product"
+        many = "" if machine.is_native(row.dtype, row.device) else " in float32, as this CPU emulates its dtype"
+        return f"spon::sparse_linear ({few}), masked dense for many rows{many}"
 
     def arrange_for_kernels(self) -> None:
         """Lay the weight out by inputs, ``[in_features, out_features]`` contiguous, as the sparse kernels read it.

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from spon_plugin import SparseLinear, machine
 from spon_plugin.kernels import gemm, reference, sparse_linear
+from spon_plugin.kernels.cpu import kernel as cpu
 
 HALVES = [torch.bfloat16, torch.float16]
 SHARDS = {"one": (None, (1,)), "channels": (None, (70,)), "shards": ([40, 21], (2,)), "both": ([40, 21], (2, 70))}
@@ -125,3 +126,13 @@ def test_dense_tokens_of_a_merged_layer_go_by_panels(native, panels):
     layer.tokens = type("Tokens", (), {"rows": staticmethod(lambda x: torch.tensor([True] + [False] * 8))})()
     layer(torch.randn(9, 70).bfloat16())
     assert panels == ([] if native else [9])
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="needs Numba and GNU's OpenMP")
+def test_a_merged_layer_says_what_it_computes_in(native):
+    layer = SparseLinear(70, 61, dtype=torch.bfloat16)
+    layer.spon_threshold.fill_(0.5)
+    layer.arrange_for_kernels()
+    said = "spon::sparse_linear (cpu), masked dense for many rows"
+    assert layer.kernel == said + ("" if native else " in float32, as this CPU emulates its dtype")
+    assert layer.float().kernel == said

