@@ -135,7 +135,9 @@ class SponHfQuantizer(HfQuantizer):
             names += [CENTER] if entry in self.quantization_config.centered else []
             names += [DENSE_BIAS] if holds_dense_biases(self.quantization_config.fields) else []
             for name in names:
-                if not any(f".{key}".endswith((f".{path}.{name}", f".{entry}.{name}")) for key in stored):
+                names_of = (f".{path}.{name}", f".{entry}.{name}")
+                # A file of the backbone alone has shorter paths than the model around it, and the other way round.
+                if not any(f".{key}".endswith(names_of) or names_of[0].endswith(f".{key}") for key in stored):
                     raise SponError.of(f"{path}.{name}", "no such tensor", f"one, as {FIELD} has it", "Merge again.")
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:

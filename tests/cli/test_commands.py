@@ -161,7 +161,12 @@ def test_inspect_shows_sites_thresholds_and_alphas(spon, trained):
         mask = adapter.masks[row["module"]]
         assert row["threshold"] == float(mask.threshold)
         assert row["alpha_norm"] == pytest.approx(float(mask.alpha.norm()))
-        assert row["achieved_sparsity"] == pytest.approx(0.5, abs=0.05)
+    shown = {row["module"]: row["achieved_sparsity"] for row in modules}
+    calibration = adapter.fields.calibration
+    for name, site in calibration["sites"].items():
+        for path in site["modules"]:
+            assert shown[f"{name.rpartition('.')[0]}.{path}"] == site["achieved_sparsity"]
+    assert calibration["achieved_sparsity"] == pytest.approx(0.5, abs=0.05)
     assert "down_proj" in spon("inspect", trained)[1]
 
 
@@ -201,7 +206,7 @@ def test_eval_and_merge_of_thresholds_per_channel_and_centres(spon, vectors, tin
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ids = torch.arange(1, 41)[None]
-    with sparse_inputs(base, adapter.masks, 1):
+    with sparse_inputs(base, adapter.masks, adapter.fields.dense_prefix):
         expected = base(input_ids=ids).logits
     torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert 0.05 < measured["sparsity"]["achieved"] < 0.5

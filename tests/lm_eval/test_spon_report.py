@@ -57,7 +57,8 @@ def folder(tmp_path) -> Folder:
 # --- the table ---
 
 
-def test_the_table_of_the_repository_is_that_of_its_files(tmp_path):
+def test_the_table_of_the_repository_is_that_of_its_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # no cell is wrapped
     code, out, err = run(RESULTS, "-o", tmp_path / "made" / "here")
     assert code == 0, err
     assert (tmp_path / "made" / "here" / "table.md").read_text() == (RESULTS / "table.md").read_text()

@@ -65,7 +65,8 @@ def test_alpha_helps_every_method(tiny_llama, method):
 
     alphas, _ = train_alphas(tiny_llama, fitted, teacher, recipe)
     assert alphas.keys() == set(fitted.modules)
-    assert divergence(alphas) < 0.95 * divergence(None)
+    centered = method == "sensitivity"  # the means already: little is left for alpha
+    assert divergence(alphas) < (0.97 if centered else 0.95) * divergence(None)
 
 
 def test_the_same_seed_gives_the_same_alphas(tiny_llama):
