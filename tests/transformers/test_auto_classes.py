@@ -44,8 +44,10 @@ def test_other_architectures(kind, tmp_path):
     assert torch.equal(hidden(AutoModel.from_pretrained(tmp_path).eval()), hidden(merged))
 
 
-def test_a_backbone_gets_a_head(tmp_path):
-    sparse().merge_and_unload().save_pretrained(tmp_path / "merged")
+@pytest.mark.parametrize("config", [CONFIGS["thresholds"], CONFIGS["vectors"]], ids=["thresholds", "vectors"])
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_a_backbone_gets_a_head(config, prefix, tmp_path):
+    sparse(dense_prefix=prefix, **config).merge_and_unload().save_pretrained(tmp_path / "merged")
     backbone = AutoModel.from_pretrained(tmp_path / "merged").eval()
     backbone.save_pretrained(tmp_path / "backbone")
     for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
