@@ -10,7 +10,10 @@ from commands import run
 from safetensors.torch import load_file, save_file
 from spon_models import sparse
 from tiny_models import make_byte_tokenizer, make_tiny_llama
+from transformers import AutoModelForCausalLM
 
+from spon_lm_eval.arguments import SponArguments
+from spon_lm_eval.layers import with_adapter
 from spon_plugin import SponError, find_sites
 from spon_transformers.loading import load_model
 from spon_transformers.precision import load_precision
@@ -58,6 +61,13 @@ def test_a_tied_head_is_not_missing(tmp_path):
     assert torch.equal(
         load_model(str(tmp_path)).lm_head.weight, make_tiny_llama(tie_word_embeddings=True).lm_head.weight
     )
+
+
+def test_lm_eval_takes_no_merged_model_as_a_base(merged, tmp_path):
+    sparse().save_pretrained(tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    with pytest.raises(SponError, match="Start from the base model, not from a merged one"):
+        with_adapter(model, SponArguments.of(str(tmp_path / "adapter")))
 
 
 def test_a_merged_model_has_no_sites():
