@@ -119,7 +119,6 @@ def engine(model, **arguments):
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    _register_kernels_once()
     defaults = dict(enforce_eager=True, dtype="float32", max_model_len=256, max_num_seqs=8, enable_prefix_caching=False)
     defaults["num_gpu_blocks_override"] = 64
     with _one_collection():
@@ -156,13 +155,13 @@ def _one_collection():
 def _register_kernels_once():
     """vLLM 0.32's CPU worker registers kernels by a scan over all modules, which fails once Numba has been imported.
 
-    A server does it once, before that. Only tests make a second engine in one process.
+    A server does it once, before that. Only tests make a second engine in one process, or run our kernels before the
+    first: so it is done here, where pytest collects, and no engine does it again.
     """
     from vllm.platforms import current_platform
-    from vllm.triton_utils import dispatcher
 
-    if getattr(dispatcher, "_registry", None):
-        type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
+    current_platform.register_triton_kernel_overrides()
+    type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
 
 
 def generate(llm, prompts=PROMPTS, count=32, together=True, **settings):
@@ -204,3 +203,6 @@ def merge(base: Path, adapter: Path, path: Path) -> Path:
     peft_model(base, adapter).merge_and_unload().save_pretrained(path)
     transformers.AutoTokenizer.from_pretrained(base).save_pretrained(path)
     return path
+
+
+_register_kernels_once()
