@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tables are read from pipes, as wide as a test asks: whoever runs the tests must not turn those into terminals.
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)
 
 import pytest
 import torch

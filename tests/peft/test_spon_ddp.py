@@ -28,7 +28,7 @@ assert run.args.world_size == int(sys.argv[4])
 @pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     root = Path(__file__).parents[2]
-    paths = os.pathsep.join(map(str, [root, root / "integrations", Path(__file__).parent]))
+    paths = os.pathsep.join(map(str, [root, root / "integrations", root / "tests", Path(__file__).parent]))
     (tmp_path / "run.py").write_text(DDP)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
