@@ -33,6 +33,21 @@ def check_new(path: str | Path, field: str = "output") -> Path:
     return path
 
 
+def make_directory(path: str | Path, field: str = "output") -> Path:
+    """Make a directory and its parents, or leave the one that is there as it is.
+
+    Raises:
+        SponError: something else is there, or its nearest existing parent is not a writable directory.
+    """
+    path = Path(path)
+    with _possible(path, field):
+        if (path.exists() or path.is_symlink()) and not path.is_dir():
+            raise SponError.of(field, str(path), "a directory, or a path that does not exist", "Choose another name.")
+        _check_parent(path, field)
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 @contextmanager
 def _possible(path: Path, field: str) -> Iterator[None]:
     """Turn what the system says of a path that cannot be made (too long, say) into `SponError`; not a full disk."""

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from spon_plugin.errors import SponError
+from spon_plugin.files import make_directory
 from spon_plugin.studies.tables import json_text
 
 SETTINGS = "settings.json"
@@ -26,7 +27,8 @@ class RowStore:
         settings: JSON values; whatever changes a row's figures and is not part of its name.
 
     Raises:
-        SponError: the directory holds rows that were made under other settings, or a file in it is damaged.
+        SponError: the directory holds rows that were made under other settings, or a file in it is damaged; or it
+            cannot be made.
     """
 
     def __init__(self, directory: str | Path, settings: Mapping[str, Any]) -> None:
@@ -40,7 +42,8 @@ class RowStore:
                 if kept.get(name) != settings.get(name):
                     expected = f"{kept.get(name)!r}, as for the rows in {directory}"
                     raise SponError.of(name, settings.get(name), expected, "Choose another --output.")
-        self._rows.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
+        self._rows.mkdir(exist_ok=True)
         _write(file, settings)
 
     def has(self, name: str) -> bool:

@@ -38,7 +38,9 @@ def names(path: Path) -> list[str]:
     return sorted(p.name for p in path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["quickstart", "calibrate", "train", "eval", "merge", "inspect", "report"])
+@pytest.mark.parametrize(
+    "command", ["quickstart", "calibrate", "train", "eval", "merge", "quantize", "inspect", "report"]
+)
 def test_help_has_an_example(spon, command):
     code, out, _ = spon(command, "--help")
     assert code == 0 and f"spon {command}" in out and "--json" in out
@@ -275,6 +277,29 @@ def test_merge_writes_a_checkpoint_with_the_adapter_in_it(spon, trained, tiny_mo
     expected = PeftModel.from_pretrained(base, trained)(input_ids=ids).logits
     torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+def test_a_quantized_model_is_one_that_every_command_takes(spon, tiny_model_dir, text, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="pip install 'spon-plugin[quantize]'")
+    code, out, err = spon("quantize", tiny_model_dir, "--group", "16", "-o", tmp_path / "w4", "--json")
+    assert code == 0, err
+    shown = json.loads(out)
+    assert (shown["bits"], shown["group"], shown["linears"]) == (4, 16, 14) and shown["bits_per_weight"] > 4
+    assert (tmp_path / "w4" / "tokenizer.json").is_file()
+    code, _, err = spon("calibrate", tmp_path / "w4", "--text", text, "--sparsity", "0.5", "-o", tmp_path / "teal")
+    assert code == 0, err
+    code, out, err = spon("eval", tmp_path / "w4", "--adapter", tmp_path / "teal", "--text", text, "--window", "64",
+                          "--max-tokens", "128", "--json")  # fmt: skip
+    assert code == 0, err
+    assert spon("quantize", tmp_path / "w4", "-o", tmp_path / "again")[0] == 2, "it is quantized"
+
+
+@pytest.mark.parametrize(("option", "value"), [("--group", "128"), ("--bits", "3")], ids=["group", "bits"])
+def test_quantize_says_what_fits_and_leaves_nothing_behind(spon, tiny_model_dir, tmp_path, option, value):
+    pytest.importorskip("compressed_tensors", reason="pip install 'spon-plugin[quantize]'")
+    code, _, err = spon("quantize", tiny_model_dir, option, value, "-o", tmp_path / "out")
+    assert code == 2 and f"{option[2:]}: got {value}, expected" in " ".join(err.split())
+    assert names(tmp_path) == []
 
 
 def test_texts_of_one_name_are_told_apart_by_their_folders(tmp_path):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from commands import TEXT, run
 from tiny_models import make_byte_tokenizer, make_tiny_llama
 
-from spon_cli.commands import ablate, analyze, calibrate, compare, evaluate, merge, quickstart, train
+from spon_cli.commands import ablate, analyze, calibrate, compare, evaluate, merge, quantize, quickstart, train
 from spon_plugin import Adapter, Mask, SponError, SponFields, find_sites, write_adapter
 
 COUNT, SEED = 500, 0
@@ -34,6 +34,7 @@ RIGHT: dict[str, list[str]] = {
     "train": ["model", "-o", "out", "--text", "text.txt", "--windows", "4", "--window", "32"],
     "eval": ["model", "--adapter", "adapter", "--text", "text.txt", "--window", "32", "--max-tokens", "64"],
     "merge": ["adapter", "-o", "out", "--model", "model"],
+    "quantize": ["model", "-o", "out", "--group", "16"],
     "inspect": ["adapter"],
     "report": ["results.json", "-o", "out"],
     "compare": ["model", "-o", "out", "--text", "text.txt", "--test", "text.txt", "--calibration-tokens", "512"],
@@ -42,7 +43,7 @@ RIGHT: dict[str, list[str]] = {
 }
 NUMBERS = ["--sparsity", "--window", "--windows", "--tokens", "--max-tokens", "--batch-size", "--seed", "--epochs",
            "--learning-rate", "--weight-decay", "--dense-prefix", "--calibration-tokens", "--count",
-           "--max-length"]  # fmt: skip
+           "--max-length", "--bits", "--group"]  # fmt: skip
 WORDS = ["--allocation", "--alpha", "--alpha-modules", "--target-modules", "--preset", "--dtype", "--protocol",
          "--precision", "--methods", "--method", "--study", "--projection", "--precisions", "--metric"]  # fmt: skip
 PATHS = ["-o", "--text", "--test", "--adapter", "--baseline", "--prompts", "--model"]
@@ -73,6 +74,7 @@ def no_work(patch: pytest.MonkeyPatch) -> None:
         evaluate: ["evaluate_variants"],
         analyze: ["all_states"],
         quickstart: ["smollm2_gguf"],
+        quantize: ["quantize"],
     }.items():
         for name in names:
             patch.setattr(module, name, worked)
@@ -150,7 +152,7 @@ def broken_file(draw: random.Random, directory: Path) -> list[str]:
     files = {
         "adapter/adapter_config.json": ["inspect", "eval", "merge", "train adapter"],
         "adapter/adapter_model.safetensors": ["inspect", "eval", "analyze", "train adapter"],
-        "model/config.json": ["calibrate", "train", "merge", "compare"],
+        "model/config.json": ["calibrate", "train", "merge", "quantize", "compare"],
         "model/tokenizer.json": ["calibrate", "eval"],
         "model/tokenizer_config.json": ["calibrate", "analyze"],
         "model/model.safetensors": ["calibrate", "ablate"],

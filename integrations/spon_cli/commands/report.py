@@ -15,6 +15,7 @@ from spon_cli.command import command
 from spon_cli.output import note, percent, show_json, show_table
 from spon_cli.plots import COLORS, figure
 from spon_cli.results import DENSE, METRICS, Run, Score, read_runs, relative
+from spon_plugin.files import make_directory
 
 TABLE, PLOT = "table.md", "plot.png"
 CAPTION = (
@@ -48,7 +49,7 @@ def report_command(given: ReportOptions) -> None:
     dense = next((run for run in runs if run.label == DENSE), None)
     if given.output is not None:
         table = markdown(runs, dense)
-        given.output.mkdir(parents=True, exist_ok=True)
+        make_directory(given.output)
         (given.output / TABLE).write_text(table, encoding="utf-8", errors="backslashreplace")
         plot(runs, dense, given.output / PLOT)
     if given.json:

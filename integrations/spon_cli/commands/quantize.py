@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`spon quantize`: a model in 8 or 4 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from spon_cli import options
+from spon_cli.command import Between, command
+from spon_cli.loading import quiet
+from spon_cli.output import note, show_json
+from spon_cli.progress import progress_bars
+from spon_plugin import SponError
+from spon_plugin.files import check_new, new_directory
+from spon_transformers.quantize import Rounding, bits_per_weight, check_quantizer, quantize, save_quantized
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions(options.JsonOptions):
+    """Options of `spon quantize`."""
+
+    model: options.Model
+    output: options.Output
+    bits: Annotated[int, typer.Option(help="8 or 4.")] = 4
+    group: Annotated[
+        int | None,
+        typer.Option(help="Inputs that share a scale; 0 for all.", show_default="128 for 4 bits, all for 8"),
+        Between(0, options.MANY),
+    ] = None
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="With zero points: finer where a group is all of one sign.")
+    ] = False
+    head: Annotated[bool, typer.Option("--head", help="The output head too; a tied one gets weights of its own.")] = (
+        False
+    )
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16, of scales and of what is not rounded; auto is as stored.")
+    ] = "auto"
+    trust_remote_code: options.TrustRemoteCode = False
+
+
+@command
+def quantize_command(given: QuantizeOptions) -> None:
+    """Round a model's linears to 8 or 4 bits: a checkpoint in the format of compressed-tensors.
+
+    transformers and vLLM run it as it is, without spon-plugin; every command here takes it as its MODEL.
+
+    [dim]spon quantize ./model --bits 4 -o model-w4[/dim]
+
+    [dim]spon quantize ./model --bits 8 --head -o model-w8[/dim]
+    """
+    check_quantizer()
+    check_new(given.output)
+    if given.bits not in (8, 4):
+        raise SponError.of("bits", given.bits, "8 or 4")
+    group = given.group if given.group is not None else (128 if given.bits == 4 else 0)
+    rounding = Rounding(given.bits, group or None, not given.asymmetric, given.head)
+    from spon_transformers.loading import load_model, load_tokenizer
+
+    quiet()
+    with progress_bars() as stage, new_directory(given.output) as directory:
+        stage("Loading the model")
+        tokenizer = load_tokenizer(given.model, given.trust_remote_code)
+        model = load_model(given.model, given.dtype, stored=True, trust_remote_code=given.trust_remote_code)
+        linears = quantize(model, rounding, stage("Rounding"))
+        save_quantized(model, directory)
+        tokenizer.save_pretrained(directory)
+        bits = bits_per_weight(model)
+    if given.json:
+        shown = {"model": str(given.output), "bits": given.bits, "group": rounding.group, "linears": len(linears)}
+        show_json({**shown, "symmetric": rounding.symmetric, "head": rounding.head, "bits_per_weight": bits})
+        return
+    note(f"{len(linears)} linears at {bits:.2f} bits a weight, scales included, written to {given.output}")
