@@ -24,9 +24,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
-from benchmarks.sparse_linear import DTYPES, device_name
+from benchmarks.sparse_linear import device_name
 from spon_plugin import Mask, SparseLinear, read_adapter
 from spon_plugin.decoder.sites import find_sites
+from spon_plugin.machine import DTYPES
 from spon_plugin.weights.fold import fold_alpha
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), help="random weights of that shape instead of a model")
     parser.add_argument("--sparsity", default="0.5", help="with --shape; comma-separated")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
     parser.add_argument("--tokens", type=int, default=128, help="decoded by each variant")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.sparse_linear import DTYPES, device_name
+from benchmarks.sparse_linear import device_name
 from benchmarks.timing import copies_for, interleaved_medians
 from spon_plugin.calibration.text import leading_windows, read_text
 from spon_plugin.decoder.sites import Site, find_sites
 from spon_plugin.kernels import sparse_linear
+from spon_plugin.machine import DTYPES
 
 WINDOW = 128
 
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1,2,4,8")
     parser.add_argument("--windows", type=int, default=32, help=f"of {WINDOW} tokens each")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
     parser.add_argument("--seconds", type=float, default=0.4, help="of measuring for each row")
     parser.add_argument("--json", type=Path, help="write the rows there")
     arguments = parser.parse_args()

@@ -37,9 +37,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.decode import PROMPT, SHAPES, quantile_masks
-from benchmarks.sparse_linear import DTYPES, device_name
+from benchmarks.sparse_linear import device_name
 from spon_plugin import Adapter, SponFields, read_adapter, write_adapter
 from spon_plugin.adapter.mask import with_alphas
+from spon_plugin.machine import DTYPES
 
 START_SECONDS = 1800
 KEPT = ("completed", "total_input_tokens", "total_output_tokens", "median_ttft_ms", "median_tpot_ms", "mean_tpot_ms",
@@ -125,7 +126,7 @@ def variant_server(model: str, adapter: Path | None, arguments: argparse.Namespa
     if adapter is not None:
         environment["SPON_ADAPTER"] = str(adapter.resolve())
     command = [model, "--max-model-len", str(arguments.input_len + arguments.output_len + 64), "--max-num-seqs", "4"]
-    command += ["--dtype", str(DTYPES[arguments.dtype]).removeprefix("torch."), *arguments.serve]
+    command += ["--dtype", arguments.dtype, *arguments.serve]
     with serving(command, environment, log) as address:
         yield address
 
@@ -222,7 +223,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="with --shape: how many blocks of it; default all")
     parser.add_argument("--folder", type=Path, help="with --shape: keep the model there, and take it if it is there")
     parser.add_argument("--sparsity", default="0.5,0.7", help="with --shape; comma-separated")
-    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
     parser.add_argument("--input-len", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--requests", type=int, default=4, help="measured in each round, after one to warm up")

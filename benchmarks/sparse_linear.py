@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast `sparse_linear` is, against the best dense baselines of the same run.
 
-    python -m benchmarks.sparse_linear --device cpu --dtype bf16 --shapes llama3-8b --sparsity 0,0.5,0.7 --batch 1
+    python -m benchmarks.sparse_linear --device cpu --dtype bfloat16 --shapes llama3-8b --sparsity 0,0.5,0.7 --batch 1
 
 Weights are cold: calls rotate over copies that exceed the cache several times. All variants of a shape and batch are
 measured in turns, so that they see the same machine, and medians are reported. Two dense baselines: torch's linear
@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from benchmarks.timing import copies_for, interleaved_medians
 from spon_plugin.kernels import sparse_linear
+from spon_plugin.machine import DTYPES
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # (in_features, out_features) of each model's linears; the last two of the large ones are vLLM's fused layers.
 SHAPES = {
     "llama3-8b": [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (4096, 6144), (4096, 28672)],
@@ -145,7 +145,7 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
     parser.add_argument("--shapes", default="llama3-8b", help="models (" + ", ".join(SHAPES) + "), or INxOUT,INxOUT")
     parser.add_argument("--sparsity", default="0,0.25,0.4,0.5,0.6,0.7")
     parser.add_argument("--batch", default="1,2,4,8")

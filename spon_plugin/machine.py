@@ -19,7 +19,10 @@ from spon_plugin.errors import SponError
 OVERRIDE = "SPON_NATIVE_DTYPES"
 """An environment variable that takes the place of what torch says: ``bfloat16``, ``bfloat16,float16``, or ``none``."""
 
-_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The dtypes of weights and activations that kernels and hosts work in, by the names that users write."""
+
+_HALVES = {name: dtype for name, dtype in DTYPES.items() if dtype != torch.float32}
 
 
 @functools.lru_cache(maxsize=1)

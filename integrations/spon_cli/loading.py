@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spon_cli.output import note
 from spon_cli.progress import progress_bars
-from spon_plugin import Adapter, Site, SponError, find_sites, machine
+from spon_plugin import Site, find_sites, machine
 from spon_plugin.calibration.text import leading_windows, mixed_windows, opening_text
 from spon_plugin.decoder.left_dense import left_dense
 from spon_transformers.loading import user_path
@@ -126,14 +126,3 @@ def base_name(model: str) -> str:
     """What an adapter calls its base model: the absolute path of a local one, so that it is found from anywhere."""
     path = user_path(model)
     return str(path.absolute()) if path.exists() else model
-
-
-def base_of(adapter: Adapter, path: str) -> str:
-    """The base model that an adapter names.
-
-    Raises:
-        SponError: it names none.
-    """
-    if not adapter.base_model:
-        raise SponError.of(f"{path}: base_model_name_or_path", adapter.base_model, "the base model's name or path")
-    return adapter.base_model

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spon_plugin.adapter.directory import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
+from spon_plugin.adapter.directory import CONFIG_NAME, WEIGHTS_NAME, Adapter, base_of, read_adapter
 from spon_plugin.errors import SponError
 from spon_plugin.masking import TOKEN_MODES
 
@@ -86,13 +86,9 @@ class SponArguments:
         """The base model that the adapter names.
 
         Raises:
-            SponError: it names none.
+            SponError: it names none, or one that has moved.
         """
-        base = self.adapter.base_model
-        if not base:
-            field = f"{self.name}: base_model_name_or_path"
-            raise SponError.of(field, base, "the base model's name or path", "Or give pretrained= in model_args.")
-        return base
+        return base_of(self.adapter.peft, self.name, "Or give pretrained= in model_args.")
 
     def config(self) -> dict[str, Any]:
         """The adapter's config as in its file, less the list of sites that calibration went through."""

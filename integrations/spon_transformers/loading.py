@@ -14,7 +14,8 @@ from spon_plugin import machine
 from spon_plugin.adapter.merged import QUANT_METHOD
 from spon_plugin.errors import SponError
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype | None] = {"auto": None, **machine.DTYPES}
+"""What ``--dtype`` takes; ``auto`` follows the machine."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from spon_plugin import machine
 from spon_plugin.errors import SponError
 from spon_transformers.loading import DTYPES, best_device, load_model, model_source, refused, whole_model
 
-FLOATS = tuple(name for name in DTYPES if name != "auto")
+FLOATS = tuple(machine.DTYPES)
 BNB = ("int8", "int4")
 TORCHAO = ("torchao-int8", "torchao-int4")
 QUANTIZED = (*BNB, *TORCHAO)

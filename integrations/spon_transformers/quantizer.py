@@ -20,17 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spon_plugin.adapter.config import CENTER_MODULES, SponFields, short_names
 from spon_plugin.adapter.directory import Adapter
-from spon_plugin.adapter.mask import CENTER, THRESHOLD
-from spon_plugin.adapter.merged import (
-    DENSE_BIAS,
-    FIELD,
-    QUANT_METHOD,
-    centered_modules,
-    check_thresholds,
-    check_vector,
-    holds_dense_biases,
-    read_fields,
-)
+from spon_plugin.adapter.merged import FIELD, QUANT_METHOD, MergedConfig, holds_dense_biases
 from spon_plugin.decoder.tokens import follow_tokens, rule_of
 from spon_plugin.errors import SponError
 from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
@@ -79,23 +69,15 @@ class SponQuantizationConfig(QuantizationConfigMixin):
         self.sparsity = sparsity
         self.tokens = tokens
         self.dense_prefix = dense_prefix
-        read_fields(vars(self))
         self.adapter_digest = adapter_digest
-        self.thresholds = check_thresholds(thresholds)
+        self.thresholds = thresholds
         self.center_modules = center_modules or []
-        self.centered = centered_modules(center_modules, self.thresholds)
-
-    @property
-    def fields(self) -> SponFields:
-        """What it keeps of the adapter's fields."""
-        return read_fields(vars(self))
+        self.merged = MergedConfig.of(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` says; `center_modules` only where there are centres."""
         stored: dict[str, Any] = super().to_dict()
-        return {
-            key: value for key, value in stored.items() if key != "centered" and (key, value) != (CENTER_MODULES, [])
-        }
+        return {key: value for key, value in stored.items() if key != "merged" and (key, value) != (CENTER_MODULES, [])}
 
 
 class SponHfQuantizer(HfQuantizer):
@@ -109,7 +91,7 @@ class SponHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_kwargs: Any
     ) -> PreTrainedModel:
-        self.paths = _paths_in(model, self.quantization_config.thresholds)
+        self.paths = _paths_in(model, self.quantization_config.merged.masks)
         linears = {}
         for path, stored in self.paths.items():
             linears[path] = model.get_submodule(path)
@@ -131,26 +113,19 @@ class SponHfQuantizer(HfQuantizer):
                 stored.update(key for key in tensors.keys() if ".spon_" in key)  # noqa: SIM118 (not a dict)
         for path in linears:
             entry = self.paths[path]
-            names = [THRESHOLD] if self.quantization_config.thresholds[entry] is None else []
-            names += [CENTER] if entry in self.quantization_config.centered else []
-            names += [DENSE_BIAS] if holds_dense_biases(self.quantization_config.fields) else []
-            for name in names:
-                names_of = (f".{path}.{name}", f".{entry}.{name}")
+            for name in self.quantization_config.merged.tensors(entry):
+                names = (f".{path}.{name}", f".{entry}.{name}")
                 # A file of the backbone alone has shorter paths than the model around it, and the other way round.
-                if not any(f".{key}".endswith(names_of) or names_of[0].endswith(f".{key}") for key in stored):
+                if not any(f".{key}".endswith(names) or names[0].endswith(f".{key}") for key in stored):
                     raise SponError.of(f"{path}.{name}", "no such tensor", f"one, as {FIELD} has it", "Merge again.")
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         for path, entry in self.paths.items():
-            value = self.quantization_config.thresholds[entry]
             layer = model.get_submodule(path)
             assert isinstance(layer, SparseLinear | SparseConv1D)
-            if value is None:
-                check_vector(path, THRESHOLD, layer.spon_threshold, linear_features(layer)[0])
-            else:
-                layer.spon_threshold = torch.tensor([value], dtype=torch.float32, device=layer.spon_threshold.device)
-            if layer.spon_center is not None:
-                check_vector(path, CENTER, layer.spon_center, linear_features(layer)[0])
+            announced, device = self.quantization_config.merged.masks[entry], layer.spon_threshold.device
+            vectors = {name: getattr(layer, name) for name in announced.vectors}
+            layer.spon_threshold = announced.mask(path, linear_features(layer)[0], vectors).threshold.to(device)
             layer.arrange_for_kernels()
         _follow(model, self.quantization_config)
         model.is_quantized = False  # its weights are ordinary ones: it may be cast and trained
@@ -165,12 +140,10 @@ class SponHfQuantizer(HfQuantizer):
             layer = SparseConv1D(out_features, in_features, device=weight.device, dtype=weight.dtype)
         else:
             layer = SparseLinear(in_features, out_features, device=weight.device, dtype=weight.dtype)
-        vector = torch.zeros(in_features, dtype=torch.float32, device=weight.device)
-        if self.quantization_config.thresholds[path] is None:
-            layer.spon_threshold = vector
-        if path in self.quantization_config.centered:
-            layer.spon_center = vector.clone()
-        if holds_dense_biases(self.quantization_config.fields):
+        merged = self.quantization_config.merged
+        for name in merged.masks[path].vectors:
+            setattr(layer, name, torch.zeros(in_features, dtype=torch.float32, device=weight.device))
+        if merged.has_dense_biases:
             layer.keep_dense_bias()
         return layer.train(linear.training)
 
@@ -241,6 +214,6 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
 
 
 def _follow(model: nn.Module, config: SponQuantizationConfig) -> None:
-    rule = rule_of(config.fields, model)
+    rule = rule_of(config.merged.fields, model)
     if rule.leaves_any:
         follow_tokens(model, rule)

@@ -30,7 +30,8 @@ def check_fit(settings: Settings, hf_config: Any, name: str) -> None:
     model = base_model(hf_config)
     linears = None if model is None else linear_inputs(model)
     # The values of a merged checkpoint's centres are known when a worker has loaded it; which linears have one is now.
-    centers: Mapping[str, Tensor] = dict.fromkeys(settings.centered, torch.empty(0))
+    announced = [path for path, mask in settings.announced.items() if mask.has_center]
+    centers: Mapping[str, Tensor] = dict.fromkeys(announced, torch.empty(0))
     if settings.adapter is not None:
         adapter = read_adapter(settings.adapter)
         centers = {path: mask.center for path, mask in adapter.masks.items() if mask.center is not None}
@@ -38,7 +39,7 @@ def check_fit(settings: Settings, hf_config: Any, name: str) -> None:
         if linears is not None:
             adapter.check_base(linears, name)
     elif linears is not None:
-        missing = [module for module in settings.thresholds if module not in linears]
+        missing = [module for module in settings.announced if module not in linears]
         if missing:
             raise SponError.of(f"quantization_config: threshold of {missing[0]}", "one", "linear layers of the model")
     for fused, shards in packed_modules(hf_config).items():

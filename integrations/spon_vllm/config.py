@@ -22,6 +22,7 @@ from spon_plugin.adapter.merged import QUANT_METHOD, Announced
 from spon_plugin.decoder.left_dense import is_expert
 from spon_plugin.errors import SponError
 from spon_plugin.kernels.triton.launch import LEAST_CAPABILITY
+from spon_plugin.machine import DTYPES
 from spon_vllm.checks import check_centers, check_fit, check_shards
 from spon_vllm.linear import SponLinearMethod
 from spon_vllm.report import Coverage
@@ -62,7 +63,7 @@ class SponConfig(QuantizationConfig):
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """The dtypes of activations."""
-        own = [torch.bfloat16, torch.float16, torch.float32]
+        own = list(DTYPES.values())
         return own if self.inner is None else [d for d in own if d in self.inner.get_supported_act_dtypes()]
 
     @classmethod
@@ -141,11 +142,8 @@ class SponConfig(QuantizationConfig):
         if self._masks is None:
             settings = self.settings
             assert settings is not None, "maybe_update_config has not been called"
-            own: Mapping[str, Mask | Announced]
-            if settings.adapter is None:
-                own = {m: Announced(v, m in settings.centered) for m, v in settings.thresholds.items()}
-            else:
-                own = read_adapter(settings.adapter).masks
+            adapter = None if settings.adapter is None else read_adapter(settings.adapter)
+            own: Mapping[str, Mask | Announced] = settings.announced if adapter is None else adapter.masks
             self._masks = {name: own[module] for name, module in self.names.items()}
         return self._masks
 

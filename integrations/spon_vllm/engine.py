@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
-from spon_plugin.adapter.directory import is_adapter, read_config
+from spon_plugin.adapter.directory import base_of, is_adapter, read_config
 from spon_plugin.adapter.merged import QUANT_METHOD
 from spon_plugin.errors import SponError
 from spon_vllm.settings import ADAPTER_VARIABLE, serving_adapter
@@ -109,13 +108,8 @@ def finish_config(config: Any, sparse: bool) -> None:
 
 
 def _base_model(adapter: str) -> str:
-    base = read_config(adapter)[1].get("base_model_name_or_path")
     remedy = (
         "Serve the base model and name the adapter: vllm serve BASE --quantization spon --hf-overrides "
         f'\'{{"quantization_config": {{"quant_method": "spon", "adapter": "{adapter}"}}}}\''
     )
-    if not base:
-        raise SponError.of(f"{adapter}: base_model_name_or_path", base, "the base model's name or path", remedy)
-    if Path(base).expanduser().is_absolute() and not Path(base).expanduser().is_dir():
-        raise SponError.of(f"{adapter}: base_model_name_or_path", base, "a directory that exists", remedy)
-    return str(base)
+    return base_of(read_config(adapter)[1], adapter, remedy)

@@ -25,7 +25,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 import spon_vllm.ops  # noqa: F401 (registers torch.ops.spon_vllm)
 from spon_plugin.adapter.mask import Mask
-from spon_plugin.adapter.merged import Announced
+from spon_plugin.adapter.merged import DENSE_BIAS, Announced
 from spon_plugin.errors import SponError
 from spon_plugin.weights import RowWeight
 from spon_vllm import steps
@@ -140,7 +140,7 @@ class SponLinearMethod(LinearMethodBase):
             layer.register_parameter("spon_center", _ChannelParameter(data=vector.clone(), weight_loader=loader))
         if self.settings.has_dense_bias:
             bias = ChannelQuantScaleParameter(data=torch.zeros(width, dtype=dtype), output_dim=0, weight_loader=loader)
-            layer.register_parameter("spon_dense_bias", bias)
+            layer.register_parameter(DENSE_BIAS, bias)
         # The folded bias is called `bias`. A layer that vLLM makes without one sets it to None after this method
         # returns, and its loader would then skip the tensor: put a parameter in the place of that None.
         register = layer.register_parameter

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spon_plugin.adapter.directory import read_adapter
-from spon_plugin.adapter.merged import QUANT_METHOD, centered_modules, check_thresholds, holds_dense_biases, read_fields
+from spon_plugin.adapter.merged import DIGEST, FIELD, MASK_FIELDS, QUANT_METHOD, Announced, MergedConfig
 from spon_plugin.errors import SponError
 from spon_plugin.kernels.few_rows import row_limit
 from spon_plugin.masking import TOKEN_MODES
@@ -33,8 +33,7 @@ _NAME_IT = (
     '\'{"quantization_config": {"quant_method": "spon", "adapter": "ADAPTER_DIR"}}\', or SPON_ADAPTER=ADAPTER_DIR, '
     "or serve a checkpoint that `spon merge` wrote."
 )
-_KNOWN = ("quant_method", "adapter", "adapter_digest", "token_mode", "max_sparse_tokens", "base_quantization_config")
-_MERGED = ("format_version", "sparsity", "tokens", "dense_prefix", "thresholds", "center_modules")
+_KNOWN = ("quant_method", "adapter", DIGEST, "token_mode", "max_sparse_tokens", "base_quantization_config")
 
 _served_adapter: ContextVar[str | None] = ContextVar("spon_served_adapter", default=None)
 
@@ -55,9 +54,7 @@ class Settings:
 
     Attributes:
         adapter: the adapter directory; None for a merged checkpoint, which holds its own masks.
-        thresholds: module path -> threshold, of a merged checkpoint; None for one per channel, which is among its
-            tensors. Empty with an adapter.
-        centered: the paths of the linears of a merged checkpoint that have a centre among its tensors.
+        announced: module path -> what a merged checkpoint's config says of its mask. Empty with an adapter.
         modules: the paths of the sparsified linears, as the base model names them.
         digest: of the adapter (`spon_plugin.Adapter.digest`); it makes vLLM's compile cache tell adapters apart.
         sparsity: the target.
@@ -69,8 +66,7 @@ class Settings:
     """
 
     adapter: str | None = None
-    thresholds: Mapping[str, float | None] = field(default_factory=dict)
-    centered: frozenset[str] = frozenset()
+    announced: Mapping[str, Announced] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     digest: str = ""
     sparsity: float = 0.0
@@ -95,10 +91,10 @@ class Settings:
         Args:
             merged_fields: the fields of a merged checkpoint's `quantization_config`, kept as they are.
         """
-        config: dict[str, Any] = {key: merged_fields[key] for key in _MERGED if key in merged_fields}
+        config: dict[str, Any] = {key: merged_fields[key] for key in MASK_FIELDS if key in merged_fields}
         config |= {
             "quant_method": QUANT_METHOD,
-            "adapter_digest": self.digest,
+            DIGEST: self.digest,
             "token_mode": self.token_mode,
             "max_sparse_tokens": self.max_sparse_tokens,
         }
@@ -129,20 +125,19 @@ def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -
     if merged is None:
         settings = _with_adapter(settings, adapter)
         return replace(settings, max_sparse_tokens=limit or _row_limit(settings.sparsity)), {}
-    if adapter is not None and read_adapter(adapter).digest != merged.get("adapter_digest"):
+    if adapter is not None and read_adapter(adapter).digest != merged.get(DIGEST):
         raise SponError.of(
             "adapter", adapter, "none, as the checkpoint has another one merged into it", "Serve the base model."
         )
-    fields, thresholds = read_fields(merged), check_thresholds(merged["thresholds"])
+    checkpoint = MergedConfig.of(merged)
     settings = replace(
         settings,
-        thresholds=thresholds,
-        centered=frozenset(centered_modules(merged.get("center_modules"), thresholds)),
-        modules=tuple(thresholds),
-        digest=str(merged.get("adapter_digest")),
-        sparsity=fields.sparsity,
-        max_sparse_tokens=limit or _row_limit(fields.sparsity),
-        has_dense_bias=holds_dense_biases(fields),
+        announced=checkpoint.masks,
+        modules=tuple(checkpoint.masks),
+        digest=str(checkpoint.digest),
+        sparsity=checkpoint.fields.sparsity,
+        max_sparse_tokens=limit or _row_limit(checkpoint.fields.sparsity),
+        has_dense_bias=checkpoint.has_dense_biases,
     )
     if not settings.has_dense_bias and settings.token_mode == "decode":
         # Dense steps need the dense model's biases, and this checkpoint has nothing but the folded ones.
@@ -168,11 +163,11 @@ def _split(
     elif base is None and stored.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
         base = stored
     # An override on a merged checkpoint takes the place of the whole object, masks and all: bring them back.
-    fields = {**{key: stored[key] for key in (*_MERGED, "adapter_digest") if key in stored}, **given}
+    fields = {**{key: stored[key] for key in (*MASK_FIELDS, DIGEST) if key in stored}, **given}
     merged = fields if "thresholds" in fields else None
-    unknown = sorted(key for key in given if key not in _KNOWN and key not in _MERGED)
+    unknown = sorted(key for key in given if key not in _KNOWN and key not in MASK_FIELDS)
     if unknown:
-        raise SponError.of("quantization_config", unknown, "fields among " + ", ".join(_KNOWN))
+        raise SponError.of(FIELD, unknown, "fields among " + ", ".join(_KNOWN))
     return given, base, merged
 
 

@@ -213,6 +213,26 @@ def masks_of(tensors: Mapping[str, Tensor]) -> dict[str, Mask]:
     return {m: Mask(parts[THRESHOLD], parts.get(CENTER), parts.get(ALPHA)) for m, parts in found.items()}
 
 
+def base_of(peft: Mapping[str, Any], adapter: str | Path, remedy: str = "") -> str:
+    """The base model that an adapter names.
+
+    Args:
+        peft: PEFT's part of its config.
+        adapter: its name, for the error.
+        remedy: likewise.
+
+    Raises:
+        SponError: it names none, or a path that has moved.
+    """
+    base = peft.get("base_model_name_or_path")
+    field = f"{adapter}: base_model_name_or_path"
+    if not base:
+        raise SponError.of(field, base, "the base model's name or path", remedy)
+    if Path(base).expanduser().is_absolute() and not Path(base).expanduser().exists():
+        raise SponError.of(field, base, "a directory that exists", remedy)
+    return str(base)
+
+
 def is_adapter(path: str | Path) -> bool:
     """Whether `path` is a directory with a SPON adapter's config in it."""
     try:

@@ -25,56 +25,11 @@ FIELD = "quantization_config"
 """What errors call the object."""
 QUANT_METHOD = "spon"
 """Its `quant_method`, and the name of the quantization method in every host."""
+MASK_FIELDS = ("format_version", "sparsity", "tokens", "dense_prefix", "thresholds", CENTER_MODULES)
+DIGEST = "adapter_digest"
+"""Its other fields."""
 DENSE_BIAS = "spon_dense_bias"
-
-
-def read_fields(stored: Mapping[str, Any]) -> SponFields:
-    """The adapter's fields that a merged checkpoint keeps; others have their defaults.
-
-    Args:
-        stored: the object as JSON has it. Without `dense_prefix` every token is masked.
-
-    Raises:
-        SponError: one of them is wrong, or the format is of another version or of none.
-    """
-    fields = SponFields(
-        sparsity=stored.get("sparsity", SponFields.sparsity),
-        tokens=stored.get("tokens", SponFields.tokens),
-        dense_prefix=stored.get("dense_prefix", 0),
-    )
-    fields.format_version = stored.get("format_version")  # type: ignore[assignment]
-    fields.check()
-    return fields
-
-
-def check_thresholds(thresholds: Any) -> dict[str, float | None]:
-    """The thresholds: module path -> number, or None for one per channel.
-
-    Raises:
-        SponError: there are none, or one of them is neither null nor a finite number >= 0.
-    """
-    if not isinstance(thresholds, dict) or not thresholds:
-        raise SponError.of(f"{FIELD}: thresholds", thresholds, "module paths with their thresholds")
-    for path, value in thresholds.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and (not number or not math.isfinite(value) or value < 0):
-            raise SponError.of(f"{FIELD}: threshold of {path}", value, "a finite number >= 0, or null for a vector")
-    return dict(thresholds)
-
-
-def centered_modules(center_modules: Any, thresholds: Iterable[str]) -> set[str]:
-    """Which of the sparse linears have a centre.
-
-    Args:
-        center_modules: as `spon_plugin.Adapter.center_modules`; None for none.
-        thresholds: paths of the sparse linears.
-
-    Raises:
-        SponError: `center_modules` is neither ``"all"`` nor a list of names.
-    """
-    modules = [] if center_modules is None else center_modules
-    check_modules(f"{FIELD}: {CENTER_MODULES}", modules)
-    return {path for path in thresholds if names_module(modules, path)}
+"""The tensor of a linear's dense bias, of the model's dtype."""
 
 
 @dataclass(frozen=True)
@@ -133,3 +88,88 @@ def holds_dense_biases(fields: SponFields) -> bool:
     In format version 1 it is without them where every token is masked.
     """
     return fields.format_version > 1 or fields.dense_prefix > 0 or fields.tokens != "all"
+
+
+@dataclass(frozen=True)
+class MergedConfig:
+    """A merged checkpoint's `quantization_config`, read and checked.
+
+    Attributes:
+        fields: the adapter's that it keeps; the others have their defaults.
+        masks: module path -> what it says about that linear's mask.
+        digest: of the adapter that was merged; see `spon_plugin.Adapter`.
+    """
+
+    fields: SponFields
+    masks: dict[str, Announced]
+    digest: str | None = None
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> MergedConfig:
+        """Read the object as JSON has it; without `dense_prefix` every token is masked.
+
+        Raises:
+            SponError: a field is missing or wrong, or the format is of another version.
+        """
+        fields, thresholds = _fields(stored), _thresholds(stored.get("thresholds"))
+        centered = _centered(stored.get(CENTER_MODULES), thresholds)
+        masks = {path: Announced(value, path in centered) for path, value in thresholds.items()}
+        return cls(fields, masks, stored.get(DIGEST))
+
+    @property
+    def has_dense_biases(self) -> bool:
+        """See `holds_dense_biases`."""
+        return holds_dense_biases(self.fields)
+
+    def tensors(self, path: str) -> tuple[str, ...]:
+        """The names of the tensors that the linear at `path` has beside its weight and bias."""
+        return (*self.masks[path].vectors, *(DENSE_BIAS,) * self.has_dense_biases)
+
+
+def _fields(stored: Mapping[str, Any]) -> SponFields:
+    """The adapter's fields that a merged checkpoint keeps; others have their defaults.
+
+    Args:
+        stored: the object as JSON has it. Without `dense_prefix` every token is masked.
+
+    Raises:
+        SponError: one of them is wrong, or the format is of another version or of none.
+    """
+    fields = SponFields(
+        sparsity=stored.get("sparsity", SponFields.sparsity),
+        tokens=stored.get("tokens", SponFields.tokens),
+        dense_prefix=stored.get("dense_prefix", 0),
+    )
+    fields.format_version = stored.get("format_version")  # type: ignore[assignment]
+    fields.check()
+    return fields
+
+
+def _thresholds(thresholds: Any) -> dict[str, float | None]:
+    """The thresholds: module path -> number, or None for one per channel.
+
+    Raises:
+        SponError: there are none, or one of them is neither null nor a finite number >= 0.
+    """
+    if not isinstance(thresholds, dict) or not thresholds:
+        raise SponError.of(f"{FIELD}: thresholds", thresholds, "module paths with their thresholds")
+    for path, value in thresholds.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and (not number or not math.isfinite(value) or value < 0):
+            raise SponError.of(f"{FIELD}: threshold of {path}", value, "a finite number >= 0, or null for a vector")
+    return dict(thresholds)
+
+
+def _centered(center_modules: Any, thresholds: Iterable[str]) -> set[str]:
+    """Which of the sparse linears have a centre.
+
+    Args:
+        center_modules: as `spon_plugin.Adapter.center_modules`; None for none.
+        thresholds: paths of the sparse linears.
+
+    Raises:
+        SponError: `center_modules` is neither ``"all"`` nor a list of names.
+    """
+    modules = [] if center_modules is None else center_modules
+    check_modules(f"{FIELD}: {CENTER_MODULES}", modules)
+    return {path for path in thresholds if names_module(modules, path)}

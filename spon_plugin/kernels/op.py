@@ -14,6 +14,7 @@ from spon_plugin.kernels.arguments import Thresholds, check_arguments, check_thr
 from spon_plugin.kernels.cpu import kernel as cpu
 from spon_plugin.kernels.few_rows import CPU_ROWS
 from spon_plugin.kernels.triton import launch as cuda
+from spon_plugin.machine import DTYPES
 from spon_plugin.masking import keep_mask, sparsify
 
 _LIBRARY = torch.library.Library("spon", "DEF")
@@ -51,7 +52,7 @@ def implementation(x: Tensor) -> str:
         return "cuda"
     # Between one row's elements and those of the most rows; without a division, which an empty row would not survive.
     few = 0 < x.numel() <= CPU_ROWS * x.size(-1)
-    return "cpu" if few and x.is_cpu and x.dtype in cpu.DTYPES and cpu.is_available() else "gemm"
+    return "cpu" if few and x.is_cpu and x.dtype in DTYPES.values() and cpu.is_available() else "gemm"
 
 
 def is_plain(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> bool:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import spon_plugin.adapter.directory as adapter_module
 from spon_plugin import Adapter, Mask, SponError, SponFields, read_adapter, write_adapter
 from spon_plugin.adapter.config import carries_alpha
-from spon_plugin.adapter.directory import CONFIG_NAME, WEIGHTS_NAME, is_adapter, read_config
+from spon_plugin.adapter.directory import CONFIG_NAME, WEIGHTS_NAME, base_of, is_adapter, read_config
 from spon_plugin.adapter.saved import KEY_PREFIX
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -382,3 +382,22 @@ def test_another_base_is_told_by_a_vector(tensor):
     adapter.check_base({Q: 8, DOWN: 6})
     with pytest.raises(SponError, match=rf"down_proj.spon_{tensor}: got \(6,\), expected shape \(8,\) .*'some/base'"):
         adapter.check_base({Q: 4, DOWN: 8})
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (None, "a: base_model_name_or_path: got None, expected the base model's name or path. Do this"),
+        ("", "got '', expected the base model's name"),
+        ("/nowhere/at/all", "got '/nowhere/at/all', expected a directory that exists. Do this"),
+    ],
+    ids=["none", "empty", "moved"],
+)
+def test_an_adapter_without_a_base_says_so(base, message):
+    with pytest.raises(SponError, match=message):
+        base_of({"base_model_name_or_path": base}, "a", "Do this.")
+
+
+def test_the_base_that_an_adapter_names_may_be_a_name_or_a_path(tmp_path):
+    for base in ("org/model", str(tmp_path)):
+        assert base_of({"base_model_name_or_path": base}, "a") == base

@@ -11,10 +11,11 @@ import typer
 from spon_cli import options
 from spon_cli.adapter_summary import summary
 from spon_cli.command import command
-from spon_cli.loading import base_of, quiet
+from spon_cli.loading import quiet
 from spon_cli.output import note, show_json
 from spon_cli.progress import progress_bars
 from spon_plugin import read_adapter
+from spon_plugin.adapter.directory import base_of
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new, new_directory
 
@@ -43,7 +44,7 @@ def merge_command(given: MergeOptions) -> None:
     """
     check_new(given.output)
     adapter = read_adapter(given.adapter)
-    base = given.model or base_of(adapter, str(given.adapter))
+    base = given.model or base_of(adapter.peft, given.adapter)
     from peft import PeftModel
 
     from spon_transformers.loading import load_model, load_tokenizer

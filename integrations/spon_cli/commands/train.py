@@ -14,13 +14,13 @@ from spon_cli import options
 from spon_cli.adapter_summary import show_sparsity, summary
 from spon_cli.calibration import Settings, calibrated
 from spon_cli.command import Between, command
-from spon_cli.loading import Loaded, base_of
+from spon_cli.loading import Loaded
 from spon_cli.output import note, show_json
 from spon_cli.progress import progress_bars
 from spon_cli.training import checkpoints_in, save, train, work_directory
 from spon_plugin import Adapter, SponError, read_adapter
 from spon_plugin.adapter.config import carries_alpha
-from spon_plugin.adapter.directory import is_adapter
+from spon_plugin.adapter.directory import base_of, is_adapter
 from spon_plugin.adapter.mask import with_alphas
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new
@@ -126,7 +126,7 @@ def train_command(given: TrainOptions) -> None:
         _check_continued(start, given)
     work = work_directory(given.output, given.resume)
     sources = given.sources()
-    base = given.model if start is None else base_of(start, given.model)
+    base = given.model if start is None else base_of(start.peft, given.model)
     loaded = given.load(given.targets, base=base)
     with checkpoints_in(work):
         with progress_bars() as stage:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from spon_plugin.kernels.arguments import Thresholds
 from spon_plugin.kernels.cpu.layout import BIAS_ELEMENT, BIAS_FLOAT32, FIELDS, NO_BIAS, scratch_size
+from spon_plugin.machine import DTYPES
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WORDS = struct.Struct(f"{len(FIELDS)}q")
 
 _local = threading.local()
@@ -171,7 +171,7 @@ class Prepared:
 
 def prepare(weight_t: Tensor, threshold: Tensor, bias: Tensor | None) -> Prepared | None:
     """Settle all arguments but x; None for those that the kernel does not take as they are."""
-    if weight_t.dim() != 2 or weight_t.dtype not in DTYPES or not weight_t.numel():
+    if weight_t.dim() != 2 or weight_t.dtype not in DTYPES.values() or not weight_t.numel():
         return None
     if not (weight_t.is_cpu and weight_t.is_contiguous()):
         return None

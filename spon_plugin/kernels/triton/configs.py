@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from spon_plugin import machine
 from spon_plugin.errors import SponError
 from spon_plugin.kernels.few_rows import GPU_ROWS
 
@@ -32,7 +33,7 @@ REGISTER_STEP = 8
 MOST_REGISTERS = 248
 # What a grid of more than one wave fills at least: four splits of any grid do.
 FILL = 0.8
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = machine.DTYPES
 
 
 @dataclass(frozen=True)
