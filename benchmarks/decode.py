@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 from benchmarks.sparse_linear import device_name
 from spon_plugin import Mask, SparseLinear, read_adapter
 from spon_plugin.decoder.sites import find_sites
+from spon_plugin.layers.sparse_linear import sparse_like
 from spon_plugin.machine import DTYPES
 from spon_plugin.weights.fold import fold_alpha
 
@@ -57,7 +58,7 @@ def sparse_copy(model: nn.Module, masks: Mapping[str, Mask]) -> nn.Module:
     for path, mask in masks.items():
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        layer = SparseLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+        layer = sparse_like(linear, "meta")
         layer.weight, layer.bias = nn.Parameter(linear.weight.detach(), requires_grad=False), linear.bias
         own = mask.to(linear.weight.device)
         layer.spon_threshold, layer.spon_center = own.threshold, own.center

@@ -18,10 +18,9 @@ from spon_peft.config import SponConfig
 from spon_peft.layer import SponLayer
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.errors import SponError
-from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
+from spon_plugin.layers.sparse_linear import sparse_like
 from spon_plugin.masking import choose_rows, sparse_deviation
 from spon_plugin.weights import weight_of
-from spon_plugin.weights.linears import is_conv1d
 
 
 class SponLinear(nn.Module, SponLayer):
@@ -151,20 +150,16 @@ class SponLinear(nn.Module, SponLayer):
     def _sparse_layer(self) -> nn.Module:
         base: Any = self.get_base_layer()
         name = self.merged_adapters[0]
-        device, dtype = base.weight.device, base.weight.dtype
-        layer: SparseLinear | SparseConv1D
-        if is_conv1d(base):
-            layer = SparseConv1D(self.out_features, self.in_features, device="meta", dtype=dtype)
-        else:
-            layer = SparseLinear(self.in_features, self.out_features, device="meta", dtype=dtype)
         if base.bias is None:
-            base.bias = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device), requires_grad=False)
+            zeros = torch.zeros(self.out_features, dtype=base.weight.dtype, device=base.weight.device)
+            base.bias = nn.Parameter(zeros, requires_grad=False)
+        layer = sparse_like(base, "meta")
         layer.weight, layer.bias = base.weight, base.bias
         layer.spon_threshold = self.spon_threshold[name].detach().clone()
         if name in self.spon_center:
             layer.spon_center = self.spon_center[name].detach().clone()
         layer.keep_dense_bias(self._bias_before_merge if self._has_constant(name) else base.bias)
-        return layer.train(base.training)
+        return layer
 
     def _bias_dtype(self) -> torch.dtype:
         base: Any = self.get_base_layer()

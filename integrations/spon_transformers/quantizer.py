@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
@@ -23,8 +22,8 @@ from spon_plugin.adapter.directory import Adapter
 from spon_plugin.adapter.merged import FIELD, QUANT_METHOD, MergedConfig, holds_dense_biases
 from spon_plugin.decoder.tokens import follow_tokens, rule_of
 from spon_plugin.errors import SponError
-from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
-from spon_plugin.weights.linears import is_conv1d, is_linear, linear_features
+from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear, sparse_like
+from spon_plugin.weights.linears import is_linear, linear_features
 
 if TYPE_CHECKING:  # while peft is imported, transformers registers us before it can import this
     from transformers import PreTrainedModel
@@ -98,7 +97,7 @@ class SponHfQuantizer(HfQuantizer):
             if not is_linear(linears[path]):
                 raise SponError.of(f"{FIELD}: threshold of {stored}", type(linears[path]).__name__, "a linear layer")
         for path, linear in linears.items():
-            model.set_submodule(path, self._sparse_like(self.paths[path], linear))
+            model.set_submodule(path, self._layer_for(self.paths[path], linear))
         self._check_files(linears, checkpoint_files or ())
         return model
 
@@ -131,21 +130,13 @@ class SponHfQuantizer(HfQuantizer):
         model.is_quantized = False  # its weights are ordinary ones: it may be cast and trained
         return model
 
-    def _sparse_like(self, path: str, linear: nn.Module) -> nn.Module:
-        in_features, out_features = linear_features(linear)
-        weight = linear.weight
-        assert isinstance(weight, torch.Tensor)
-        layer: SparseLinear | SparseConv1D
-        if is_conv1d(linear):
-            layer = SparseConv1D(out_features, in_features, device=weight.device, dtype=weight.dtype)
-        else:
-            layer = SparseLinear(in_features, out_features, device=weight.device, dtype=weight.dtype)
-        merged = self.quantization_config.merged
+    def _layer_for(self, path: str, linear: nn.Module) -> nn.Module:
+        layer, merged = sparse_like(linear), self.quantization_config.merged
         for name in merged.masks[path].vectors:
-            setattr(layer, name, torch.zeros(in_features, dtype=torch.float32, device=weight.device))
+            setattr(layer, name, layer.spon_threshold.new_zeros(linear_features(linear)[0]))
         if merged.has_dense_biases:
             layer.keep_dense_bias()
-        return layer.train(linear.training)
+        return layer
 
     def is_serializable(self, **_kwargs: Any) -> bool:
         """Whether the model can be saved: yes."""

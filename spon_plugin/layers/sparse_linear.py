@@ -14,7 +14,7 @@ from spon_plugin.kernels.cpu.layer_call import LayerCall
 from spon_plugin.kernels.gemm import dense_linear
 from spon_plugin.kernels.op import implementation
 from spon_plugin.masking import deviation, sparse_deviation
-from spon_plugin.weights.linears import linear_features
+from spon_plugin.weights.linears import is_conv1d, linear_features
 
 
 class DenseRows(Protocol):
@@ -173,6 +173,26 @@ class SparseConv1D(_SparseLayer):
     def extra_repr(self) -> str:
         """Show the layer as transformers shows Conv1D."""
         return f"nf={self.nf}, nx={self.nx}"
+
+
+def sparse_like(linear: nn.Module, device: torch.device | str | None = None) -> SparseLinear | SparseConv1D:
+    """A sparse layer that can take the place of `linear`: of its kind, sizes, dtype and mode, with a bias.
+
+    Its tensors are its own; the threshold is 0.
+
+    Args:
+        linear: `torch.nn.Linear` or Conv1D, with a weight of floating point.
+        device: by default that of `linear`; ``"meta"`` for a layer that is given its tensors afterwards.
+
+    Raises:
+        SponError: `linear` is not a linear layer.
+    """
+    in_features, out_features = linear_features(linear)
+    weight: Any = linear.weight
+    where: dict[str, Any] = {"device": weight.device if device is None else device, "dtype": weight.dtype}
+    if is_conv1d(linear):
+        return SparseConv1D(out_features, in_features, **where).train(linear.training)
+    return SparseLinear(in_features, out_features, **where).train(linear.training)
 
 
 def _apply_keeping_float32(module: nn.Module, fn, apply, recurse: bool) -> None:  # type: ignore[no-untyped-def]

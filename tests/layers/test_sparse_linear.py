@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from spon_plugin import Mask, SparseConv1D, SparseLinear, SponError, fold_alpha
 from spon_plugin.kernels.cpu import kernel as cpu
 from spon_plugin.kernels.few_rows import CPU_ROWS
+from spon_plugin.layers.sparse_linear import sparse_like
 from spon_plugin.weights.linears import is_linear, linear_features
 
 
@@ -252,3 +253,19 @@ def test_what_counts_as_a_linear():
     assert linear_features(Conv1D(3, 2)) == linear_features(nn.Linear(2, 3)) == (2, 3)
     with pytest.raises(SponError, match="embed: got 'Embedding', expected a linear layer"):
         linear_features(nn.Embedding(2, 3), "embed")
+
+
+@pytest.mark.parametrize("device", [None, "meta"], ids=["where it is", "meta"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("linear", "kind"),
+    [(nn.Linear(7, 5), SparseLinear), (nn.Linear(7, 5, bias=False), SparseLinear), (Conv1D(5, 7), SparseConv1D)],
+    ids=["linear", "no-bias", "conv1d"],
+)
+def test_a_sparse_layer_in_the_place_of_a_linear(linear, kind, training, device):
+    linear = copy.deepcopy(linear).to(torch.bfloat16).train(training)
+    layer = sparse_like(linear, device)
+    assert type(layer) is kind and linear_features(layer) == (7, 5) and layer.training == training
+    assert layer.weight.shape == linear.weight.shape and layer.weight.data_ptr() != linear.weight.data_ptr()
+    assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16 and layer.spon_threshold.dtype == torch.float32
+    assert {tensor.device.type for tensor in layer.state_dict().values()} == {device or "cpu"}
