@@ -24,13 +24,22 @@ class Thresholds(NamedTuple):
     sizes: list[int]
 
     @staticmethod
-    def of(threshold: Tensor, weight_t: Tensor, shard_sizes: Sequence[int] | None) -> Thresholds:
+    def of(
+        threshold: Tensor, weight_t: Tensor, shard_sizes: Sequence[int] | None, out_features: int | None = None
+    ) -> Thresholds:
         """Read `threshold` in the light of `shard_sizes`.
+
+        Args:
+            threshold: as in `reference.sparse_linear`.
+            weight_t: the weight, a row for each input.
+            shard_sizes: as in `reference.sparse_linear`.
+            out_features: length of an output; None for the length of a row.
 
         Raises:
             SponError: the two do not fit each other or `weight_t`.
         """
-        in_features, out_features = weight_t.shape
+        in_features = weight_t.shape[0]
+        out_features = weight_t.shape[1] if out_features is None else out_features
         if threshold.device != weight_t.device:
             raise SponError.of("threshold", threshold.device, f"the device of weight_t ({weight_t.device})")
         if shard_sizes is None and threshold.dtype is torch.float32 and threshold.shape == (1,):

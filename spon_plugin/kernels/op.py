@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.kernels import gemm
+from spon_plugin.kernels import row_op
 from spon_plugin.kernels.arguments import Thresholds, check_arguments, check_threshold
-from spon_plugin.kernels.cpu import kernel as cpu
-from spon_plugin.kernels.few_rows import CPU_ROWS
-from spon_plugin.kernels.triton import launch as cuda
-from spon_plugin.machine import DTYPES
+from spon_plugin.kernels.table import Problem, choose
 from spon_plugin.masking import keep_mask, sparsify
+from spon_plugin.weights.row_weight import RowWeight
+from spon_plugin.weights.scaled import ScaledWeight
 
 _LIBRARY = torch.library.Library("spon", "DEF")
 _LIBRARY.define(
@@ -25,21 +24,38 @@ _LIBRARY.define(
 
 def sparse_linear(
     x: Tensor,
-    weight_t: Tensor,
+    weight_t: Tensor | RowWeight,
     threshold: Tensor,
     bias: Tensor | None = None,
     *,
     shard_sizes: Sequence[int] | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """``y = S(x) weight_t + bias``, reading only the rows of `weight_t` that the mask keeps where that is faster.
 
-    Arguments, shapes and dtypes are those of `reference.sparse_linear`. Which implementation runs depends on device,
-    dtype and number of rows; see `implementation`. All of them mask alike (`masking.keep_mask`) and accumulate in
-    float32; a GEMM of torch adds up in its own order. The gradient is that of the reference: through the kept entries.
+    Arguments, shapes and dtypes are those of `reference.sparse_linear`. Which kernel runs depends on device, dtype,
+    format and number of rows: `table.choose` says which, `table.reasons` why not a faster one. All of them mask alike
+    (`masking.keep_mask`) and accumulate in float32; a GEMM of torch adds up in its own order. The gradient is that of
+    the reference: through the kept entries, for x, the bias and a matrix.
+
+    Args:
+        x: ``[..., in_features]``.
+        weight_t: ``[in_features, out_features]`` in `x.dtype`, or a `RowWeight` of any format. One with scales does not
+            depend on the dtype of x; a dense one of another dtype or layout is copied at every call.
+        threshold: as in `reference.sparse_linear`.
+        bias: likewise.
+        shard_sizes: likewise.
+        exact: for four-bit weights, keep inputs as they are. By default few rows are rounded to eight bits and summed
+            in integers, which is about twice as fast, and off by about 0.5% of an output's usual size.
 
     Raises:
         SponError: arguments that do not fit each other.
     """
+    if isinstance(weight_t, RowWeight):
+        if isinstance(weight_t, ScaledWeight):
+            run = row_op.run if is_plain(x, weight_t.codes, bias) else row_op.call
+            return run(x, weight_t, threshold, bias, shard_sizes, exact)
+        weight_t = weight_t.codes.to(x.dtype).contiguous()  # itself, unless a host holds it otherwise
     if is_plain(x, weight_t, bias):
         # The dispatcher and its Python bridge cost several microseconds, as much as a small layer's work.
         return _run(x, weight_t, threshold, bias, shard_sizes)
@@ -47,12 +63,8 @@ def sparse_linear(
 
 
 def implementation(x: Tensor) -> str:
-    """The name of what `sparse_linear` runs for an input like `x`: "cuda", "cpu" (sparse) or "gemm" (masked dense)."""
-    if x.is_cuda:
-        return "cuda"
-    # Between one row's elements and those of the most rows; without a division, which an empty row would not survive.
-    few = 0 < x.numel() <= CPU_ROWS * x.size(-1)
-    return "cpu" if few and x.is_cpu and x.dtype in DTYPES.values() and cpu.is_available() else "gemm"
+    """The name of what `sparse_linear` runs on a matrix for an input like `x`, as in `table.KERNELS`."""
+    return choose(Problem(x)).name
 
 
 def is_plain(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> bool:
@@ -78,12 +90,7 @@ def _run(
     shard_sizes: Sequence[int] | None = None,
 ) -> Tensor:
     check_arguments(x, weight_t, bias)
-    kind = implementation(x)
-    if kind == "cuda":
-        return cuda.sparse_linear(x, weight_t, threshold, bias, shard_sizes)
-    if kind == "cpu":
-        return cpu.sparse_linear(x, weight_t, threshold, bias, shard_sizes=shard_sizes)
-    return gemm.sparse_linear(x, weight_t, threshold, bias, shard_sizes=shard_sizes)
+    return choose(Problem(x)).run(x, weight_t, threshold, bias, shard_sizes=shard_sizes)
 
 
 def _fake(

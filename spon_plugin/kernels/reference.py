@@ -10,11 +10,12 @@ from torch import Tensor
 
 from spon_plugin.kernels.arguments import Thresholds
 from spon_plugin.masking import sparsify
+from spon_plugin.weights.row_weight import RowWeight
 
 
 def sparse_linear(
     x: Tensor,
-    weight_t: Tensor,
+    weight_t: Tensor | RowWeight,
     threshold: Tensor,
     bias: Tensor | None = None,
     *,
@@ -27,7 +28,8 @@ def sparse_linear(
 
     Args:
         x: ``[..., in_features]``, float32, bfloat16 or float16.
-        weight_t: ``[in_features, out_features]`` in `x.dtype`, contiguous: the transpose of a linear layer's weight.
+        weight_t: ``[in_features, out_features]`` in `x.dtype`, contiguous: the transpose of a linear layer's weight. Or
+            a `RowWeight`, which is decoded here.
         threshold: float32. ``[1]`` masks all outputs alike; ``[in_features]`` has one threshold per channel; with
             `shard_sizes`, ``[n_shards]`` has one per shard, and ``[n_shards, in_features]`` one per shard and channel.
         bias: ``[out_features]``, float32 or `x.dtype`; None for none.
@@ -44,6 +46,7 @@ def sparse_linear(
         True
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight_t = weight_t.dense() if isinstance(weight_t, RowWeight) else weight_t
     thresholds = Thresholds.of(threshold, weight_t, shard_sizes)
     columns = weight_t.to(wide).split(thresholds.sizes, dim=1)
     parts = [sparsify(x, row).to(wide) @ column for row, column in zip(thresholds.rows, columns, strict=True)]

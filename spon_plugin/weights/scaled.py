@@ -65,6 +65,19 @@ class ScaledWeight(RowWeight):
         cut = {name: None if value is None else value[:, start:stop] for name, value in cut.items()}
         return replace(self, codes=self._cut(start, stop), **cut)
 
+    def arranged(self) -> ScaledWeight:
+        """The same weight as kernels read it, its rows of codes, scales, zeros and offsets contiguous."""
+        zeros, offsets = self.zeros, self.offsets
+        if zeros is not None and bool((zeros == self.middle).all()):
+            zeros = None
+        return replace(
+            self,
+            codes=self.codes.contiguous(),
+            scales=self.scales.contiguous(),
+            zeros=None if zeros is None else zeros.contiguous(),
+            offsets=None if offsets is None else offsets.contiguous(),
+        )
+
     def _values(self, codes: Tensor) -> Tensor:
         """Rows of codes as float32 ``[n, out_features]``, before zero points and scales."""
         return codes.float()

@@ -35,7 +35,8 @@ def is_available() -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _parallel() -> Any:
+def parallel() -> Any:
+    """`GOMP_parallel` of the OpenMP runtime that torch has loaded: function, its words, number of threads, 0."""
     call = ctypes.CDLL(None).GOMP_parallel
     call.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     call.restype = None
@@ -57,12 +58,14 @@ def _worker(dtype: torch.dtype) -> tuple[Any, int]:
     return compiled, compiled.address
 
 
-def _scratch(threads: int, batch: int, in_features: int, out_features: int) -> Tensor:
-    """What the threads work in, held between calls: fresh pages would cost more than the work on them."""
-    floats = scratch_size(threads, batch, in_features, out_features)
+def scratch(words: int) -> Tensor:
+    """At least `words` times 4 bytes that threads work in, as the last call of this Python thread left them.
+
+    They are held between calls: fresh pages would cost more than the work on them.
+    """
     held: Tensor | None = getattr(_local, "scratch", None)
-    if held is None or held.numel() < floats:
-        held = _local.scratch = torch.empty(floats, dtype=torch.float32, device="cpu")
+    if held is None or held.numel() < words:
+        held = _local.scratch = torch.empty(words, dtype=torch.float32, device="cpu")
     return held
 
 
@@ -82,14 +85,14 @@ def launch(
 ) -> None:
     """Run the threads; the first five arguments and `worker` are addresses."""
     threads = torch.get_num_threads()
-    scratch = _scratch(threads, batch, in_features, out_features)
+    held = scratch(scratch_size(threads, batch, in_features, out_features))
     words = _WORDS.pack(
         x,
         weight_t,
         threshold,
         bias,
         y,
-        scratch.data_ptr(),
+        held.data_ptr(),
         batch,
         in_features,
         out_features,
@@ -97,7 +100,7 @@ def launch(
         per_channel,
         bias_kind,
     )
-    _parallel()(worker, words, threads, 0)
+    parallel()(worker, words, threads, 0)
 
 
 def sparse_linear(

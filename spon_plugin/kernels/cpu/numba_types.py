@@ -2,7 +2,8 @@
 """The few machine operations that the CPU kernel needs and Numba does not offer.
 
 Numba has no bfloat16 and no float16 arithmetic on CPUs, so the kernel sees elements as bits. The type of the bits says
-which format they are: uint16 is bfloat16, int16 is float16, float32 is itself.
+which format they are: uint16 is bfloat16, int16 is float16, float32 is itself; for codes of weights, int8 is an integer
+and uint8 is float8 (e4m3).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 BFLOAT16, FLOAT16, FLOAT32 = types.uint16, types.int16, types.float32
+INT8, FLOAT8 = types.int8, types.uint8
 
 _FLOAT, _I16, _I32 = ir.FloatType(), ir.IntType(16), ir.IntType(32)
 
@@ -28,6 +30,15 @@ def widen(_typing: Any, value: Any) -> Any:
             return args[0]
         if value == FLOAT16:
             return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _FLOAT)
+        if value == INT8:
+            return builder.sitofp(args[0], _FLOAT)
+        if value == FLOAT8:
+            # Sign, exponent and mantissa as those of a float16 have the value divided by 2 ** 8, subnormals too.
+            byte = builder.zext(args[0], _I16)
+            rest = builder.and_(byte, _I16(0x7F))
+            half = builder.or_(builder.shl(builder.and_(byte, _I16(0x80)), _I16(8)), builder.shl(rest, _I16(7)))
+            half = builder.or_(half, builder.sext(builder.icmp_unsigned("==", rest, _I16(0x7F)), _I16))  # NaN
+            return builder.fmul(builder.fpext(builder.bitcast(half, ir.HalfType()), _FLOAT), _FLOAT(256.0))
         return builder.bitcast(builder.shl(builder.zext(args[0], _I32), _I32(16)), _FLOAT)
 
     return types.float32(value), generate

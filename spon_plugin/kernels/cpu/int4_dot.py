@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The integer product of four-bit weights for AVX2, as a vector intrinsic that Numba cannot express.
+
+Two rows' codes are interleaved byte by byte and multiplied with the two rows' inputs, signed bytes, by `pmaddubsw`. A
+sum of two products is at most 2 * 127 * 15, so those of eight pairs fit into 16 bits before they are widened.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils, config
+from numba.extending import intrinsic
+
+from spon_plugin.kernels.cpu.scaled_layout import ROWS
+
+WIDE, NARROW = 64, 32  # bytes of a row in a call of `int4_dot_wide` and of `int4_dot_narrow`
+
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_BYTES, _WORDS, _LONGS = ir.VectorType(_I8, 32), ir.VectorType(_I16, 16), ir.VectorType(_I32, 8)
+# Interleaved within each half of a register, which is one instruction: bytes 0-7 and 16-23, then 8-15 and 24-31.
+_FIRST, _SECOND = ([k for half in (0, 16) for i in range(8) for k in (half + i + o, 32 + half + i + o)] for o in (0, 8))
+
+
+def has_avx2() -> bool:
+    """Whether what Numba compiles for has AVX2."""
+    if not binding.get_process_triple().startswith("x86_64"):
+        return False
+    if config.CPU_NAME or config.CPU_FEATURES:
+        return "+avx2" in (config.CPU_FEATURES or "")
+    return bool(binding.get_host_cpu_features().get("avx2", False))
+
+
+@intrinsic
+def int4_dot_wide(
+    _typing: Any, rows: Any, inputs: Any, pairs: Any, column: Any, ahead: Any, even: Any, odd: Any
+) -> Any:
+    """Add the products of pairs of rows with their inputs, for `WIDE` bytes of the rows.
+
+    Args:
+        rows: address of the rows' addresses, int64 ``[2 * ROWS]``; the second half are rows to ask for early.
+        inputs: address of the inputs of each pair as two signed bytes, int16 ``[pairs]``.
+        pairs: at most ``ROWS / 2``.
+        column: the first byte.
+        ahead: the first byte of the rows to come.
+        even: address of the sums of the codes in the lower four bits, int32 ``[WIDE]``.
+        odd: likewise for the upper four bits.
+    """
+    return types.void(*[types.int64] * 7), _generator(WIDE // 32)
+
+
+@intrinsic
+def int4_dot_narrow(
+    _typing: Any, rows: Any, inputs: Any, pairs: Any, column: Any, ahead: Any, even: Any, odd: Any
+) -> Any:
+    """`int4_dot_wide` for `NARROW` bytes."""
+    return types.void(*[types.int64] * 7), _generator(NARROW // 32)
+
+
+def _generator(vectors: int) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        b = builder
+        rows, inputs, pairs, column, ahead, even, odd = args
+        rows, inputs = b.inttoptr(rows, _I64.as_pointer()), b.inttoptr(inputs, _I16.as_pointer())
+        words = [cgutils.alloca_once(b, _WORDS) for _ in range(4 * vectors)]
+        for place in words:
+            b.store(ir.Constant(_WORDS, [0] * 16), place)
+        with cgutils.for_range(b, pairs) as pair:
+            _add_pair(b, rows, inputs, pair.index, column, ahead, words)
+        for number, place in enumerate(words):
+            vector, upper, second = number // 4, number // 2 % 2, number % 2
+            value = b.load(place)
+            for half in range(2):
+                start = 32 * vector + 8 * second + 16 * half
+                base = b.add(odd if upper else even, _I64(4 * start))
+                target = b.inttoptr(base, _LONGS.as_pointer())
+                part = b.shuffle_vector(value, value, _indices(range(8 * half, 8 * half + 8)))
+                held = b.load(target)
+                held.align = 4
+                b.store(b.add(held, b.sext(part, _LONGS)), target).align = 4
+        return context.get_dummy_value()
+
+    return generate
+
+
+def _add_pair(b: Any, rows: Any, inputs: Any, pair: Any, column: Any, ahead: Any, words: Any) -> None:
+    madd = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(_WORDS, [_BYTES, _BYTES]), "llvm.x86.avx2.pmadd.ub.sw"
+    )
+    prefetch = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32]), "llvm.prefetch.p0"
+    )
+    addresses = []
+    for row in range(2):
+        number = b.add(b.mul(pair, _I64(2)), _I64(row))
+        addresses.append(b.add(b.load(b.gep(rows, [number])), column))
+        to_come = b.add(b.load(b.gep(rows, [b.add(number, _I64(ROWS))])), ahead)
+        b.call(prefetch, [b.inttoptr(to_come, _I8.as_pointer()), _I32(0), _I32(3), _I32(1)])
+    undefined = ir.Constant(_WORDS, ir.Undefined)
+    one = b.insert_element(undefined, b.load(b.gep(inputs, [pair])), _I32(0))
+    values = b.bitcast(b.shuffle_vector(one, undefined, _indices([0] * 16)), _BYTES)
+    mask, four = ir.Constant(_BYTES, [15] * 32), ir.Constant(_WORDS, [4] * 16)
+    for vector in range(len(words) // 4):
+        low, high = [], []
+        for address in addresses:
+            codes = b.load(b.inttoptr(b.add(address, _I64(32 * vector)), _BYTES.as_pointer()))
+            codes.align = 1
+            low.append(b.and_(codes, mask))
+            high.append(b.and_(b.bitcast(b.lshr(b.bitcast(codes, _WORDS), four), _BYTES), mask))
+        for number, (codes, order) in enumerate(((low, _FIRST), (low, _SECOND), (high, _FIRST), (high, _SECOND))):
+            mixed = b.shuffle_vector(codes[0], codes[1], _indices(order))
+            place = words[4 * vector + number]
+            b.store(b.add(b.load(place), b.call(madd, [mixed, values])), place)
+
+
+def _indices(order: Any) -> Any:
+    order = list(order)
+    return ir.Constant(ir.VectorType(_I32, len(order)), order)

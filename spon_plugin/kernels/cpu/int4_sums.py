@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of rows of four-bit codes, compiled by Numba: in integers on inputs of eight bits, or in float32.
+
+The sums of a tile are ``[batch, 2, bytes]``: of the outputs in the lower four bits of each byte, then in the upper.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from spon_plugin.kernels.cpu.int4_dot import NARROW, WIDE, int4_dot_narrow, int4_dot_wide
+from spon_plugin.kernels.cpu.scaled_layout import ROWS
+from spon_plugin.kernels.cpu.steps import OPTIONS
+
+_LARGEST = np.float32(3.4028234e38)
+
+
+@njit(**OPTIONS)
+def round_inputs(values: Any, rounded: Any, pairs: Any) -> Any:
+    """Inputs as signed bytes: ``values ~ step * rounded``.
+
+    Args:
+        values: float32 ``[n]``.
+        rounded: int32, written, up to an even number of inputs.
+        pairs: int16, written: `rounded` two by two.
+
+    Returns:
+        The step, NaN if an input is no finite number, and the sum of `rounded`.
+    """
+    largest, finite = np.float32(0), True
+    for q in range(values.size):
+        size = abs(values[q])
+        finite &= size <= _LARGEST
+        largest = max(largest, size)
+    scale, step = np.float32(0), np.float32(0)
+    if not finite:
+        step = np.float32(np.nan)
+    elif largest > 0 and np.float32(127) / largest <= _LARGEST:  # else inputs are as good as zero
+        scale, step = np.float32(127) / largest, largest / np.float32(127)
+    total: Any = 0
+    for q in range(values.size):
+        code = np.int32(np.rint(values[q] * scale)) if finite else np.int32(0)
+        rounded[q] = code
+        total += code
+    if values.size % 2:
+        rounded[values.size] = 0
+    for k in range((values.size + 1) // 2):
+        pairs[k] = np.int16((rounded[2 * k] & 255) | (rounded[2 * k + 1] << 8))
+    return step, np.float32(total)
+
+
+@njit(**OPTIONS)
+def _add_portable(codes: Any, rows: Any, rounded: Any, start: int, stop: int, even: Any, odd: Any) -> None:
+    """Add the products of some rows of codes with their inputs, for bytes ``start:stop``, in plain integers."""
+    count = rows.size
+    four = count - count % 4
+    for q in range(0, four, 4):
+        a, b, c, d = rounded[q], rounded[q + 1], rounded[q + 2], rounded[q + 3]
+        w0, w1 = codes[rows[q], start:stop], codes[rows[q + 1], start:stop]
+        w2, w3 = codes[rows[q + 2], start:stop], codes[rows[q + 3], start:stop]
+        for j in range(w0.size):
+            b0, b1, b2, b3 = np.int32(w0[j]), np.int32(w1[j]), np.int32(w2[j]), np.int32(w3[j])
+            even[j] += np.int32(a * (b0 & 15) + b * (b1 & 15) + c * (b2 & 15) + d * (b3 & 15))
+            odd[j] += np.int32(a * (b0 >> 4) + b * (b1 >> 4) + c * (b2 >> 4) + d * (b3 >> 4))
+    for q in range(four, count):
+        value, row = rounded[q], codes[rows[q], start:stop]
+        for j in range(row.size):
+            code = np.int32(row[j])
+            even[j] += np.int32(value * (code & 15))
+            odd[j] += np.int32(value * (code >> 4))
+
+
+@njit(**OPTIONS)
+def sum_portable(
+    codes: Any, inputs: Any, first: int, last: int, rounded: Any, start: int, stop: int, sums: Any
+) -> None:
+    """Sums over the inputs ``first:last`` of codes times inputs, for bytes ``start:stop``."""
+    sums[:] = 0
+    for b in range(sums.shape[0]):
+        even, odd = sums[b, 0], sums[b, 1]
+        _add_portable(codes, inputs[first:last], rounded[b], start, stop, even, odd)
+
+
+@njit(**OPTIONS)
+def sum_avx2(
+    codes: Any, inputs: Any, first: int, last: int, rounded: Any, pairs: Any, start: int, stop: int, width: int,
+    addresses: Any, sums: Any,
+) -> None:  # fmt: skip
+    """`sum_portable` by `int4_dot_wide`, `ROWS` rows at a time, while the rows to come are asked for.
+
+    Args:
+        codes: uint8 ``[in_features, bytes]``.
+        inputs: the thread's active inputs, and `ROWS` more.
+        first: the run's first of them.
+        last: where the run ends.
+        rounded: the run's inputs of eight bits, int32 ``[batch, n]``.
+        pairs: likewise two by two, int16 ``[batch, n / 2]``.
+        start: the tile's first byte.
+        stop: where the tile ends.
+        width: bytes of a row.
+        addresses: room for int64 ``[2 * ROWS]``.
+        sums: int32 ``[batch, 2, bytes]``, written.
+    """
+    sums[:] = 0
+    base, stride = codes.ctypes.data, codes.strides[0]
+    where = addresses.ctypes.data
+    for block in range(first, last, ROWS):
+        count = min(ROWS, last - block)
+        following, ahead = block + ROWS, start
+        if following >= last:  # the next tile of this run, or the next run
+            following, ahead = (first, stop) if stop < width else (last, 0)
+        for k in range(ROWS):
+            addresses[k] = base + np.int64(inputs[block + min(k, count - 1)]) * stride
+            addresses[ROWS + k] = base + np.int64(inputs[following + k]) * stride
+        two = (count + 1) // 2
+        for b in range(sums.shape[0]):
+            even, odd = sums[b, 0], sums[b, 1]
+            at_even, at_odd = even.ctypes.data, odd.ctypes.data
+            values = pairs[b].ctypes.data + (block - first)
+            column = start
+            while column + WIDE <= stop:
+                done = column - start
+                int4_dot_wide(where, values, two, column, ahead + done, at_even + 4 * done, at_odd + 4 * done)
+                column += WIDE
+            if column + NARROW <= stop:
+                done = column - start
+                int4_dot_narrow(where, values, two, column, ahead + done, at_even + 4 * done, at_odd + 4 * done)
+                column += NARROW
+            if column < stop:
+                done = column - start
+                _add_portable(
+                    codes, inputs[block : block + count], rounded[b, block - first :], column, stop, even[done:],
+                    odd[done:],
+                )  # fmt: skip
+
+
+@njit(**OPTIONS)
+def _add_four(even: Any, odd: Any, v: Any, w0: Any, w1: Any, w2: Any, w3: Any) -> None:
+    v0, v1, v2, v3 = v[0], v[1], v[2], v[3]
+    for j in range(w0.size):
+        b0, b1, b2, b3 = np.int32(w0[j]), np.int32(w1[j]), np.int32(w2[j]), np.int32(w3[j])
+        even[j] += (
+            v0 * np.float32(b0 & 15) + v1 * np.float32(b1 & 15) + v2 * np.float32(b2 & 15) + v3 * np.float32(b3 & 15)
+        )
+        odd[j] += (
+            v0 * np.float32(b0 >> 4) + v1 * np.float32(b1 >> 4) + v2 * np.float32(b2 >> 4) + v3 * np.float32(b3 >> 4)
+        )
+
+
+@njit(**OPTIONS)
+def sum_exact(codes: Any, rows: Any, values: Any, start: int, stop: int, sums: Any) -> None:
+    """Sums of ``values[b, q] * codes[rows[q], start:stop]`` in float32."""
+    sums[:] = 0
+    four = rows.size - rows.size % 4
+    for q in range(0, four, 4):
+        w0, w1 = codes[rows[q], start:stop], codes[rows[q + 1], start:stop]
+        w2, w3 = codes[rows[q + 2], start:stop], codes[rows[q + 3], start:stop]
+        for b in range(sums.shape[0]):
+            _add_four(sums[b, 0], sums[b, 1], values[b, q : q + 4], w0, w1, w2, w3)
+    for q in range(four, rows.size):
+        row = codes[rows[q], start:stop]
+        for b in range(sums.shape[0]):
+            value, even, odd = values[b, q], sums[b, 0], sums[b, 1]
+            for j in range(row.size):
+                code = np.int32(row[j])
+                even[j] += value * np.float32(code & 15)
+                odd[j] += value * np.float32(code >> 4)

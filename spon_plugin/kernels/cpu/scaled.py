@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sparse_linear` on a CPU for weights with scales (int8, int4, FP8): few rows, skipped inputs are skipped bytes."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spon_plugin.kernels.arguments import Thresholds
+from spon_plugin.kernels.cpu import kernel as cpu
+from spon_plugin.kernels.cpu import scaled_layout as layout
+from spon_plugin.kernels.cpu.scaled_layout import (
+    FIELDS,
+    SUM_FP8,
+    SUM_INT4,
+    SUM_INT4_EXACT,
+    SUM_INT4_PORTABLE,
+    SUM_INT8,
+)
+from spon_plugin.weights.scaled import ScaledWeight
+
+FORMATS = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+"""The formats that the kernel reads, and the dtype of their codes."""
+
+_KINDS = {
+    torch.float32: layout.FLOAT32,
+    torch.bfloat16: layout.BFLOAT16,
+    torch.float16: layout.FLOAT16,
+    torch.int8: layout.INT8,
+    torch.uint8: layout.UINT8,
+    torch.int16: layout.INT16,
+    torch.int32: layout.INT32,
+}
+# Bytes of a row that are summed at once.
+_TILE = {SUM_INT8: 2048, SUM_FP8: 2048, SUM_INT4: 2048, SUM_INT4_PORTABLE: 256, SUM_INT4_EXACT: 1024}
+_WORDS = struct.Struct(f"{len(FIELDS)}q")
+
+
+def why_not(weight: ScaledWeight) -> str:
+    """The reason why the kernel does not read `weight` as it lies; empty where it does."""
+    if not cpu.is_available():
+        return "Numba or GNU's OpenMP is missing"
+    if FORMATS.get(weight.format) != weight.codes.dtype:
+        return f"{weight.format} codes of {weight.codes.dtype}"
+    for name in ("codes", "scales", "zeros", "offsets"):
+        part = getattr(weight, name)
+        if part is None:
+            continue
+        if not part.is_cpu:
+            return f"{name} on {part.device}"
+        if name != "codes" and part.dtype not in _KINDS:
+            return f"{name} of {part.dtype}"
+        if part.stride(1) != 1:
+            return f"{name} that do not lie by inputs: call arranged() once"
+    groups = weight.group_of_row
+    if groups is not None and not (groups.is_cpu and groups.dtype == torch.int32 and groups.is_contiguous()):
+        return "group_of_row that is no contiguous int32 on the CPU"
+    return ""
+
+
+@functools.cache
+def _worker(kind: str) -> tuple[Any, int]:
+    """The compiled thread function and its address; the first call compiles it, or loads it from Numba's cache."""
+    from spon_plugin.kernels.cpu import numba_types
+    from spon_plugin.kernels.cpu.scaled_worker import compile_scaled_worker
+
+    compiled = compile_scaled_worker(kind, numba_types.INT8 if kind == SUM_INT8 else numba_types.FLOAT8)
+    return compiled, compiled.address
+
+
+@functools.cache
+def _integers() -> str:
+    from spon_plugin.kernels.cpu.int4_dot import has_avx2
+
+    return SUM_INT4 if has_avx2() else SUM_INT4_PORTABLE
+
+
+def sparse_linear(
+    x: Tensor,
+    weight: ScaledWeight,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shard_sizes: Sequence[int] | None = None,
+    exact: bool = False,
+    portable: bool = False,
+) -> Tensor:
+    """``y = S(x) W^T + bias`` for few rows; every row of codes that the mask of some row of x keeps is read once.
+
+    Sums are float32, in an order that depends on the number of threads alone: the same call gives the same bits. Four
+    bits are summed in integers, on the kept inputs rounded to eight bits in runs of at most `scaled_layout.RUN` that
+    share a scale: an output is off by about 0.5% of its usual size. An input that is no finite number then makes its
+    whole row of y NaN.
+
+    Args:
+        x: ``[..., in_features]``, float32, bfloat16 or float16.
+        weight: one without a reason `why_not`.
+        threshold: as in `reference.sparse_linear`.
+        bias: likewise.
+        shard_sizes: likewise; even, but for the last, with four bits.
+        exact: sum four bits in float32, on the inputs as they are.
+        portable: sum integers without AVX2 where there is AVX2, too.
+
+    Returns:
+        ``[..., out_features]`` in `x.dtype`.
+    """
+    kind = weight.format
+    if kind == SUM_INT4:
+        kind = SUM_INT4_EXACT if exact else SUM_INT4_PORTABLE if portable else _integers()
+    in_features, out_features, groups = weight.in_features, weight.out_features, weight.scales.shape[0]
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], out_features))
+    bias = None if bias is None else bias.contiguous()
+    batch, threads, first = x.numel() // in_features, torch.get_num_threads(), 0
+    worker, ordered = _worker(kind)[1], groups > 1 and weight.group_of_row is not None
+    for tau, width in zip(*Thresholds.of(threshold, weight.codes, shard_sizes, out_features), strict=True):
+        tau = tau.contiguous()
+        # Rows are read from end to end where nothing but the end of all asks for a scale.
+        whole_rows = groups == 1 and batch == 1 and kind in (SUM_INT8, SUM_FP8)
+        tile = max(width, 1) if whole_rows else _TILE[kind]
+        per_thread = layout.scratch_parts(batch, in_features, groups, tile * weight.unit)[-1]
+        scratch = cpu.scratch(-(-threads * batch * width // 16) * 16 + threads * per_thread)
+        words = _WORDS.pack(
+            *(x.data_ptr(), _KINDS[x.dtype], weight.codes.data_ptr() + first // weight.unit, weight.codes.stride(0)),
+            *_part(weight.scales, first),
+            *_part(weight.zeros, first),
+            *_part(weight.offsets, first),
+            weight.group_of_row.data_ptr() if ordered and weight.group_of_row is not None else 0,
+            weight.group_size if groups > 1 else in_features,
+            groups,
+            *(tau.data_ptr(), int(tau.numel() > 1)),
+            *_part(bias, first)[:2],
+            *(y.data_ptr() + first * y.element_size(), out_features),
+            *(batch, in_features, width, tile, per_thread, scratch.data_ptr()),
+        )
+        cpu.parallel()(worker, words, threads, 0)
+        first += width
+    return y
+
+
+def _part(tensor: Tensor | None, first: int) -> tuple[int, int, int]:
+    """Address, kind and stride of what belongs to the outputs from `first` on."""
+    if tensor is None:
+        return 0, layout.NOTHING, 0
+    return tensor.data_ptr() + first * tensor.element_size(), _KINDS[tensor.dtype], tensor.stride(0)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the caller of the CPU kernels for weights with scales and their threads agree on; see `layout`."""
+
+from __future__ import annotations
+
+from spon_plugin.kernels.cpu.layout import BLOCK
+
+# The arguments of the compiled functions travel as one array of 64-bit words. A `*_kind` says what lies at an address.
+FIELDS = (
+    "x", "x_kind", "codes", "code_stride",
+    "scales", "scale_kind", "scale_stride", "zeros", "zero_kind", "zero_stride", "offsets", "offset_kind",
+    "offset_stride", "group_of_row", "group_size", "groups", "threshold", "per_channel", "bias", "bias_kind",
+    "y", "y_stride", "batch", "in_features", "out_features", "tile", "thread_words", "scratch",
+)  # fmt: skip
+(
+    X, X_KIND, CODES, CODE_STRIDE,
+    SCALES, SCALE_KIND, SCALE_STRIDE, ZEROS, ZERO_KIND, ZERO_STRIDE, OFFSETS, OFFSET_KIND,
+    OFFSET_STRIDE, GROUP_OF_ROW, GROUP_SIZE, GROUPS, THRESHOLD, PER_CHANNEL, BIAS, BIAS_KIND,
+    Y, Y_STRIDE, BATCH, IN_FEATURES, OUT_FEATURES, TILE, THREAD_WORDS, SCRATCH,
+) = range(len(FIELDS))  # fmt: skip
+
+# Kinds of elements.
+NOTHING, FLOAT32, BFLOAT16, FLOAT16, INT8, UINT8, INT16, INT32 = range(8)
+
+# How codes are summed: as float32 (int8, FP8 and four bits exactly), or four bits in integers on inputs of eight bits.
+SUM_INT8, SUM_FP8, SUM_INT4, SUM_INT4_PORTABLE, SUM_INT4_EXACT = "int8", "fp8", "int4", "int4-portable", "int4-exact"
+INTEGERS = (SUM_INT4, SUM_INT4_PORTABLE)
+
+RUN = 128  # inputs that are rounded to eight bits together, at most
+ROWS = 16  # rows of four-bit codes that are read at once; the sum of as many products fits into 16 bits
+
+
+def scratch_parts(batch: int, in_features: int, groups: int, outputs: int) -> tuple[int, ...]:
+    """Where a thread's own part of the scratch holds what, in words of 4 bytes.
+
+    Args:
+        batch: rows of x.
+        in_features: length of an input.
+        groups: groups of inputs that share scales.
+        outputs: outputs of a tile.
+
+    Returns:
+        The starts of addresses of rows (int64 ``[2 * ROWS]``); x and kept values ``[batch, in_features]`` (float32);
+        flags, indices and another order of active inputs (int32, with `ROWS` to spare); their counts by block; places
+        by group; scales, zero points and offsets of a tile (float32 ``[outputs]``); sums ``[batch, outputs]``; inputs
+        of eight bits (int32 ``[batch, RUN]``) and pairs of them (int16); totals ``[3, batch]``; and the size of all.
+    """
+    blocks = (in_features + BLOCK - 1) // BLOCK
+    x = 4 * ROWS
+    values = x + batch * in_features
+    active = values + batch * in_features
+    index = active + in_features
+    order = index + in_features + ROWS
+    counts = order + in_features + ROWS
+    places = counts + blocks
+    scale = places + groups + 1
+    sums = scale + 3 * outputs
+    rounded = sums + batch * outputs
+    pairs = rounded + batch * RUN
+    totals = pairs + batch * RUN // 2
+    size = (totals + 3 * batch + 15) // 16 * 16
+    return 0, x, values, active, index, order, counts, places, scale, sums, rounded, pairs, totals, size

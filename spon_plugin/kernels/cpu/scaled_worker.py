@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each thread of the CPU kernels for weights with scales does, compiled by Numba."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+
+from spon_plugin.kernels.cpu import scaled_layout as layout
+from spon_plugin.kernels.cpu.elements import read_row, write_row
+from spon_plugin.kernels.cpu.int4_sums import round_inputs, sum_avx2, sum_exact, sum_portable
+from spon_plugin.kernels.cpu.numba_types import pointer, prefetch
+from spon_plugin.kernels.cpu.scaled_layout import (
+    FIELDS,
+    INTEGERS,
+    NOTHING,
+    ROWS,
+    RUN,
+    SUM_FP8,
+    SUM_INT4,
+    SUM_INT8,
+)
+from spon_plugin.kernels.cpu.steps import (
+    IN_FLIGHT,
+    OPTIONS,
+    add_row,
+    add_rows,
+    barrier,
+    gather_values,
+    mark_active,
+    own_outputs,
+    share,
+    thread_count,
+    thread_number,
+)
+
+AHEAD = 1024  # bytes at the start of a row that are asked for early
+
+_scratch_parts = njit(layout.scratch_parts)
+
+
+@njit(**OPTIONS)
+def _sort_by_group(inputs: Any, group_of_row: Any, places: Any, order: Any) -> None:
+    """`inputs` in the order of their groups, and among themselves as they were, into `order`."""
+    places[:] = 0
+    for q in range(inputs.size):
+        places[group_of_row[inputs[q]] + 1] += 1
+    for g in range(1, places.size):
+        places[g] += places[g - 1]
+    for q in range(inputs.size):
+        group = group_of_row[inputs[q]]
+        order[places[group]] = inputs[q]
+        places[group] += 1
+
+
+@njit(**OPTIONS)
+def _end_of_run(inputs: Any, first: int, last: int, group_of_row: Any, ordered: int, stop: int) -> int:
+    """Where the run of inputs that begins at `first` ends: with its group, which ends before input `stop`."""
+    end = first + 1
+    if ordered:
+        group = group_of_row[inputs[first]]
+        while end < last and group_of_row[inputs[end]] == group:
+            end += 1
+    else:
+        while end < last and inputs[end] < stop:
+            end += 1
+    return end
+
+
+@njit(**OPTIONS)
+def _sum_rows(codes: Any, rows: Any, values: Any, start: int, stop: int, sums: Any) -> None:
+    """``sums[b] = sum over q of values[b, q] * codes[rows[q], start:stop]``, in float32."""
+    sums[:] = 0
+    grouped = rows.size - rows.size % IN_FLIGHT
+    for q in range(0, grouped, IN_FLIGHT):
+        for n in range(q + IN_FLIGHT, min(q + 2 * IN_FLIGHT, rows.size)):
+            ahead = codes[rows[n], start:stop]
+            for j in range(0, min(ahead.size, AHEAD), 64):
+                prefetch(ahead, j)
+        add_rows(codes, rows[q : q + IN_FLIGHT], values[:, q : q + IN_FLIGHT], start, stop, sums)
+    for q in range(grouped, rows.size):
+        add_row(codes[rows[q], start:stop], values, q, sums)
+
+
+@njit(**OPTIONS)
+def _add_scaled(part: Any, sums: Any, scale: Any, zero: Any, has_zeros: int, total: Any) -> None:
+    """``part += (sums - zero * total) * scale``; `total` is the sum of the inputs."""
+    if has_zeros:
+        for j in range(part.size):
+            part[j] += (sums[j] - zero[j] * total) * scale[j]
+    else:
+        for j in range(part.size):
+            part[j] += sums[j] * scale[j]
+
+
+@njit(**OPTIONS)
+def _add_scaled_pairs(part: Any, even: Any, odd: Any, scale: Any, zero: Any, step: Any, total: Any) -> None:
+    """`_add_scaled` for two outputs a byte; sums and `total` are in units of `step`."""
+    for j in range(part.size // 2):
+        part[2 * j] += (np.float32(even[j]) - zero[2 * j] * total) * (step * scale[2 * j])
+        part[2 * j + 1] += (np.float32(odd[j]) - zero[2 * j + 1] * total) * (step * scale[2 * j + 1])
+    if part.size % 2:
+        j = part.size - 1
+        part[j] += (np.float32(even[j // 2]) - zero[j] * total) * (step * scale[j])
+
+
+@njit(**OPTIONS)
+def _total(values: Any) -> Any:
+    total = np.float32(0)
+    for q in range(values.size):
+        total += values[q]
+    return total
+
+
+def compile_scaled_worker(kind: str, code: Any) -> Any:
+    """The thread function ``void (int64_t *fields)``, as a Numba `cfunc`; see `worker.compile_worker`.
+
+    Threads share the list of active inputs evenly, in the order of their groups. A run of a thread's inputs that share
+    a group is summed up over a tile of the outputs before scales and zero points are applied.
+
+    Args:
+        kind: what is summed and how, of `scaled_layout`.
+        code: type of the codes, of `numba_types`.
+    """
+    # Numba keeps what it compiles by the values of these: no functions, whose values differ between processes.
+    n_fields = len(FIELDS)
+    whole_bytes = kind in (SUM_INT8, SUM_FP8)
+    rounds, vectors = kind in INTEGERS, kind == SUM_INT4
+    per_byte = 1 if whole_bytes else 2
+    most = RUN if rounds else 1 << 30
+
+    def worker(words):  # type: ignore[no-untyped-def]
+        fields = carray(words, n_fields)
+        batch, in_features, out_features = fields[layout.BATCH], fields[layout.IN_FEATURES], fields[layout.OUT_FEATURES]
+        tile, groups, per_channel = fields[layout.TILE], fields[layout.GROUPS], fields[layout.PER_CHANNEL]
+        codes = carray(pointer(fields[layout.CODES], code), (in_features, fields[layout.CODE_STRIDE]))
+        ordered, group_size = fields[layout.GROUP_OF_ROW] != 0, fields[layout.GROUP_SIZE]
+        group_of_row = carray(pointer(fields[layout.GROUP_OF_ROW], types.int32), (in_features,))
+        threshold = carray(pointer(fields[layout.THRESHOLD], types.float32), (in_features if per_channel else 1,))
+        has_zeros, has_offsets = fields[layout.ZERO_KIND] != NOTHING, fields[layout.OFFSET_KIND] != NOTHING
+        thread, threads = thread_number(), thread_count()
+
+        outputs = tile * per_byte
+        parts = _scratch_parts(batch, in_features, groups, outputs)
+        scratch = fields[layout.SCRATCH]
+        own = scratch + 4 * ((threads * batch * out_features + 15) // 16 * 16 + thread * fields[layout.THREAD_WORDS])
+        partial = carray(pointer(scratch, types.float32), (threads, batch, out_features))
+        addresses = carray(pointer(own, types.int64), (2 * ROWS,))
+        x = carray(pointer(own + 4 * parts[1], types.float32), (batch, in_features))
+        values = carray(pointer(own + 4 * parts[2], types.float32), (batch, in_features))
+        active = carray(pointer(own + 4 * parts[3], types.int32), (in_features,))
+        index = carray(pointer(own + 4 * parts[4], types.int32), (in_features + ROWS,))
+        order = carray(pointer(own + 4 * parts[5], types.int32), (in_features + ROWS,))
+        blocks = carray(pointer(own + 4 * parts[6], types.int32), (parts[7] - parts[6],))
+        places = carray(pointer(own + 4 * parts[7], types.int32), (groups + 1,))
+        scale_rows = carray(pointer(own + 4 * parts[8], types.float32), (3, outputs))
+        sums = carray(pointer(own + 4 * parts[9], types.float32), (batch, per_byte, tile))
+        counts = carray(pointer(own + 4 * parts[9], types.int32), (batch, per_byte, tile))
+        rounded = carray(pointer(own + 4 * parts[10], types.int32), (batch, RUN))
+        pairs = carray(pointer(own + 4 * parts[11], types.int16), (batch, RUN))
+        totals = carray(pointer(own + 4 * parts[12], types.float32), (3, batch))
+
+        for b in range(batch):
+            read_row(fields[layout.X], fields[layout.X_KIND], b * in_features, x[b])
+        mark_active(x, threshold, per_channel, active)
+        if ordered:
+            found = share(active, blocks, 0, 1, index)
+            _sort_by_group(found, group_of_row, places, order)
+            begin = found.size * thread // threads
+            count = found.size * (thread + 1) // threads - begin
+            for q in range(count):
+                index[q] = order[begin + q]
+        else:
+            found = share(active, blocks, thread, threads, index)
+            count = found.size
+            for q in range(count):
+                index[q] = found[q]
+        for q in range(ROWS):
+            index[count + q] = index[count - 1] if count else 0
+        gather_values(x, threshold, per_channel, index[:count], values)
+        own_sums = partial[thread]
+        own_sums[:] = 0
+
+        width = (out_features + per_byte - 1) // per_byte  # bytes of a row
+        zero = np.float32(0 if whole_bytes else 8)
+        scale_rows[1] = zero
+        first = 0
+        while first < count:
+            group = np.int64(group_of_row[index[first]]) if ordered else index[first] // group_size
+            stop_of_group = (group + 1) * group_size
+            last = _end_of_run(index, first, min(count, first + most), group_of_row, ordered, stop_of_group)
+            for b in range(batch):
+                totals[0, b] = np.float32(1)
+                totals[2, b] = _total(values[b, first:last])
+                totals[1, b] = totals[2, b]
+                if rounds:
+                    step, total = round_inputs(values[b, first:last], rounded[b], pairs[b])
+                    totals[0, b] = step
+                    totals[1, b] = total
+            for start in range(0, width, tile):
+                stop = min(start + tile, width)
+                begin, end = per_byte * start, min(per_byte * stop, out_features)
+                scale, zeros, offset = scale_rows[0, : end - begin], scale_rows[1, : end - begin], scale_rows[2]
+                read_row(
+                    fields[layout.SCALES], fields[layout.SCALE_KIND], group * fields[layout.SCALE_STRIDE] + begin, scale
+                )
+                if has_zeros:
+                    at = group * fields[layout.ZERO_STRIDE] + begin
+                    read_row(fields[layout.ZEROS], fields[layout.ZERO_KIND], at, zeros)
+                if has_offsets:
+                    at = group * fields[layout.OFFSET_STRIDE] + begin
+                    read_row(fields[layout.OFFSETS], fields[layout.OFFSET_KIND], at, offset[: end - begin])
+                if whole_bytes:
+                    _sum_rows(codes, index[first:last], values[:, first:last], start, stop, sums[:, 0])
+                elif vectors:
+                    sum_avx2(codes, index, first, last, rounded, pairs, start, stop, width, addresses, counts)
+                elif rounds:
+                    sum_portable(codes, index, first, last, rounded, start, stop, counts)
+                else:
+                    sum_exact(codes, index[first:last], values[:, first:last], start, stop, sums)
+                for b in range(batch):
+                    part, step, total = own_sums[b, begin:end], totals[0, b], totals[1, b]
+                    if whole_bytes:
+                        _add_scaled(part, sums[b, 0], scale, zeros, has_zeros, total)
+                    elif rounds:
+                        _add_scaled_pairs(part, counts[b, 0], counts[b, 1], scale, zeros, step, total)
+                    else:
+                        _add_scaled_pairs(part, sums[b, 0], sums[b, 1], scale, zeros, step, total)
+                    if has_offsets:
+                        for j in range(part.size):
+                            part[j] += offset[j] * totals[2, b]
+            first = last
+        barrier()
+
+        start, stop = own_outputs(out_features, thread, threads)
+        for begin in range(start, stop, outputs):
+            end = min(begin + outputs, stop)
+            bias = scale_rows[0, : end - begin]
+            bias[:] = 0
+            read_row(fields[layout.BIAS], fields[layout.BIAS_KIND], begin, bias)
+            for b in range(batch):
+                total_row = partial[0, b, begin:end]
+                for t in range(1, threads):
+                    other = partial[t, b, begin:end]
+                    for j in range(total_row.size):
+                        total_row[j] += other[j]
+                for j in range(total_row.size):
+                    total_row[j] += bias[j]
+                write_row(fields[layout.Y], fields[layout.X_KIND], b * fields[layout.Y_STRIDE] + begin, total_row)
+
+    signature = types.void(types.CPointer(types.int64))
+    try:
+        return cfunc(signature, cache=True, **OPTIONS)(worker)
+    except RuntimeError:  # no folder to cache in is writable: compile in every process
+        return cfunc(signature, **OPTIONS)(worker)

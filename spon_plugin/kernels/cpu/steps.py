@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps that the threads of every CPU kernel share, compiled by Numba: who reads which rows, and float32 sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+from spon_plugin.kernels.cpu.layout import BLOCK
+from spon_plugin.kernels.cpu.numba_types import widen
+
+# The threads are those of the OpenMP runtime that torch has loaded: one pool, so that kernels and torch's own operators
+# follow each other without two sets of threads fighting for the cores.
+thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
+thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
+barrier = types.ExternalFunction("GOMP_barrier", types.void())
+
+IN_FLIGHT = 8  # weight rows read at once; fewer leave memory waiting, more gain nothing
+
+# "contract" lets a product and a sum fuse. Nothing else of fastmath: NaN must stay NaN, and sums keep their order.
+OPTIONS: dict[str, Any] = {"fastmath": {"contract"}, "boundscheck": False}
+
+
+@njit(**OPTIONS)
+def mark_active(x: Any, threshold: Any, per_channel: int, active: Any) -> None:
+    """``active[i]``: whether any row keeps input i; the rule of `masking.keep_mask`, with NaN kept."""
+    for i in range(active.size):
+        active[i] = 0
+    for b in range(x.shape[0]):
+        row = x[b]
+        if per_channel:
+            for i in range(active.size):
+                active[i] |= np.int32(not (abs(widen(row[i])) <= threshold[i]))
+        else:
+            tau = threshold[0]
+            for i in range(active.size):
+                active[i] |= np.int32(not (abs(widen(row[i])) <= tau))
+
+
+@njit(**OPTIONS)
+def share(active: Any, counts: Any, thread: int, threads: int, index: Any) -> Any:
+    """This thread's even share of the active inputs, in order, as a part of `index`, which it writes."""
+    total = 0
+    for k in range(counts.size):
+        block = active[k * BLOCK : (k + 1) * BLOCK]
+        count: Any = np.int32(0)
+        for i in range(block.size):
+            count += block[i]
+        counts[k] = count
+        total += count
+    first, last = total * thread // threads, total * (thread + 1) // threads
+    before, found, skip = 0, 0, 0
+    for k in range(counts.size):
+        if before < last and before + counts[k] > first:
+            if found == 0:
+                skip = first - before
+            # Whole blocks, without branches: half of the inputs are active, and no predictor knows which.
+            block = active[k * BLOCK : (k + 1) * BLOCK]
+            for i in range(block.size):
+                index[found] = k * BLOCK + i
+                found += block[i]
+        before += counts[k]
+    return index[skip : skip + last - first]
+
+
+@njit(**OPTIONS)
+def gather_values(x: Any, threshold: Any, per_channel: int, index: Any, values: Any) -> None:
+    """``values[b, q]``: input ``index[q]`` of row b, or 0 where that row masks it."""
+    for b in range(x.shape[0]):
+        for q in range(index.size):
+            value = widen(x[b, index[q]])
+            tau = threshold[index[q]] if per_channel else threshold[0]
+            values[b, q] = np.float32(0) if abs(value) <= tau else value
+
+
+@njit(**OPTIONS)
+def add_to_one(out: Any, v: Any, w0: Any, w1: Any, w2: Any, w3: Any, w4: Any, w5: Any, w6: Any, w7: Any) -> None:
+    """``out += sum over k of v[k] * wk``, elements of any format."""
+    v0, v1, v2, v3, v4, v5, v6, v7 = v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]
+    for j in range(out.size):
+        out[j] += (
+            v0 * widen(w0[j]) + v1 * widen(w1[j]) + v2 * widen(w2[j]) + v3 * widen(w3[j])
+            + v4 * widen(w4[j]) + v5 * widen(w5[j]) + v6 * widen(w6[j]) + v7 * widen(w7[j])
+        )  # fmt: skip
+
+
+@njit(**OPTIONS)
+def add_to_four(outs: Any, values: Any, w0: Any, w1: Any, w2: Any, w3: Any, w4: Any, w5: Any, w6: Any, w7: Any) -> None:
+    """`add_to_one` for four rows of the batch at once: each weight is widened once, and widening is the cost."""
+    a, b, c, d = outs[0], outs[1], outs[2], outs[3]
+    p, q, r, s = values[0], values[1], values[2], values[3]
+    for j in range(a.size):
+        x0, x1, x2, x3 = widen(w0[j]), widen(w1[j]), widen(w2[j]), widen(w3[j])
+        x4, x5, x6, x7 = widen(w4[j]), widen(w5[j]), widen(w6[j]), widen(w7[j])
+        a[j] += p[0] * x0 + p[1] * x1 + p[2] * x2 + p[3] * x3 + p[4] * x4 + p[5] * x5 + p[6] * x6 + p[7] * x7
+        b[j] += q[0] * x0 + q[1] * x1 + q[2] * x2 + q[3] * x3 + q[4] * x4 + q[5] * x5 + q[6] * x6 + q[7] * x7
+        c[j] += r[0] * x0 + r[1] * x1 + r[2] * x2 + r[3] * x3 + r[4] * x4 + r[5] * x5 + r[6] * x6 + r[7] * x7
+        d[j] += s[0] * x0 + s[1] * x1 + s[2] * x2 + s[3] * x3 + s[4] * x4 + s[5] * x5 + s[6] * x6 + s[7] * x7
+
+
+@njit(**OPTIONS)
+def add_rows(weight: Any, rows: Any, values: Any, start: int, stop: int, sums: Any) -> None:
+    """``sums[b] += sum over q of values[b, q] * weight[rows[q], start:stop]``, for `IN_FLIGHT` rows."""
+    w0, w1, w2, w3 = (
+        weight[rows[0], start:stop], weight[rows[1], start:stop],
+        weight[rows[2], start:stop], weight[rows[3], start:stop],
+    )  # fmt: skip
+    w4, w5, w6, w7 = (
+        weight[rows[4], start:stop], weight[rows[5], start:stop],
+        weight[rows[6], start:stop], weight[rows[7], start:stop],
+    )  # fmt: skip
+    batch = values.shape[0]
+    done = batch - batch % 4
+    for b in range(0, done, 4):
+        outs = (sums[b], sums[b + 1], sums[b + 2], sums[b + 3])
+        four = (values[b], values[b + 1], values[b + 2], values[b + 3])
+        add_to_four(outs, four, w0, w1, w2, w3, w4, w5, w6, w7)
+    for b in range(done, batch):
+        add_to_one(sums[b], values[b], w0, w1, w2, w3, w4, w5, w6, w7)
+
+
+@njit(**OPTIONS)
+def add_row(row: Any, values: Any, q: int, sums: Any) -> None:
+    """``sums[b] += values[b, q] * row``."""
+    for b in range(values.shape[0]):
+        value, out = values[b, q], sums[b]
+        for j in range(row.size):
+            out[j] += value * widen(row[j])
+
+
+@njit(**OPTIONS)
+def own_outputs(out_features: int, thread: int, threads: int) -> Any:
+    """The outputs that a thread finishes: whole cache lines, so that no two threads write the same one."""
+    lines = (out_features + 63) // 64
+    start = min(lines * thread // threads * 64, out_features)
+    return start, min(lines * (thread + 1) // threads * 64, out_features)

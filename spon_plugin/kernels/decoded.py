@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sparse_linear` for a weight in any format, by dense products on rows that are decoded a panel at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spon_plugin.kernels.arguments import Thresholds
+from spon_plugin.masking import sparsify
+from spon_plugin.weights.product import chunk_elements
+from spon_plugin.weights.row_weight import RowWeight
+
+
+@torch.no_grad()
+def sparse_linear(
+    x: Tensor,
+    weight: RowWeight,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shard_sizes: Sequence[int] | None = None,
+    exact: bool = True,
+) -> Tensor:
+    """``y = S(x) W^T + bias`` in float32, rounded once: for many rows, and what no kernel takes. No gradient.
+
+    Args:
+        x: as in `reference.sparse_linear`.
+        weight: ``[in_features, out_features]``.
+        threshold: as in `reference.sparse_linear`.
+        bias: likewise.
+        shard_sizes: likewise.
+        exact: it always is.
+    """
+    thresholds = Thresholds.of(threshold, weight.codes, shard_sizes, weight.out_features)
+    rows = x.shape[:-1].numel()
+    flat = x.reshape(rows, weight.in_features)
+    kept = [sparsify(flat, row).float() for row in thresholds.rows]
+    y = torch.zeros((rows, weight.out_features), dtype=torch.float32, device=x.device)
+    depth = max(1, chunk_elements(x.device) // max(1, weight.out_features))
+    for first in range(0, weight.in_features, depth):
+        panel = weight.rows(slice(first, first + depth)).float()
+        parts = zip(kept, y.split(thresholds.sizes, 1), panel.split(thresholds.sizes, 1), strict=True)
+        for inputs, out, columns in parts:
+            out.addmm_(inputs[:, first : first + depth], columns)
+    if bias is not None:
+        y += bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], weight.out_features)

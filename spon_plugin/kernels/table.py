@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels, one row each, the fastest first: what each takes, and in words why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from torch import Tensor
+
+from spon_plugin.kernels import decoded, gemm
+from spon_plugin.kernels.cpu import kernel as cpu
+from spon_plugin.kernels.cpu import scaled
+from spon_plugin.kernels.few_rows import CPU_ROWS
+from spon_plugin.kernels.triton import launch as cuda
+from spon_plugin.machine import DTYPES
+from spon_plugin.weights.row_weight import RowWeight
+from spon_plugin.weights.scaled import ScaledWeight
+
+ANY = "any"
+DENSE = "dense"
+
+
+class Problem(NamedTuple):
+    """A call of `sparse_linear`, as far as the choice of a kernel depends on it.
+
+    Attributes:
+        x: ``[..., in_features]``.
+        weight: None stands for a matrix ``[in_features, out_features]`` in `x.dtype`, contiguous.
+        shard_sizes: see `reference.sparse_linear`.
+    """
+
+    x: Tensor
+    weight: RowWeight | None = None
+    shard_sizes: Sequence[int] | None = None
+
+    @property
+    def format(self) -> str:
+        """Of the weight, see `RowWeight`."""
+        return DENSE if self.weight is None else self.weight.format
+
+
+class Kernel(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        name: as reports show it.
+        device: type of the device, or `ANY`.
+        formats: of weights.
+        max_rows: the most tokens; None for any number, none included.
+        objection: what else speaks against a problem; empty if nothing does.
+        run: takes x, the matrix or weight with scales, threshold, bias, `shard_sizes` and, with scales, `exact`.
+    """
+
+    name: str
+    device: str
+    formats: tuple[str, ...]
+    max_rows: int | None
+    objection: Callable[[Problem], str]
+    run: Callable[..., Tensor]
+
+    def why_not(self, problem: Problem) -> str:
+        """The reason why this kernel does not take `problem`; empty where it does."""
+        x = problem.x
+        if self.device not in (x.device.type, ANY):
+            return f"for {self.device}, not {x.device.type}"
+        if problem.format not in self.formats:
+            return f"for {', '.join(self.formats)}, not {problem.format}"
+        # Without a division, which an empty row would not survive.
+        if self.max_rows is not None and not 0 < x.numel() <= self.max_rows * x.size(-1):
+            return f"for 1 to {self.max_rows} rows, not {x.shape[:-1].numel()}"
+        return self.objection(problem)
+
+
+def choose(problem: Problem) -> Kernel:
+    """The first kernel that takes `problem`."""
+    return next(kernel for kernel in KERNELS if not kernel.why_not(problem))
+
+
+def reasons(problem: Problem) -> dict[str, str]:
+    """Why those before the chosen kernel do not take `problem`, by name."""
+    found: dict[str, str] = {}
+    for kernel in KERNELS:
+        reason = kernel.why_not(problem)
+        if not reason:
+            break
+        found[kernel.name] = reason
+    return found
+
+
+def _nothing(_problem: Problem) -> str:
+    return ""
+
+
+def _cpu(problem: Problem) -> str:
+    if not cpu.is_available():
+        return "Numba or GNU's OpenMP is missing"
+    if problem.x.dtype not in DTYPES.values():
+        return f"for float32, bfloat16 and float16, not {problem.x.dtype}"
+    return ""
+
+
+def _cpu_scaled(problem: Problem) -> str:
+    weight = problem.weight
+    assert isinstance(weight, ScaledWeight)
+    if problem.x.dtype not in DTYPES.values():
+        return f"for float32, bfloat16 and float16, not {problem.x.dtype}"
+    if problem.shard_sizes and any(end % weight.unit for end in list(accumulate(problem.shard_sizes))[:-1]):
+        return "shards that begin within a byte"
+    return scaled.why_not(weight)
+
+
+_SCALED = tuple(scaled.FORMATS)
+KERNELS = (
+    Kernel("cuda", "cuda", (DENSE,), None, _nothing, cuda.sparse_linear),
+    Kernel("cpu", "cpu", (DENSE,), CPU_ROWS, _cpu, cpu.sparse_linear),
+    Kernel("cpu scaled", "cpu", _SCALED, CPU_ROWS, _cpu_scaled, scaled.sparse_linear),
+    Kernel("gemm", ANY, (DENSE,), None, _nothing, gemm.sparse_linear),
+    Kernel("decoded", ANY, _SCALED, None, _nothing, decoded.sparse_linear),
+)
