@@ -26,7 +26,7 @@ class SponConfig(SponFields, PeftConfig):
 
     Attributes:
         target_modules: the linears to sparsify: names (a whole path or its end), a regular expression, or
-            ``"all-linear"``; chosen by the model's architecture if None.
+            ``"all-linear"``; all those in the model's blocks if None, as calibration has them.
         exclude_modules: names or a regular expression of modules to leave dense.
         layers_to_transform: indices of the blocks to transform; all if None.
         layers_pattern: name of the list of blocks, where `layers_to_transform` cannot find it.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spon_peft.adapters import check_injected, check_tensors, collect_adapter, injected_layers
 from spon_peft.layer import SponLayer
 from spon_peft.linear import SponLinear, mixed_batch
-from spon_peft.targets import TARGET_MODULES
+from spon_peft.targets import default_targets
 from spon_peft.tokens import AdapterTokens
 from spon_plugin.decoder.left_dense import is_inside, read_by_parents, text_decoder
 from spon_plugin.decoder.sites import check_dense
@@ -36,12 +36,11 @@ class SponModel(BaseTuner):
         low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
 
     Raises:
-        SponError: a targeted module is not a linear, or the model's architecture has no default targets.
+        SponError: a targeted module is not a linear, or none are given and the model has no blocks of linears.
     """
 
     prefix = "spon_"
     tuner_layer_cls = SponLayer
-    target_module_mapping = TARGET_MODULES
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Create the adapter's layers; see `BaseTuner.inject_adapter`.
@@ -94,10 +93,8 @@ class SponModel(BaseTuner):
                 module.only_one([name for name in names if name in module.spon_threshold])
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        kind = model_config.get("model_type")
-        if peft_config.target_modules is None and kind not in self.target_module_mapping:
-            remedy = 'Please specify `target_modules` in `peft_config`: names of linears, or "all-linear".'
-            raise SponError.of("target_modules", None, f"names, as model type {kind!r} has no default", remedy)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_targets(self.model)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _create_and_replace(

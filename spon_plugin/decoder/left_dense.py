@@ -48,6 +48,11 @@ def is_expert(path: str) -> bool:
     )
 
 
+def reads_positions(path: str) -> bool:
+    """Whether a module path is that of a linear that reads position embeddings, as DeBERTa's `pos_proj`: no token's."""
+    return path.rpartition(".")[2].startswith("pos_")
+
+
 def read_by_parents(model: nn.Module) -> dict[str, str]:
     """Linears whose weight the module around them multiplies itself, so that a mask on their input has no effect.
 
@@ -84,6 +89,8 @@ def left_dense(model: nn.Module) -> dict[str, list[str]]:
                 reasons.setdefault("outside the text decoder", []).append(path)
         elif is_expert(path):
             reasons.setdefault("experts and routers", []).append(path)
+        elif reads_positions(path):
+            reasons.setdefault("projections of positions", []).append(path)
         elif path in read:
             reasons.setdefault(f"multiplied by {read[path]} itself", []).append(path)
     return reasons

@@ -8,7 +8,7 @@ table of architectures is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.decoder.left_dense import is_expert, read_by_parents, text_decoder
+from spon_plugin.decoder.left_dense import is_expert, read_by_parents, reads_positions, text_decoder
 from spon_plugin.errors import SponError
 from spon_plugin.weights.linears import is_linear, is_sparse, linear_features
 
@@ -58,9 +58,17 @@ def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Raises:
         SponError: the model has no list of blocks with linears in them.
     """
-    best: tuple[int, str, nn.ModuleList] | None = None
     part, decoder = text_decoder(model)
-    for path, module in decoder.named_modules(prefix=part):
+    blocks = _blocks(part, decoder)
+    if not blocks:
+        raise SponError.of("model", type(model).__name__, "a decoder: a list of blocks with linear layers in them")
+    return blocks
+
+
+def _blocks(part: str, stack: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The members of the outermost `ModuleList` in `stack`, at the path `part`, that holds most weights in linears."""
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for path, module in stack.named_modules(prefix=part):
         if isinstance(module, nn.ModuleList) and len(module):
             weights = sum(
                 features[0] * features[1] for features in (linear_features(m) for m in module.modules() if is_linear(m))
@@ -68,7 +76,7 @@ def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
             if weights and (best is None or weights > best[0]):
                 best = (weights, path, module)
     if best is None:
-        raise SponError.of("model", type(model).__name__, "a decoder: a list of blocks with linear layers in them")
+        return []
     _, path, blocks = best
     return [(f"{path}.{index}" if path else str(index), block) for index, block in enumerate(blocks)]
 
@@ -99,12 +107,7 @@ def find_sites(model: nn.Module, target_modules: Sequence[str] | None = None, ex
     """
     check_dense(model)
     blocks, read = decoder_blocks(model), read_by_parents(model)
-    linears = {
-        f"{path}.{name}": module
-        for path, block in blocks
-        for name, module in block.named_modules()
-        if is_linear(module) and not is_expert(name) and f"{path}.{name}" not in read
-    }
+    linears = _linears_of(blocks, read)
     if target_modules is not None:
         linears = _select(model, linears, target_modules, read)
     with _watch_inputs(linears) as seen:
@@ -119,6 +122,32 @@ def find_sites(model: nn.Module, target_modules: Sequence[str] | None = None, ex
     return [site for path, _ in blocks for site in _sites_of_block(path, linears, seen)]
 
 
+def default_modules(model: nn.Module) -> list[str]:
+    """Paths of the linears that are made sparse where nobody says which: those of `find_sites`, by structure alone.
+
+    The model is not run, so a linear that text does not reach is among them. Of an encoder-decoder that reads text they
+    are those of both stacks.
+    """
+    stacks = [text_decoder(model)]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        halves: Any = model
+        reads_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+        wanted = [halves.get_encoder()] * reads_text + [halves.get_decoder()]
+        stacks = [(path, module) for path, module in model.named_modules() if any(module is half for half in wanted)]
+    read = read_by_parents(model)
+    return [path for stack in stacks for path in _linears_of(_blocks(*stack), read)]
+
+
+def _linears_of(blocks: Iterable[tuple[str, nn.Module]], read: Container[str]) -> dict[str, nn.Module]:
+    """The linears in `blocks` that a mask may touch, by path; `read` holds those of `read_by_parents`."""
+    return {
+        f"{path}.{name}": module
+        for path, block in blocks
+        for name, module in block.named_modules()
+        if is_linear(module) and not (is_expert(name) or reads_positions(name)) and f"{path}.{name}" not in read
+    }
+
+
 def module_weights(sites: Iterable[Site]) -> dict[str, int]:
     """Module path -> number of weights; a site's linears share its input, so they split by their outputs."""
     return {path: count for site in sites for path, count in zip(site.modules, site.module_weights, strict=True)}
@@ -130,14 +159,25 @@ def linear_inputs(model: nn.Module) -> dict[str, int]:
 
 
 def target_names(sites: Iterable[Site], model: nn.Module) -> list[str]:
-    """The shortest `target_modules` for PEFT that names exactly the linears of `sites`.
+    """The shortest `target_modules` for PEFT that names exactly the linears of `sites`; see `names_of`."""
+    return names_of((module for site in sites for module in site.modules), model)
 
-    Last names (``q_proj``) where they match nothing else in the model, whole paths otherwise.
+
+def names_of(modules: Iterable[str], model: nn.Module) -> list[str]:
+    """Names that match the modules at these paths, and nothing else in `model`, as PEFT matches `target_modules`.
+
+    Last names (``q_proj``), or the last two (``output.dense``) where the last one matches more; whole paths for all of
+    them where that is not enough.
     """
-    wanted = {module for site in sites for module in site.modules}
-    leaves = sorted({module.rpartition(".")[2] for module in wanted})
-    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
-    return leaves if matched == wanted else sorted(wanted)
+    wanted = set(modules)
+    rest = [path for path, _ in model.named_modules() if path not in wanted]
+    taken = {_end(path, parts) for path in rest for parts in (1, 2)}
+    names = {next((end for end in (_end(p, 1), _end(p, 2)) if end not in taken), None) for p in wanted}
+    return sorted(wanted) if None in names else sorted(name for name in names if name)
+
+
+def _end(path: str, parts: int) -> str:
+    return ".".join(path.split(".")[-parts:])
 
 
 def _select(

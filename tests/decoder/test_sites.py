@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from spon_plugin import SponError, find_sites
 from spon_plugin.decoder.left_dense import is_expert
-from spon_plugin.decoder.sites import decoder_blocks, module_weights, target_names
+from spon_plugin.decoder.sites import decoder_blocks, default_modules, module_weights, names_of, target_names
 
 SMALL = {
     "vocab_size": 64,
@@ -155,6 +155,41 @@ def test_target_names_are_short_where_they_are_exact(tiny_llama):
     assert target_names(sites, tiny_llama) == sorted(set().union(*(names for _, names in SEVEN)))
     first = [site for site in sites if site.block == "model.layers.0"]
     assert all(name.startswith("model.layers.0.") for name in target_names(first, tiny_llama))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (["a.0.in", "a.1.in"], ["in"]),
+        (["a.0.mid.out", "a.1.mid.out", "a.0.in", "a.1.in"], ["in", "mid.out"]),
+        (["a.0.in", "a.0.mid.out"], ["a.0.in", "a.0.mid.out"]),
+    ],
+    ids=["last names", "last two where one matches more", "paths"],
+)
+def test_names_match_the_wanted_modules_alone(wanted, expected):
+    def block():
+        return nn.ModuleDict({"in": nn.Identity(), "mid": nn.ModuleDict({"out": nn.Identity()})})
+
+    model = nn.ModuleDict({"a": nn.ModuleList([block(), block()]), "out": nn.Identity()})
+    assert names_of(wanted, model) == expected
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi", "qwen2_moe", "mamba", "gpt_neox"])
+def test_by_structure_as_by_running(model_type):
+    changes = {"num_key_value_heads": 4} if model_type == "phi" else {}
+    model = make(model_type, **changes)
+    assert set(default_modules(model)) == {path for site in find_sites(model) for path in site.modules}
+
+
+def test_of_an_encoder_that_hears_the_decoder_alone():
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2)
+    tokens = dict(vocab_size=64, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0)
+    model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **heads, **tokens))
+    paths = default_modules(model)
+    assert len(paths) == 10 and all(path.startswith("model.decoder.layers.0.") for path in paths)
 
 
 def test_finding_sites_leaves_the_model_as_it_was(tiny_llama):
