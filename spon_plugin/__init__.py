@@ -4,7 +4,7 @@
 from spon_plugin.adapter.config import SponFields
 from spon_plugin.adapter.directory import Adapter, read_adapter, write_adapter
 from spon_plugin.adapter.mask import Mask
-from spon_plugin.decoder.attachment import sparse_inputs
+from spon_plugin.decoder.masked_linears import sparse_inputs
 from spon_plugin.decoder.positions import read_as
 from spon_plugin.decoder.sites import Site, find_sites
 from spon_plugin.decoder.sparsity import SparsityCounter

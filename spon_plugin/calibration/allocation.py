@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.histogram import MagnitudeHistogram
 from spon_plugin.calibration.streaming import SINKS
-from spon_plugin.decoder.attachment import sparse_inputs
+from spon_plugin.decoder.masked_linears import sparse_inputs
 from spon_plugin.decoder.positions import whole_windows
 from spon_plugin.decoder.sites import Site
 from spon_plugin.masking import check_sparsity

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.streaming import SINKS, Observe, counted_rows, stream_inputs, window_batches
-from spon_plugin.decoder.attachment import sparse_inputs
+from spon_plugin.decoder.masked_linears import sparse_inputs
 from spon_plugin.decoder.positions import whole_windows
 from spon_plugin.decoder.sites import Site, module_weights
 from spon_plugin.decoder.sparsity import SparsityCounter

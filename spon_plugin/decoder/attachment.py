@@ -3,7 +3,7 @@
 
 Calibration, training loops, evaluation and studies run models through it, and what the hosts' layers compute is tested
 against it. What it needs to know of a method is a `SparseMethod`: those of `spon_plugin.sparsifiers` are, and so are
-an adapter's masks (`MaskedLinears`), which `sparse_inputs` runs.
+an adapter's masks (`masked_linears`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 from abc import ABC, abstractmethod
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spon_plugin.adapter.mask import Mask
+from spon_plugin.decoder.shared_input import SharedInput
 from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
@@ -109,7 +109,7 @@ class SparseMethod(ABC):
                     raise SponError.of(f"{path}: {kind}", "one", f"none, as {self.name} leaves this linear dense")
         state = DenseTokens(self.dense_prefix if dense_prefix is None else dense_prefix)
         handles: list[Any] = [state.attach(model, self.modules)]
-        shared = _SharedInput(self)
+        shared = SharedInput(self.sparse_input, {path: self.site_of[path] for path in self.modules})
         own: list[tuple[nn.Module, nn.Parameter]] = []
         try:
             with self.watching(model):
@@ -151,135 +151,6 @@ class SparseMethod(ABC):
         return 0
 
 
-class MaskedLinears(SparseMethod):
-    """The masks of an adapter, on the model that they are for; the model-wide sparsity is over these linears.
-
-    Attributes:
-        alphas: module path -> float32 ``[in_features]``, for `attach`.
-    """
-
-    name = "the adapter"
-
-    def __init__(self, masks: Mapping[str, Mask], weights: Mapping[str, int], dense_prefix: int = 0) -> None:
-        self.modules, self.weights, self.dense_prefix = tuple(masks), weights, dense_prefix
-        self.alphas = {path: mask.alpha.detach() for path, mask in masks.items() if mask.alpha is not None}
-        self.centers = {path: mask.center for path, mask in masks.items() if mask.center is not None}
-        # An adapter has a mask for every linear. Those beside each other that are equal may be of one input.
-        equal: dict[tuple[str, bytes], Mask] = {}
-        self.site_of: dict[str, Mask] = {}
-        for path, mask in masks.items():
-            values = b"".join(t.detach().cpu().numpy().tobytes() for t in mask.without_alpha().tensors().values())
-            self.site_of[path] = equal.setdefault((path.rpartition(".")[0], values), mask)
-
-    @classmethod
-    def of(cls, model: nn.Module, masks: Mapping[str, Mask], dense_prefix: int = 0) -> MaskedLinears:
-        """The masks on their model.
-
-        Args:
-            model: the dense model.
-            masks: module path -> threshold, centre and alpha.
-            dense_prefix: first positions of a sequence that stay dense.
-
-        Raises:
-            SponError: a vector has another length than its linear's input.
-        """
-        moved, weights = {}, {}
-        for path, mask in masks.items():
-            module = model.get_submodule(path)
-            in_features, out_features = linear_features(module, path)
-            mask.check_input(path, in_features, "this model")
-            moved[path] = mask.to(next(module.parameters()).device)
-            weights[path] = in_features * out_features
-        return cls(moved, weights, dense_prefix)
-
-    def sparse_input(self, site: Mask, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `SparseMethod.sparse_input`; by `spon_plugin.masking`."""
-        return site.to(x.device).sparse_deviation(x)
-
-
-@contextmanager
-def sparse_inputs(
-    model: nn.Module, masks: Mapping[str, Mask], dense_prefix: int = 0, counter: SparsityCounter | None = None
-) -> Iterator[DenseTokens]:
-    """While the block runs, every linear in `masks` computes ``W S(x) + b + W alpha``.
-
-    Tokens in the dense prefix compute ``W x + b``, as in the dense model. What does not depend on the input,
-    ``W (center + alpha)``, is folded once, at the start.
-
-    Args:
-        model: a dense model.
-        masks: module path -> threshold, centre and alpha.
-        dense_prefix: the first positions of each sequence that stay dense.
-        counter: counts what the masks drop.
-
-    Yields:
-        The rule of which tokens are dense; see `SparseMethod.attach`.
-
-    Raises:
-        SponError: a vector has another length than its linear's input.
-    """
-    method = MaskedLinears.of(model, masks, dense_prefix)
-    with method.attach(model, method.alphas, counter) as tokens:
-        yield tokens
-
-
-class _Sparse:
-    """The sparse form of one tensor at one site."""
-
-    def __init__(self, kept: Tensor, mask: Tensor | None) -> None:
-        self.kept, self.mask = kept, mask
-        self._dropped: Tensor | None = None
-
-    def dropped(self) -> Tensor | None:
-        """How many entries of each token the mask drops, ``[...]``; None without a mask."""
-        if self._dropped is None and self.mask is not None:
-            self._dropped = self.mask.shape[-1] - self.mask.sum(-1)
-        return self._dropped
-
-
-class _LastInput:
-    """The tensor that a linear has read last, and its sparse forms."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.version = x, _version(x)
-        self.forms: dict[Any, tuple[_Sparse, int]] = {}
-
-
-class _SharedInput:
-    """The sparse form of an input, made when the first linear of a site asks and shared with the others.
-
-    What is remembered is taken up for the very tensor that it was made of, and only if that has not been written to; so
-    it does not matter which linears read one tensor, nor how many threads run the model. A form is let go when all
-    linears of its site have had it.
-    """
-
-    def __init__(self, method: SparseMethod) -> None:
-        self.method = method
-        self.readers = Counter(method.site_of[path] for path in method.modules)
-        self._last: _LastInput | None = None
-
-    def __call__(self, path: str, x: Tensor) -> _Sparse:
-        site = self.method.site_of[path]
-        if self.readers[site] == 1:
-            return _Sparse(*self.method.sparse_input(site, x))
-        last = self._last
-        if last is None or last.x is not x or last.version != _version(x):
-            last = self._last = _LastInput(x)
-        form, asked = last.forms.get(site) or (_Sparse(*self.method.sparse_input(site, x)), 0)
-        if asked + 1 == self.readers[site]:
-            last.forms.pop(site, None)
-            if not last.forms and self._last is last:
-                self._last = None
-        else:
-            last.forms[site] = (form, asked + 1)
-        return form
-
-
-def _version(x: Tensor) -> int:
-    """Counts writes to a tensor; those to an inference tensor are not counted."""
-    return 0 if x.is_inference() else x._version
-
-
 class _Hooks:
     """What runs before and after a linear."""
 
@@ -287,7 +158,7 @@ class _Hooks:
         self,
         method: SparseMethod,
         path: str,
-        shared: _SharedInput,
+        shared: SharedInput,
         constant: _Constant,
         state: DenseTokens,
         counter: SparsityCounter | None,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spon_plugin.adapter.directory import Adapter
-from spon_plugin.decoder.attachment import MaskedLinears, SparseMethod
+from spon_plugin.decoder.attachment import SparseMethod
+from spon_plugin.decoder.masked_linears import MaskedLinears
 from spon_plugin.decoder.positions import whole_windows
 from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.errors import SponError

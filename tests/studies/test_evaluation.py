@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from spon_plugin import SponError, find_sites, sparse_inputs
 from spon_plugin.calibration.text import leading_windows, mixed_windows, offline_text, read_text, spread_windows
-from spon_plugin.decoder.attachment import MaskedLinears
+from spon_plugin.decoder.masked_linears import MaskedLinears
 from spon_plugin.sparsifiers import get_sparsifier
 from spon_plugin.sparsifiers.calibrate import calibrate
 from spon_plugin.studies.evaluation import dense_prefix_of, evaluate, evaluate_variants, perplexity, share_recovered
