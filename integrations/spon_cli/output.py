@@ -55,8 +55,9 @@ def results_only() -> Iterator[None]:
     stream = sys.stdout
     with _descriptor_to_stderr(stream) as results:
         sys.stdout, out.file = sys.stderr, results
-        if not out.is_terminal and "COLUMNS" not in os.environ:
-            out.width = _UNBOUNDED
+        if not out.is_terminal:
+            columns = os.environ.get("COLUMNS", "")
+            out.width = int(columns) if columns.isdigit() else _UNBOUNDED
         try:
             yield
             flush(results)

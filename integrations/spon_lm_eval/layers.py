@@ -13,7 +13,7 @@ from spon_plugin.adapter.mask import Mask
 from spon_plugin.decoder.sites import Site, find_sites
 from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
-from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
+from spon_plugin.layers.sparse_linear import SparseLayer
 from spon_plugin.weights.importers.torch_linear import is_offloaded
 from spon_plugin.weights.linears import linear_features
 
@@ -91,7 +91,7 @@ def with_adapter(base: Any, arguments: SponArguments) -> SparseModel:
 
 def kernel_of(layer: nn.Module) -> str:
     """The name of what computes a sparsified linear."""
-    if isinstance(layer, SparseLinear | SparseConv1D):
+    if isinstance(layer, SparseLayer):
         return layer.kernel
     return "masked dense matmul (torch), quantized weights"
 

@@ -19,8 +19,10 @@ from spon_peft.layer import SponLayer
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.errors import SponError
 from spon_plugin.layers.sparse_linear import sparse_like
+from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
 from spon_plugin.masking import choose_rows, sparse_deviation
 from spon_plugin.weights import weight_of
+from spon_plugin.weights.scaled import ScaledWeight
 
 
 class SponLinear(nn.Module, SponLayer):
@@ -151,10 +153,14 @@ class SponLinear(nn.Module, SponLayer):
         base: Any = self.get_base_layer()
         name = self.merged_adapters[0]
         if base.bias is None:
-            zeros = torch.zeros(self.out_features, dtype=base.weight.dtype, device=base.weight.device)
+            zeros = torch.zeros(self.out_features, dtype=self._bias_dtype(), device=self.spon_threshold[name].device)
             base.bias = nn.Parameter(zeros, requires_grad=False)
-        layer = sparse_like(base, "meta")
-        layer.weight, layer.bias = base.weight, base.bias
+        layer: Any
+        if isinstance(weight_of(base), ScaledWeight):
+            layer = SparseQuantizedLinear(base)
+        else:
+            layer = sparse_like(base, "meta")
+            layer.weight, layer.bias = base.weight, base.bias
         layer.spon_threshold = self.spon_threshold[name].detach().clone()
         if name in self.spon_center:
             layer.spon_center = self.spon_center[name].detach().clone()

@@ -21,9 +21,11 @@ from spon_peft.tokens import AdapterTokens
 from spon_plugin.decoder.left_dense import is_inside, read_by_parents, text_decoder
 from spon_plugin.decoder.sites import check_dense
 from spon_plugin.errors import SponError
+from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
 from spon_plugin.weights import Opaque, weight_of
 from spon_plugin.weights.dense import DenseWeight
-from spon_plugin.weights.linears import is_linear
+from spon_plugin.weights.importers.compressed_tensors import COMPRESSED_TENSORS
+from spon_plugin.weights.linears import is_linear, kind_of
 
 
 class SponModel(BaseTuner):
@@ -121,8 +123,9 @@ class SponModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         weight = getattr(child, "weight", None)
-        if isinstance(new_module, SponLinear) and weight is not None and weight.is_meta:
-            # Offloaded, or about to be: the adapter's tensors are where they belong, and have values.
+        offloaded = isinstance(new_module, SponLinear) and weight is not None and weight.is_meta
+        if offloaded or isinstance(new_module, SparseQuantizedLinear):
+            # Offloaded, or about to be, or packed: all tensors are where they belong, and have values.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -156,6 +159,10 @@ class SponModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        if merge:
+            from spon_transformers.quantized_base import pack_again
+
+            pack_again(self.model)
         name = self._check_sparse_layers(adapter_names) if merge else None
         adapter = collect_adapter(self.model, name) if name is not None else None
         unload: Any = super()._unload_and_optionally_merge
@@ -179,10 +186,12 @@ class SponModel(BaseTuner):
             if name not in layer.spon_threshold:
                 continue
             weight = weight_of(base)
-            if layer.quantization_backend is not None or not isinstance(weight, DenseWeight):
+            plain = isinstance(weight, DenseWeight) and layer.quantization_backend is None
+            if not plain and kind_of(base) is not COMPRESSED_TENSORS:
                 received = weight.reason if isinstance(weight, Opaque) else type(base).__name__
+                expected = "a floating-point linear, or one that compressed-tensors has packed"
                 remedy = "Use `merge_adapter`, which keeps the adapter's layers."
-                raise SponError.of(f"merge_and_unload: {path}", received, "a floating-point linear", remedy)
+                raise SponError.of(f"merge_and_unload: {path}", received, expected, remedy)
         return name if name is not None and injected_layers(self.model, name) else None
 
     @classmethod

@@ -25,11 +25,11 @@ def register() -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
     from spon_plugin.adapter.merged import QUANT_METHOD
-    from spon_transformers.quantizer import SponHfQuantizer, SponQuantizationConfig
+    from spon_transformers.quantizer import SponQuantizationConfig, make_quantizer
 
-    tables: list[tuple[Any, type]] = [
+    tables: list[tuple[Any, Any]] = [
         (AUTO_QUANTIZATION_CONFIG_MAPPING, SponQuantizationConfig),
-        (AUTO_QUANTIZER_MAPPING, SponHfQuantizer),
+        (AUTO_QUANTIZER_MAPPING, make_quantizer),
     ]
     for table, ours in tables:
         if table.setdefault(QUANT_METHOD, ours) is not ours:
@@ -39,7 +39,7 @@ def register() -> None:
 
 
 def mark_merged(model: nn.Module, adapter: Adapter) -> None:
-    """Finish a model whose targets have become `SparseLinear` or `SparseConv1D` layers.
+    """Finish a model whose targets have become sparse layers.
 
     Its forward pass leaves dense what the adapter leaves dense, and a transformers model saves what it is in its
     `config.json`.

@@ -28,6 +28,8 @@ QUANT_METHOD = "spon"
 MASK_FIELDS = ("format_version", "sparsity", "tokens", "dense_prefix", "thresholds", CENTER_MODULES)
 DIGEST = "adapter_digest"
 """Its other fields."""
+BASE_QUANTIZATION = "base_quantization_config"
+"""The field with the `quantization_config` of a quantized base, whose tensors the checkpoint has as they were."""
 DENSE_BIAS = "spon_dense_bias"
 """The tensor of a linear's dense bias, of the model's dtype."""
 

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from spon_plugin.adapter.config import SponFields
 from spon_plugin.decoder.positions import POSITIONS, WITHOUT, BlockHook, current_call
 from spon_plugin.errors import SponError
-from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLinear
+from spon_plugin.layers.sparse_linear import SparseLayer
 from spon_plugin.masking import TokenMode
 
 
@@ -147,7 +147,7 @@ def follow_tokens(model: nn.Module, tokens: DenseTokens) -> Attachment:
     """Let the sparse layers of `model` leave the dense tokens of each of its forward passes dense.
 
     Args:
-        model: holds `SparseLinear` and `SparseConv1D` layers, whose `keep_dense_bias` has been called.
+        model: holds sparse layers, whose `keep_dense_bias` has been called.
         tokens: which tokens are dense.
 
     Returns:
@@ -156,7 +156,7 @@ def follow_tokens(model: nn.Module, tokens: DenseTokens) -> Attachment:
     Raises:
         SponError: see `DenseTokens.check`.
     """
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, SparseLinear | SparseConv1D)}
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, SparseLayer)}
     tokens.check(model, layers)
     for layer in layers.values():
         layer.tokens = tokens

@@ -24,8 +24,8 @@ class DenseRows(Protocol):
         """Bool ``[...]`` for an input ``[..., in_features]``, True for dense; None for no dense token."""
 
 
-class _SparseLayer(nn.Module):
-    """What `SparseLinear` and `SparseConv1D` share."""
+class SparseLayer(nn.Module):
+    """What the layers of a merged model share: a mask, a folded bias, and tokens that may stay dense."""
 
     weight: Tensor
     bias: Any
@@ -98,7 +98,7 @@ class _SparseLayer(nn.Module):
         return self
 
 
-class SparseLinear(_SparseLayer, nn.Linear):
+class SparseLinear(SparseLayer, nn.Linear):
     """``y = W S(x) + bias``, with ``bias = b + W alpha`` folded in beforehand.
 
     With a centre it is ``y = W (S(x) - center) + bias``, with ``bias = b + W (center + alpha)``.
@@ -128,7 +128,7 @@ class SparseLinear(_SparseLayer, nn.Linear):
         self._register_spon_buffers(device)
 
     def arrange_for_kernels(self) -> None:
-        """See `_SparseLayer.arrange_for_kernels`."""
+        """See `SparseLayer.arrange_for_kernels`."""
         weight = self.weight.data
         skips = weight.device.type != "meta" and bool(self.spon_threshold.any())
         if skips and not weight.t().is_contiguous():
@@ -140,7 +140,7 @@ class SparseLinear(_SparseLayer, nn.Linear):
             destination[prefix + "weight"] = destination[prefix + "weight"].contiguous()
 
 
-class SparseConv1D(_SparseLayer):
+class SparseConv1D(SparseLayer):
     """`SparseLinear` for GPT-2's Conv1D, whose weight lies ``[in_features, out_features]``.
 
     Attributes:

@@ -53,7 +53,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_sparse(module: nn.Module) -> bool:
     """Whether `module` is a layer of a merged model, which masks its input already."""
-    return type(module).__name__ in ("SparseLinear", "SparseConv1D")
+    return any(cls.__name__ == "SparseLayer" for cls in type(module).__mro__)
 
 
 def linear_features(module: nn.Module, name: str = "layer") -> tuple[int, int]:

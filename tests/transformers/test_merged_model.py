@@ -17,7 +17,7 @@ import spon_transformers
 from spon_peft import SponConfig, collect_adapter
 from spon_plugin import SparseConv1D, SparseLinear, SponError
 from spon_plugin.kernels.cpu import kernel as cpu
-from spon_transformers.quantizer import SponHfQuantizer, SponQuantizationConfig
+from spon_transformers.quantizer import SponQuantizationConfig, make_quantizer
 
 LLAMA = dict(
     vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
@@ -237,7 +237,7 @@ def test_registering_again_is_harmless_and_conflicts_are_said(monkeypatch):
 
     spon_transformers.register()
     spon_transformers.register()
-    assert AUTO_QUANTIZER_MAPPING["spon"] is SponHfQuantizer
+    assert AUTO_QUANTIZER_MAPPING["spon"] is make_quantizer
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["spon"] is SponQuantizationConfig
     monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "spon", object)
     with pytest.raises(RuntimeError, match="registered"):

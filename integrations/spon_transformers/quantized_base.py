@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merged checkpoints on a quantized base: its own quantizer loads its tensors, and ours goes around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+from transformers.quantizers.base import HfQuantizer
+
+from spon_plugin.adapter.mask import THRESHOLD
+from spon_plugin.adapter.merged import DENSE_BIAS
+from spon_plugin.layers.sparse_linear import SparseLayer
+from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
+from spon_plugin.weights.importers.torch_linear import is_plain_matrix
+from spon_plugin.weights.linears import linear_features
+from spon_transformers.merged_layers import check_files, finish_layers, layer_for, paths_in
+
+
+def around_base(config: Any, **kwargs: Any) -> HfQuantizer:
+    """The quantizer of a merged checkpoint's base, which puts sparse layers around what it has loaded.
+
+    Args:
+        config: the checkpoint's `SponQuantizationConfig`.
+        **kwargs: for the base's quantizer.
+    """
+    own = AutoQuantizationConfig.from_dict(dict(config.base_quantization_config))
+    cls: Any = type(AutoHfQuantizer.from_config(own, **kwargs))
+    quantizer = _class_around(cls)(own, **kwargs)
+    quantizer.spon_config = config
+    return quantizer
+
+
+@cache
+def _class_around(own: type[HfQuantizer]) -> Any:
+    return type(f"Spon{own.__name__}", (_Around, own), {})
+
+
+class _Around(HfQuantizer):
+    """What comes before and after the steps of the base's own quantizer, the next class in line."""
+
+    spon_config: Any
+    paths: dict[str, str]
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        result = super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+        merged = self.spon_config.merged
+        self.paths = paths_in(model, merged.masks)
+        for path, entry in self.paths.items():
+            host = model.get_submodule(path)
+            if is_plain_matrix(getattr(host, "weight", None)):  # one that the base leaves in floating point
+                model.set_submodule(path, layer_for(merged, entry, host))
+            else:
+                _announce(host, merged.tensors(entry), model.dtype)
+        check_files(merged, self.paths, checkpoint_files or ())
+        return result
+
+    def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
+        """Finish the model, as `HfQuantizer.postprocess_model`; its config is the merged checkpoint's."""
+        result = super().postprocess_model(model, **kwargs)
+        model.config.quantization_config = self.spon_config
+        return result
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        result = super()._process_model_after_weight_loading(model, **kwargs)
+        for path in self.paths:
+            host = model.get_submodule(path)
+            if not isinstance(host, SparseLayer):
+                model.set_submodule(path, SparseQuantizedLinear(host))
+        finish_layers(model, self.paths, self.spon_config.merged)
+        return result
+
+
+def pack_again(model: nn.Module) -> None:
+    """Pack the linears of a model that compressed-tensors has decompressed, as it does before a model's first pass.
+
+    The values are those that the codes stood for, so the codes are the same: in float32, as dividing in bfloat16 would
+    move some of eight bits. Other models stay as they are.
+    """
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    status = getattr(getattr(compressor, "quantization_config", None), "quantization_status", None)
+    if compressor is not None and getattr(status, "value", "") == "decompressed":
+        for module in model.modules():
+            if getattr(getattr(module, "quantization_status", None), "value", "") == "decompressed":
+                module.weight.data = module.weight.data.float()
+        compressor.compress_model(model, skip_compressed=True)
+
+
+def _announce(host: nn.Module, tensors: Sequence[str], dtype: torch.dtype) -> None:
+    """Make room in a quantized linear for what the file holds beside its own tensors."""
+    in_features, out_features = linear_features(host)
+    device = next(host.parameters()).device
+    for name in {THRESHOLD: None, **dict.fromkeys(tensors)}:
+        shape, kind = ((out_features,), dtype) if name == DENSE_BIAS else ((in_features,), torch.float32)
+        if name not in tensors:
+            shape = (1,)  # one threshold for all inputs, which the config says
+        host.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
+    for name in ("spon_center", DENSE_BIAS):
+        if name not in host._buffers:
+            host.register_buffer(name, None)
+    if getattr(host, "bias", None) is None:
+        host.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SparseQuantizedLinear`: the layer of a merged model whose base holds its weight in 8 or 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spon_plugin.errors import SponError
+from spon_plugin.kernels import sparse_linear
+from spon_plugin.kernels.table import Problem, choose
+from spon_plugin.layers.sparse_linear import SparseLayer
+from spon_plugin.masking import sparse_deviation
+from spon_plugin.weights.linears import linear_features, weight_of
+from spon_plugin.weights.scaled import ScaledWeight
+
+
+class SparseQuantizedLinear(SparseLayer):
+    """``y = W S(x) + bias`` on the codes of a quantized linear, whose tensors it takes over by their own names.
+
+    What is saved is therefore the host's format, with the folded bias and the mask's tensors beside it. Next to the
+    host's codes, packed as the host likes them, it holds a copy that lies by inputs, so that a masked input's codes
+    stay unread; `arrange_for_kernels` makes it, or the first use.
+
+    Args:
+        host: the quantized linear; it must not be used on its own any more.
+
+    Attributes:
+        in_features: length of an input.
+        out_features: length of an output.
+        bias: ``[out_features]``, or None.
+        spon_threshold: as in `SparseLinear`, like the other buffers.
+
+    Raises:
+        SponError: `host` is no linear, or holds its weight in no format with rows and scales.
+    """
+
+    host: nn.Module
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear_features(host)
+        # Not a member: its tensors are this layer's, under the same names.
+        object.__setattr__(self, "host", host)
+        self._parameters, self._buffers = host._parameters, host._buffers
+        self._non_persistent_buffers_set = host._non_persistent_buffers_set
+        if "bias" not in self._parameters:
+            self.register_parameter("bias", None)
+        self._rows: ScaledWeight | None = None
+        if "spon_threshold" not in self._buffers:
+            self._register_spon_buffers(self._device)
+        self.train(host.training)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(
+            tensor.device for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None
+        )
+
+    @property
+    def row_weight(self) -> ScaledWeight:
+        """The weight as the kernels read it."""
+        if self._rows is None or self._rows.codes.device != self._device:
+            with torch.no_grad():
+                self._rows = scaled_weight(self.host).arranged()
+        return self._rows
+
+    def keep_dense_bias(self, bias: Tensor | None = None) -> None:
+        """See `SparseLayer.keep_dense_bias`."""
+        zeros = torch.zeros(self.out_features, dtype=self._output_dtype, device=self._device)
+        self.spon_dense_bias = zeros if bias is None else bias.detach().clone()
+
+    @property
+    def kernel(self) -> str:
+        """See `SparseLayer.kernel`."""
+        row = torch.empty((1, self.in_features), dtype=self._output_dtype, device=self._device)
+        return f"spon::sparse_linear_rows ({choose(Problem(row, self.row_weight)).name}), decoded for many rows"
+
+    @property
+    def _output_dtype(self) -> torch.dtype:
+        return self.bias.dtype if self.bias is not None else torch.get_default_dtype()
+
+    def arrange_for_kernels(self) -> None:
+        """Make the copy that the kernels read, unless the weight has no values yet."""
+        if self._device.type != "meta":
+            self._rows = None
+            self.row_weight  # noqa: B018
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``."""
+        dense = None if self.tokens is None else self.tokens.rows(x)
+        center = self.spon_center
+        if dense is None and center is None:
+            return self._product(x, self.spon_threshold, self.bias)
+        kept = sparse_deviation(x, self.spon_threshold, dense, center)
+        nothing = torch.zeros_like(self.spon_threshold[:1])  # the mask is in `kept`
+        if dense is None or self.spon_dense_bias is None:
+            return self._product(kept, nothing, self.bias)
+        bias = torch.zeros_like(self.spon_dense_bias) if self.bias is None else self.bias
+        return self._product(kept, nothing, None) + torch.where(dense.unsqueeze(-1), self.spon_dense_bias, bias)
+
+    def _product(self, x: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None and bias.dtype not in (torch.float32, x.dtype):
+            bias = bias.float()
+        return sparse_linear(x, self.row_weight, threshold, bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseQuantizedLinear:
+        self._rows = None
+        super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.host._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._rows = None
+        self.host._load_from_state_dict(*args)
+
+    def extra_repr(self) -> str:
+        """Show the features, and the host's class."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, host={type(self.host).__name__}"
+
+
+def scaled_weight(module: nn.Module, name: str = "layer") -> ScaledWeight:
+    """The weight of a quantized linear, if its rows of codes can be read.
+
+    Raises:
+        SponError: they cannot.
+    """
+    weight = weight_of(module, name=name)
+    if not isinstance(weight, ScaledWeight):
+        received = getattr(weight, "reason", "") or weight.format  # type: ignore[union-attr]
+        raise SponError.of(name, received, "codes by input rows, with scales (int8, int4 or FP8)")
+    return weight

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from spon_plugin import SponError
+from spon_plugin.decoder.tokens import DenseTokens
+from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
+from spon_plugin.weights import weight_of
+from spon_plugin.weights.linears import is_sparse, linear_features
+
+
+class Host(nn.Module):
+    """int8 codes with a scale for each output, as importers know them by their structure."""
+
+    def __init__(self, in_features=48, out_features=40):
+        super().__init__()
+        torch.manual_seed(0)
+        self.in_features, self.out_features = in_features, out_features
+        codes = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight_scale = nn.Parameter(0.01 * torch.rand(out_features, 1) + 0.01, requires_grad=False)
+        self.bias = nn.Parameter(torch.randn(out_features), requires_grad=False)
+
+
+def layer(threshold=0.5, center=False):
+    made = SparseQuantizedLinear(Host())
+    made.spon_threshold = torch.tensor([threshold])
+    if center:
+        made.spon_center = torch.full((48,), 0.3)
+    return made
+
+
+def expected(made, x, dense=None):
+    """By the decoded weight, in float64."""
+    center = torch.zeros(48) if made.spon_center is None else made.spon_center
+    kept = (x - center).double() * ((x - center).abs() > made.spon_threshold)
+    if dense is not None:
+        kept = torch.where(dense.unsqueeze(-1), x.double(), kept)
+    bias = made.bias if dense is None else torch.where(dense.unsqueeze(-1), made.spon_dense_bias, made.bias)
+    return kept @ weight_of(made.host).dense(torch.float64) + bias.double()
+
+
+@pytest.mark.parametrize("center", [False, True], ids=["no centre", "centre"])
+@pytest.mark.parametrize("rows", [(), (1,), (3,), (2, 20)], ids=str)
+def test_it_computes_what_the_decoded_weight_does(rows, center):
+    made, x = layer(center=center), torch.randn(*rows, 48)
+    assert (made.row_weight.format, is_sparse(made), linear_features(made)) == ("int8", True, (48, 40))
+    torch.testing.assert_close(made(x).double(), expected(made, x), rtol=1e-4, atol=1e-4)
+
+
+def test_dense_tokens_have_their_own_bias():
+    made, x = layer(), torch.randn(1, 5, 48)
+    dense = torch.tensor([[True, False, False, True, False]])
+
+    class Tokens(DenseTokens):
+        def rows(self, x):
+            return dense
+
+    made.keep_dense_bias(torch.randn(40))
+    made.tokens = Tokens()
+    torch.testing.assert_close(made(x).double(), expected(made, x, dense), rtol=1e-4, atol=1e-4)
+
+
+def test_its_state_is_that_of_the_host_with_the_mask_beside_it():
+    host = Host()
+    names = set(host.state_dict())
+    made = SparseQuantizedLinear(host)
+    made.spon_threshold = torch.tensor([0.25])
+    assert set(made.state_dict()) == names | {"spon_threshold"}
+    other = SparseQuantizedLinear(Host())
+    other.host.weight.data.zero_()
+    assert other.row_weight.codes.eq(0).all()
+    other.load_state_dict(made.state_dict())
+    x = torch.randn(2, 48)
+    assert torch.equal(other(x), made(x))
+
+
+def test_copies_and_casts_keep_the_mask():
+    made, x = layer(), torch.randn(1, 48)
+    twin = copy.deepcopy(made)
+    twin.bias.data.zero_()
+    assert made.bias.abs().sum() > 0 and twin.host.bias.abs().sum() == 0, "a copy has tensors of its own"
+    half = made.to(torch.bfloat16)
+    assert half.spon_threshold.dtype == torch.float32 and half.weight.dtype == torch.int8
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_other_weights_are_refused():
+    with pytest.raises(SponError, match="codes by input rows"):
+        SparseQuantizedLinear(nn.Linear(4, 4)).row_weight  # noqa: B018
+    with pytest.raises(SponError, match="linear layer"):
+        SparseQuantizedLinear(nn.LayerNorm(4))
