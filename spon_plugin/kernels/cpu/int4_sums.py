@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums of rows of four-bit codes, compiled by Numba: in integers on inputs of eight bits, or in float32.
 
-The sums of a tile are ``[batch, 2, bytes]``: of the outputs in the lower four bits of each byte, then in the upper.
+The sums of a tile are ``[2 * batch, bytes]``: of the outputs in the lower four bits of each byte, then in the upper.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def sum_portable(
 ) -> None:
     """Sums over the inputs ``first:last`` of codes times inputs, for bytes ``start:stop``."""
     sums[:] = 0
-    for b in range(sums.shape[0]):
-        even, odd = sums[b, 0], sums[b, 1]
+    for b in range(sums.shape[0] // 2):
+        even, odd = sums[2 * b], sums[2 * b + 1]
         _add_portable(codes, inputs[first:last], rounded[b], start, stop, even, odd)
 
 
@@ -102,7 +102,7 @@ def sum_avx2(
         stop: where the tile ends.
         width: bytes of a row.
         addresses: room for int64 ``[2 * ROWS]``.
-        sums: int32 ``[batch, 2, bytes]``, written.
+        sums: int32 ``[2 * batch, bytes]``, written.
     """
     sums[:] = 0
     base, stride = codes.ctypes.data, codes.strides[0]
@@ -116,8 +116,8 @@ def sum_avx2(
             addresses[k] = base + np.int64(inputs[block + min(k, count - 1)]) * stride
             addresses[ROWS + k] = base + np.int64(inputs[following + k]) * stride
         two = (count + 1) // 2
-        for b in range(sums.shape[0]):
-            even, odd = sums[b, 0], sums[b, 1]
+        for b in range(sums.shape[0] // 2):
+            even, odd = sums[2 * b], sums[2 * b + 1]
             at_even, at_odd = even.ctypes.data, odd.ctypes.data
             values = pairs[b].ctypes.data + (block - first)
             column = start
@@ -151,19 +151,19 @@ def _add_four(even: Any, odd: Any, v: Any, w0: Any, w1: Any, w2: Any, w3: Any) -
 
 
 @njit(**OPTIONS)
-def sum_exact(codes: Any, rows: Any, values: Any, start: int, stop: int, sums: Any) -> None:
-    """Sums of ``values[b, q] * codes[rows[q], start:stop]`` in float32."""
+def sum_exact(codes: Any, index: Any, first: int, last: int, values: Any, start: int, stop: int, sums: Any) -> None:
+    """Sums of ``values[b, q] * codes[index[q], start:stop]``, q from `first` to `last`, in float32."""
     sums[:] = 0
-    four = rows.size - rows.size % 4
-    for q in range(0, four, 4):
-        w0, w1 = codes[rows[q], start:stop], codes[rows[q + 1], start:stop]
-        w2, w3 = codes[rows[q + 2], start:stop], codes[rows[q + 3], start:stop]
-        for b in range(sums.shape[0]):
-            _add_four(sums[b, 0], sums[b, 1], values[b, q : q + 4], w0, w1, w2, w3)
-    for q in range(four, rows.size):
-        row = codes[rows[q], start:stop]
-        for b in range(sums.shape[0]):
-            value, even, odd = values[b, q], sums[b, 0], sums[b, 1]
+    four = last - (last - first) % 4
+    for q in range(first, four, 4):
+        w0, w1 = codes[index[q], start:stop], codes[index[q + 1], start:stop]
+        w2, w3 = codes[index[q + 2], start:stop], codes[index[q + 3], start:stop]
+        for b in range(values.shape[0]):
+            _add_four(sums[2 * b], sums[2 * b + 1], values[b, q : q + 4], w0, w1, w2, w3)
+    for q in range(four, last):
+        row = codes[index[q], start:stop]
+        for b in range(values.shape[0]):
+            value, even, odd = values[b, q], sums[2 * b], sums[2 * b + 1]
             for j in range(row.size):
                 code = np.int32(row[j])
                 even[j] += value * np.float32(code & 15)

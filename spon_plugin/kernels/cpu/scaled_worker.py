@@ -70,18 +70,18 @@ def _end_of_run(inputs: Any, first: int, last: int, group_of_row: Any, ordered: 
 
 
 @njit(**OPTIONS)
-def _sum_rows(codes: Any, rows: Any, values: Any, start: int, stop: int, sums: Any) -> None:
-    """``sums[b] = sum over q of values[b, q] * codes[rows[q], start:stop]``, in float32."""
+def _sum_rows(codes: Any, index: Any, first: int, last: int, values: Any, start: int, stop: int, sums: Any) -> None:
+    """``sums[b] = sum over q of values[b, q] * codes[index[q], start:stop]``, q from `first` to `last`, in float32."""
     sums[:] = 0
-    grouped = rows.size - rows.size % IN_FLIGHT
-    for q in range(0, grouped, IN_FLIGHT):
-        for n in range(q + IN_FLIGHT, min(q + 2 * IN_FLIGHT, rows.size)):
-            ahead = codes[rows[n], start:stop]
+    grouped = last - (last - first) % IN_FLIGHT
+    for q in range(first, grouped, IN_FLIGHT):
+        for n in range(q + IN_FLIGHT, min(q + 2 * IN_FLIGHT, last)):
+            ahead = codes[index[n], start:stop]
             for j in range(0, min(ahead.size, AHEAD), 64):
                 prefetch(ahead, j)
-        add_rows(codes, rows[q : q + IN_FLIGHT], values[:, q : q + IN_FLIGHT], start, stop, sums)
-    for q in range(grouped, rows.size):
-        add_row(codes[rows[q], start:stop], values, q, sums)
+        add_rows(codes, index, values, q, start, stop, sums, 0)
+    for q in range(grouped, last):
+        add_row(codes[index[q], start:stop], values, q, sums)
 
 
 @njit(**OPTIONS)
@@ -156,8 +156,8 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
         blocks = carray(pointer(own + 4 * parts[6], types.int32), (parts[7] - parts[6],))
         places = carray(pointer(own + 4 * parts[7], types.int32), (groups + 1,))
         scale_rows = carray(pointer(own + 4 * parts[8], types.float32), (3, outputs))
-        sums = carray(pointer(own + 4 * parts[9], types.float32), (batch, per_byte, tile))
-        counts = carray(pointer(own + 4 * parts[9], types.int32), (batch, per_byte, tile))
+        sums = carray(pointer(own + 4 * parts[9], types.float32), (batch * per_byte, tile))
+        counts = carray(pointer(own + 4 * parts[9], types.int32), (batch * per_byte, tile))
         rounded = carray(pointer(own + 4 * parts[10], types.int32), (batch, RUN))
         pairs = carray(pointer(own + 4 * parts[11], types.int16), (batch, RUN))
         totals = carray(pointer(own + 4 * parts[12], types.float32), (3, batch))
@@ -213,21 +213,21 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
                     at = group * fields[layout.OFFSET_STRIDE] + begin
                     read_row(fields[layout.OFFSETS], fields[layout.OFFSET_KIND], at, offset[: end - begin])
                 if whole_bytes:
-                    _sum_rows(codes, index[first:last], values[:, first:last], start, stop, sums[:, 0])
+                    _sum_rows(codes, index, first, last, values, start, stop, sums)
                 elif vectors:
                     sum_avx2(codes, index, first, last, rounded, pairs, start, stop, width, addresses, counts)
                 elif rounds:
                     sum_portable(codes, index, first, last, rounded, start, stop, counts)
                 else:
-                    sum_exact(codes, index[first:last], values[:, first:last], start, stop, sums)
+                    sum_exact(codes, index, first, last, values, start, stop, sums)
                 for b in range(batch):
                     part, step, total = own_sums[b, begin:end], totals[0, b], totals[1, b]
                     if whole_bytes:
-                        _add_scaled(part, sums[b, 0], scale, zeros, has_zeros, total)
+                        _add_scaled(part, sums[b], scale, zeros, has_zeros, total)
                     elif rounds:
-                        _add_scaled_pairs(part, counts[b, 0], counts[b, 1], scale, zeros, step, total)
+                        _add_scaled_pairs(part, counts[2 * b], counts[2 * b + 1], scale, zeros, step, total)
                     else:
-                        _add_scaled_pairs(part, sums[b, 0], sums[b, 1], scale, zeros, step, total)
+                        _add_scaled_pairs(part, sums[2 * b], sums[2 * b + 1], scale, zeros, step, total)
                     if has_offsets:
                         for j in range(part.size):
                             part[j] += offset[j] * totals[2, b]

@@ -101,24 +101,37 @@ def add_to_four(outs: Any, values: Any, w0: Any, w1: Any, w2: Any, w3: Any, w4: 
 
 
 @njit(**OPTIONS)
-def add_rows(weight: Any, rows: Any, values: Any, start: int, stop: int, sums: Any) -> None:
-    """``sums[b] += sum over q of values[b, q] * weight[rows[q], start:stop]``, for `IN_FLIGHT` rows."""
-    w0, w1, w2, w3 = (
-        weight[rows[0], start:stop], weight[rows[1], start:stop],
-        weight[rows[2], start:stop], weight[rows[3], start:stop],
-    )  # fmt: skip
-    w4, w5, w6, w7 = (
-        weight[rows[4], start:stop], weight[rows[5], start:stop],
-        weight[rows[6], start:stop], weight[rows[7], start:stop],
-    )  # fmt: skip
-    batch = values.shape[0]
+def add_rows(weight: Any, index: Any, values: Any, q: int, start: int, stop: int, sums: Any, at: int) -> None:
+    """Add `IN_FLIGHT` rows of the weight, times their inputs, to sums.
+
+    Rows of arrays are sliced here, from whole arrays: Numba takes a slice of a slice for one with gaps, and then uses
+    no vectors.
+
+    Args:
+        weight: ``[in_features, columns]``.
+        index: int32, the active inputs.
+        values: float32 ``[batch, active inputs]``.
+        q: place of the first input.
+        start: first column.
+        stop: where the columns end.
+        sums: float32 ``[batch, columns]``; the first column's is number `at`.
+        at: see there.
+    """
+    w0, w1 = weight[index[q], start:stop], weight[index[q + 1], start:stop]
+    w2, w3 = weight[index[q + 2], start:stop], weight[index[q + 3], start:stop]
+    w4, w5 = weight[index[q + 4], start:stop], weight[index[q + 5], start:stop]
+    w6, w7 = weight[index[q + 6], start:stop], weight[index[q + 7], start:stop]
+    batch, end = values.shape[0], at + stop - start
     done = batch - batch % 4
     for b in range(0, done, 4):
-        outs = (sums[b], sums[b + 1], sums[b + 2], sums[b + 3])
-        four = (values[b], values[b + 1], values[b + 2], values[b + 3])
+        outs = (sums[b, at:end], sums[b + 1, at:end], sums[b + 2, at:end], sums[b + 3, at:end])
+        four = (
+            values[b, q : q + IN_FLIGHT], values[b + 1, q : q + IN_FLIGHT],
+            values[b + 2, q : q + IN_FLIGHT], values[b + 3, q : q + IN_FLIGHT],
+        )  # fmt: skip
         add_to_four(outs, four, w0, w1, w2, w3, w4, w5, w6, w7)
     for b in range(done, batch):
-        add_to_one(sums[b], values[b], w0, w1, w2, w3, w4, w5, w6, w7)
+        add_to_one(sums[b, at:end], values[b, q : q + IN_FLIGHT], w0, w1, w2, w3, w4, w5, w6, w7)
 
 
 @njit(**OPTIONS)

@@ -45,8 +45,7 @@ def _accumulate(weight: Any, index: Any, values: Any, sums: Any) -> None:
                 prefetch(ahead, j)
         for start in range(0, out_features, tile):
             stop = min(start + tile, out_features)
-            part = sums[:, start:stop]
-            add_rows(weight, index[q : q + IN_FLIGHT], values[:, q : q + IN_FLIGHT], start, stop, part)
+            add_rows(weight, index, values, q, start, stop, sums, start)
     for q in range(grouped, index.size):
         add_row(weight[index[q], :out_features], values, q, sums)
 
