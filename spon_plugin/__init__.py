@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """SPON: input sparsification with spontaneous neurons, free of any host framework."""
 
+from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.adapter.config import SponFields
-from spon_plugin.adapter.directory import Adapter, read_adapter, write_adapter
+from spon_plugin.adapter.directory import read_adapter, write_adapter
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.decoder.masked_linears import sparse_inputs
 from spon_plugin.decoder.positions import read_as

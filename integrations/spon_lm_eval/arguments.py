@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spon_plugin.adapter.directory import CONFIG_NAME, WEIGHTS_NAME, Adapter, base_of, read_adapter
+from spon_plugin.adapter.adapter import Adapter
+from spon_plugin.adapter.directory import CONFIG_NAME, WEIGHTS_NAME, base_of, read_adapter
 from spon_plugin.errors import SponError
 from spon_plugin.masking import TOKEN_MODES
 

@@ -14,15 +14,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from spon_peft.layer import SponLayer
-from spon_plugin.adapter.config import CENTER_MODULES, CHANNEL_MODULES, SponFields
-from spon_plugin.adapter.directory import (
-    PEFT_TYPE,
-    WEIGHTS_NAME,
-    Adapter,
-    masks_of,
-    read_adapter,
-    read_config,
-)
+from spon_plugin.adapter.adapter import Adapter, masks_of
+from spon_plugin.adapter.config import CENTER_MODULES, CHANNEL_MODULES, PEFT_TYPE, SponFields
+from spon_plugin.adapter.directory import WEIGHTS_NAME, read_adapter, read_config
 from spon_plugin.adapter.saved import KEY_PREFIX
 from spon_plugin.errors import SponError
 

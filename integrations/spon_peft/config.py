@@ -9,8 +9,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from spon_plugin.adapter.config import CENTER_MODULES, CHANNEL_MODULES, SponFields, check_modules
-from spon_plugin.adapter.directory import PEFT_TYPE
+from spon_plugin.adapter.config import CENTER_MODULES, CHANNEL_MODULES, PEFT_TYPE, SponFields, check_modules
 from spon_plugin.errors import SponError
 
 _OWN = frozenset(f.name for f in fields(SponFields))

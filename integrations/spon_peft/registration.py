@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
-from spon_plugin.adapter.directory import PEFT_TYPE
+from spon_plugin.adapter.config import PEFT_TYPE
 from spon_plugin.errors import SponError
 from spon_plugin.weights.linears import is_sparse
 

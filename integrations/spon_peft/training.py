@@ -20,7 +20,8 @@ from transformers.trainer_callback import PrinterCallback
 from spon_peft.adapters import collect_adapter, injected_layers
 from spon_peft.checkpoints import check_plan, newest_whole
 from spon_peft.trainer import SponTrainer
-from spon_plugin.adapter.directory import Adapter, write_adapter
+from spon_plugin.adapter.adapter import Adapter
+from spon_plugin.adapter.directory import write_adapter
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.training.recipe import Recipe, alpha_scales
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from spon_plugin.adapter.directory import Adapter
+    from spon_plugin.adapter.adapter import Adapter
 
 __all__ = ["mark_merged", "register"]
 

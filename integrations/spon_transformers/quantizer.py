@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.adapter.config import CENTER_MODULES, SponFields, short_names
-from spon_plugin.adapter.directory import Adapter
 from spon_plugin.adapter.merged import BASE_QUANTIZATION, FIELD, QUANT_METHOD, MergedConfig, holds_dense_biases
 from spon_plugin.decoder.tokens import rule_of
 from spon_plugin.errors import SponError

@@ -11,6 +11,7 @@ from typing import Any
 from spon_plugin.errors import SponError
 from spon_plugin.masking import TOKEN_MODES, check_sparsity
 
+PEFT_TYPE = "SPON"
 FORMAT_VERSION = 2
 """Of new adapters. An adapter of version 1 is read as what it is, and written again as version 1."""
 READ_VERSIONS = (1, 2)

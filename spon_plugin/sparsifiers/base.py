@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.adapter.config import SponFields
-from spon_plugin.adapter.directory import Adapter
 from spon_plugin.calibration.histogram import MagnitudeHistogram
 from spon_plugin.calibration.streaming import SINKS, Observe, counted_rows, stream_inputs
 from spon_plugin.decoder.attachment import SparseMethod

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.adapter.config import SponFields, carries_alpha
-from spon_plugin.adapter.directory import Adapter
 from spon_plugin.adapter.mask import Mask, with_alphas
 from spon_plugin.calibration.measurement import mean_alphas, measure_sparsity
 from spon_plugin.calibration.sensitivity import match_sparsity

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.adapter.config import SponFields
-from spon_plugin.adapter.directory import Adapter
 from spon_plugin.adapter.mask import Mask, with_alphas
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.sites import Site

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spon_plugin.adapter.directory import Adapter
+from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.calibration.streaming import SINKS, Observe, counted_rows, stream_inputs
 from spon_plugin.decoder.sites import Site
 from spon_plugin.masking import sparsify

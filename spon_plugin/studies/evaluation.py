@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spon_plugin.adapter.directory import Adapter
+from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.decoder.attachment import SparseMethod
 from spon_plugin.decoder.masked_linears import MaskedLinears
 from spon_plugin.decoder.positions import whole_windows

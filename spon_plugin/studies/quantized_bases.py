@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spon_plugin.adapter.directory import Adapter, read_adapter, write_adapter
+from spon_plugin.adapter.adapter import Adapter
+from spon_plugin.adapter.directory import read_adapter, write_adapter
 from spon_plugin.decoder.sites import find_sites
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from spon_plugin.adapter.directory import Adapter
+from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.calibration.sensitivity import RATE
 from spon_plugin.errors import SponError
 

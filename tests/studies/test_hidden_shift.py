@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from spon_plugin import Mask, SponError, find_sites, sparse_inputs, sparsify
+from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.adapter.config import SponFields
-from spon_plugin.adapter.directory import Adapter
 from spon_plugin.studies.alpha_statistics import alpha_statistics
 from spon_plugin.studies.hidden_shift import block_outputs, linear_cka, project, prompt_means, relative_distance
 
