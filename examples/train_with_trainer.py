@@ -17,8 +17,8 @@ from transformers import (
 
 from spon_peft import SponTrainer
 from spon_plugin import find_sites, write_adapter
-from spon_plugin.calibration.text import mixed_windows, read_text
 from spon_plugin.sparsifiers.calibrate import calibrate
+from spon_plugin.text import mixed_windows, read_text
 
 
 def main(base: str, text: str, output: str, sparsity: float = 0.5, steps: int = 20) -> None:

@@ -2,6 +2,7 @@
 """Who may import whom: folders in one direction, no circle of files, and what starts with Python on its own feet."""
 
 import ast
+import importlib
 import os
 import shutil
 import subprocess
@@ -91,3 +92,17 @@ def test_what_starts_with_python_imports_the_standard_library_alone():
         elif isinstance(node, ast.ImportFrom):
             names.add((node.module or "").partition(".")[0])
     assert names <= set(sys.stdlib_module_names)
+
+
+PUBLIC = {
+    "spon_plugin": "Adapter Mask Site SparseConv1D SparseLinear SparsityCounter SponError SponFields find_sites"
+    " fold_alpha keep_mask read_adapter read_as sparse_inputs sparse_linear sparsify write_adapter",
+    "spon_plugin.text": "leading_windows mixed_windows offline_text read_text spread_windows",
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_programs_find_the_public_names(module):
+    public = importlib.import_module(module)
+    assert set(PUBLIC[module].split()) <= set(public.__all__)
+    assert all(hasattr(public, name) for name in public.__all__)
