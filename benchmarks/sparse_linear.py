@@ -2,11 +2,13 @@
 """How fast `sparse_linear` is, against the best dense baselines of the same run.
 
     python -m benchmarks.sparse_linear --device cpu --dtype bfloat16 --shapes llama3-8b --sparsity 0,0.5,0.7 --batch 1
+    python -m benchmarks.sparse_linear --format int4 --group 128 --shapes 4096x14336,14336x4096 --batch 1
 
 Weights are cold: calls rotate over copies that exceed the cache several times. All variants of a shape and batch are
-measured in turns, so that they see the same machine, and medians are reported. Two dense baselines: torch's linear
-layer on its own layout, and our kernel with nothing masked. On a CPU, `read` is the bandwidth at which torch sums up
-the cold weights, measured in the same turns.
+measured in turns, so that they see the same machine, and medians are reported. Dense baselines: torch's linear layer on
+its own layout, in `--dtype` and in float32 where the machine emulates that; our kernel with nothing masked; and torch's
+own kernel for the format of `--format`, where it has one. On a CPU, `read` is the bandwidth at which torch sums up the
+cold weights, measured in the same turns.
 Inputs are Gaussian and independent between rows, the worst case for a batch; `benchmarks.real_masks` has real ones.
 """
 
@@ -20,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
+from benchmarks.formats import FORMATS, baselines, clone, make, nbytes, tensors
 from benchmarks.timing import copies_for, interleaved_medians
 from spon_plugin.kernels import sparse_linear
 from spon_plugin.machine import DTYPES
@@ -42,30 +44,30 @@ def measure(
     dtype: torch.dtype,
     device: torch.device,
     seconds: float,
+    format: str = "dense",
+    group: int = 0,
 ) -> list[dict[str, Any]]:
     """The rows of one shape and batch, one for each sparsity."""
     in_features, out_features = shape
     generator = torch.Generator(device).manual_seed(0)
-    nbytes = in_features * out_features * dtype.itemsize
-    copies = copies_for(nbytes, device)
-    weights = [
-        torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(copies)
-    ]
-    torch_weights = [weight.t().contiguous() for weight in weights]
+    weight = make(format, shape, dtype, group, generator)
+    size = nbytes(weight)
+    copies = copies_for(size, device)
+    weights = [clone(weight) for _ in range(copies)]
     x = torch.randn(batch, in_features, generator=generator, device=device).to(dtype)
     bias = torch.randn(out_features, generator=generator, device=device).to(dtype)
     quantiles = {s: torch.quantile(x.float().abs().flatten()[: 1 << 24], s).reshape(1) for s in sparsities if s > 0}
     thresholds = {s: quantiles.get(s, torch.full((1,), -1.0, device=device)) for s in sparsities}
 
-    calls: dict[str, Callable[[int], object]] = {"torch": lambda i: F.linear(x, torch_weights[i], bias)}
+    calls: dict[str, Callable[[int], object]] = {**baselines(weights, x, bias, group)}
     for sparsity in sorted({0.0, *sparsities}):
         threshold = thresholds.get(sparsity, torch.full((1,), -1.0, device=device))
         calls[str(sparsity)] = lambda i, threshold=threshold: sparse_linear(x, weights[i], threshold, bias)  # type: ignore[misc]
     if device.type == "cpu":
-        words = [weight.view(-1).view(torch.int64) for weight in weights]
-        calls["read"] = lambda i: words[i].sum()
+        words = [[part.view(-1).view(torch.int64) for part in tensors(weight)] for weight in weights]
+        calls["read"] = lambda i: [part.sum() for part in words[i]]
     times = interleaved_medians(calls, copies, device, seconds)
-    read = nbytes / times["read"] / 1e9 if "read" in times else None
+    read = size / times["read"] / 1e9 if "read" in times else None
 
     rows = []
     for sparsity in sparsities:
@@ -79,9 +81,14 @@ def measure(
                 "sparsity": sparsity,
                 "skipped": skipped,
                 "microseconds": taken * 1e6,
-                "gigabytes_per_second": nbytes * (1 - skipped) / taken / 1e9,
+                "format": format,
+                "group": group,
+                "gigabytes_per_second": size * (1 - skipped) / taken / 1e9,
                 "torch_microseconds": times["torch"] * 1e6,
                 "over_torch": times["torch"] / taken,
+                "over_torch_float32": times["torch float32"] / taken if "torch float32" in times else None,
+                "packed_microseconds": times["packed"] * 1e6 if "packed" in times else None,
+                "over_packed": times["packed"] / taken if "packed" in times else None,
                 "over_own_dense": times["0.0"] / taken,
                 "share_of_ideal": times["0.0"] / taken * (1 - skipped),
                 "read_gigabytes_per_second": read,
@@ -92,16 +99,24 @@ def measure(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    head = "| in x out | batch | sparsity | skipped | µs | GB/s | torch µs | over torch | over own dense | of ideal |"
-    lines = [head + " read GB/s |", "| --- " + "| ---: " * 10 + "|"]
+    head = "| in x out | format | batch | sparsity | skipped | µs | GB/s | read GB/s | torch µs | over torch "
+    lines = [head + "| over float32 | over packed | over own dense | of ideal |", "| --- | --- " + "| ---: " * 12 + "|"]
     for row in rows:
-        read = row["read_gigabytes_per_second"]
-        lines.append(
-            f"| {row['in_features']} x {row['out_features']} | {row['batch']} | {row['sparsity']:.0%} "
-            f"| {row['skipped']:.1%} | {row['microseconds']:.1f} | {row['gigabytes_per_second']:.1f} "
-            f"| {row['torch_microseconds']:.1f} | {row['over_torch']:.2f} | {row['over_own_dense']:.2f} "
-            f"| {row['share_of_ideal']:.2f} | {'' if read is None else f'{read:.1f}'} |"
-        )
+        size = f" g{row['group']}" if row["group"] else ""
+        ratios = ("over_torch", "over_torch_float32", "over_packed", "over_own_dense", "share_of_ideal")
+        cells = [
+            f"{row['in_features']} x {row['out_features']}",
+            f"{row['format']}{size}",
+            f"{row['batch']}",
+            f"{row['sparsity']:.0%}",
+            f"{row['skipped']:.1%}",
+            f"{row['microseconds']:.1f}",
+            f"{row['gigabytes_per_second']:.1f}",
+            "" if row["read_gigabytes_per_second"] is None else f"{row['read_gigabytes_per_second']:.1f}",
+            f"{row['torch_microseconds']:.1f}",
+            *("" if row[name] is None else f"{row[name]:.2f}" for name in ratios),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -146,6 +161,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
+    parser.add_argument("--format", default="dense", choices=FORMATS, help="of the weights")
+    parser.add_argument("--group", type=int, help="inputs that share a scale; default 128 for int4, else all of them")
     parser.add_argument("--shapes", default="llama3-8b", help="models (" + ", ".join(SHAPES) + "), or INxOUT,INxOUT")
     parser.add_argument("--sparsity", default="0,0.25,0.4,0.5,0.6,0.7")
     parser.add_argument("--batch", default="1,2,4,8")
@@ -158,11 +175,13 @@ def main() -> None:
         shapes += SHAPES.get(name) or [tuple(int(size) for size in name.split("x"))]  # type: ignore[list-item]
     device = torch.device(arguments.device)
     sparsities = [float(value) for value in arguments.sparsity.split(",")]
+    group = (128 if arguments.format == "int4" else 0) if arguments.group is None else arguments.group
     rows = []
     with torch.no_grad():
         for shape in dict.fromkeys(shapes):
             for batch in (int(value) for value in arguments.batch.split(",")):
-                found = measure(shape, batch, sparsities, DTYPES[arguments.dtype], device, arguments.seconds)
+                dtype, seconds = DTYPES[arguments.dtype], arguments.seconds
+                found = measure(shape, batch, sparsities, dtype, device, seconds, arguments.format, group)
                 print(table(found).split("\n", 2)[2] if rows else table(found), flush=True)
                 rows += found
     if arguments.json:

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights for `benchmarks.sparse_linear` in each format, and the dense products that they have to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spon_plugin import RowWeight, machine
+from spon_plugin.weights.dense import DenseWeight
+from spon_plugin.weights.fp8 import Fp8Weight
+from spon_plugin.weights.int4 import Int4Weight, pack_nibbles, unpack_nibbles
+from spon_plugin.weights.int8 import Int8Weight
+from spon_plugin.weights.scaled import ScaledWeight
+
+FORMATS = ("dense", "int8", "int4", "fp8")
+
+
+def make(format: str, shape: tuple[int, int], dtype: torch.dtype, group: int, generator: torch.Generator) -> RowWeight:
+    """A random weight ``[in_features, out_features]``; scales are bfloat16, as checkpoints have them.
+
+    Args:
+        format: of `FORMATS`.
+        shape: in_features and out_features.
+        dtype: of a dense weight.
+        group: inputs that share a scale; 0 for all of them.
+        generator: of its device.
+    """
+    device = generator.device
+    if format == "dense":
+        return DenseWeight(torch.randn(shape, generator=generator, device=device).to(dtype))
+    size = group or shape[0]
+    groups = -(-shape[0] // size)
+    scales = torch.rand((groups, shape[1]), generator=generator, device=device).add_(0.5).mul_(0.01).bfloat16()
+    if format == "fp8":
+        codes = torch.randn(shape, generator=generator, device=device).to(torch.float8_e4m3fn)
+        return Fp8Weight(codes, scales, None, size)
+    if format == "int8":
+        codes = torch.randint(-127, 128, shape, generator=generator, device=device, dtype=torch.int8)
+        return Int8Weight(codes, scales, None, size)
+    codes = torch.randint(0, 16, shape, generator=generator, device=device, dtype=torch.uint8)
+    return Int4Weight(pack_nibbles(codes), scales, None, size)
+
+
+def clone(weight: RowWeight) -> RowWeight:
+    """The same values elsewhere in memory."""
+    if isinstance(weight, ScaledWeight):
+        return replace(weight, codes=weight.codes.clone(), scales=weight.scales.clone())
+    return replace(weight, codes=weight.codes.clone())
+
+
+def tensors(weight: RowWeight) -> list[Tensor]:
+    """What a product with nothing masked reads."""
+    return [weight.codes, weight.scales] if isinstance(weight, ScaledWeight) else [weight.codes]
+
+
+def nbytes(weight: RowWeight) -> int:
+    """Bytes of `tensors`."""
+    return sum(part.numel() * part.element_size() for part in tensors(weight))
+
+
+def baselines(weights: Sequence[RowWeight], x: Tensor, bias: Tensor, group: int) -> dict[str, Callable[[int], Tensor]]:
+    """Dense products of torch on as many cold weights: its linear layer, and its own kernel for the format.
+
+    Returns:
+        "torch", in the dtype of x; "torch float32" where the machine emulates that dtype; "packed", torch's weight-only
+        kernel for int8 by output and for int4 by group, on CPUs and in bfloat16 alone.
+    """
+    in_features, out_features = weights[0].in_features, weights[0].out_features
+    matrices = _copies(torch.randn(out_features, in_features, device=x.device).to(x.dtype), weights)
+    calls: dict[str, Callable[[int], Tensor]] = {"torch": lambda i: F.linear(x, matrices[i % len(matrices)], bias)}
+    if not machine.is_native(x.dtype, x.device):
+        wide, wide_x, wide_bias = _copies(matrices[0].float(), weights), x.float(), bias.float()
+        calls["torch float32"] = lambda i: F.linear(wide_x, wide[i % len(wide)], wide_bias)
+    first = weights[0]
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or not isinstance(first, ScaledWeight):
+        return calls
+    if first.format == "int8" and first.scales.shape[0] == 1:
+        by_output = _copies(first.codes.t().contiguous(), weights)
+        calls["packed"] = lambda i: torch._weight_int8pack_mm(x, by_output[i % len(by_output)], first.scales[0]) + bias
+    elif first.format == "int4" and group in (32, 64, 128, 256) and out_features % 16 == 0:
+        codes = unpack_nibbles(first.codes, out_features).t().contiguous().int()
+        packed = _copies(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), weights)
+        pairs = torch.stack([first.scales, torch.zeros_like(first.scales)], -1)
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu
+        calls["packed"] = lambda i: product(x, packed[i % len(packed)], group, pairs) + bias
+    return calls
+
+
+def _copies(matrix: Tensor, weights: Sequence[RowWeight]) -> list[Tensor]:
+    """Enough copies of `matrix` for as many bytes as `weights` have, at least three."""
+    count = -(-len(weights) * nbytes(weights[0]) // (matrix.numel() * matrix.element_size()))
+    return [matrix.clone() for _ in range(max(3, count))]
