@@ -14,14 +14,14 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-from spon_plugin.kernels.cpu.scaled_layout import ROWS
-
 WIDE, NARROW = 64, 32  # bytes of a row in a call of `int4_dot_wide` and of `int4_dot_narrow`
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _BYTES, _WORDS, _LONGS = ir.VectorType(_I8, 32), ir.VectorType(_I16, 16), ir.VectorType(_I32, 8)
 # Interleaved within each half of a register, which is one instruction: bytes 0-7 and 16-23, then 8-15 and 24-31.
 _FIRST, _SECOND = ([k for half in (0, 16) for i in range(8) for k in (half + i + o, 32 + half + i + o)] for o in (0, 8))
+# Likewise by 16 bits: the sums of lower and upper codes side by side, as outputs lie.
+_WOVEN = [[k for half in (0, 8) for i in range(4) for k in (half + i + o, 16 + half + i + o)] for o in (0, 4)]
 
 
 def has_avx2() -> bool:
@@ -35,25 +35,25 @@ def has_avx2() -> bool:
 
 @intrinsic
 def int4_dot_wide(
-    _typing: Any, rows: Any, inputs: Any, pairs: Any, column: Any, ahead: Any, even: Any, odd: Any
+    _typing: Any, rows: Any, inputs: Any, pairs: Any, column: Any, aheads: Any, ahead: Any, sums: Any
 ) -> Any:
     """Add the products of pairs of rows with their inputs, for `WIDE` bytes of the rows.
 
     Args:
-        rows: address of the rows' addresses, int64 ``[2 * ROWS]``; the second half are rows to ask for early.
+        rows: address of the rows' addresses, int64 ``[2 * pairs]``.
         inputs: address of the inputs of each pair as two signed bytes, int16 ``[pairs]``.
-        pairs: at most ``ROWS / 2``.
+        pairs: at most 8.
         column: the first byte.
-        ahead: the first byte of the rows to come.
-        even: address of the sums of the codes in the lower four bits, int32 ``[WIDE]``.
-        odd: likewise for the upper four bits.
+        aheads: address of the addresses of as many rows to ask for early.
+        ahead: a byte of theirs.
+        sums: address of the sums, int32 ``[2 * WIDE]``, which are added to.
     """
     return types.void(*[types.int64] * 7), _generator(WIDE // 32)
 
 
 @intrinsic
 def int4_dot_narrow(
-    _typing: Any, rows: Any, inputs: Any, pairs: Any, column: Any, ahead: Any, even: Any, odd: Any
+    _typing: Any, rows: Any, inputs: Any, pairs: Any, column: Any, aheads: Any, ahead: Any, sums: Any
 ) -> Any:
     """`int4_dot_wide` for `NARROW` bytes."""
     return types.void(*[types.int64] * 7), _generator(NARROW // 32)
@@ -62,30 +62,32 @@ def int4_dot_narrow(
 def _generator(vectors: int) -> Any:
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         b = builder
-        rows, inputs, pairs, column, ahead, even, odd = args
-        rows, inputs = b.inttoptr(rows, _I64.as_pointer()), b.inttoptr(inputs, _I16.as_pointer())
+        rows, inputs, pairs, column, aheads, ahead, sums = args
+        rows, aheads = b.inttoptr(rows, _I64.as_pointer()), b.inttoptr(aheads, _I64.as_pointer())
+        inputs = b.inttoptr(inputs, _I16.as_pointer())
         words = [cgutils.alloca_once(b, _WORDS) for _ in range(4 * vectors)]
         for place in words:
             b.store(ir.Constant(_WORDS, [0] * 16), place)
         with cgutils.for_range(b, pairs) as pair:
-            _add_pair(b, rows, inputs, pair.index, column, ahead, words)
-        for number, place in enumerate(words):
-            vector, upper, second = number // 4, number // 2 % 2, number % 2
-            value = b.load(place)
-            for half in range(2):
-                start = 32 * vector + 8 * second + 16 * half
-                base = b.add(odd if upper else even, _I64(4 * start))
-                target = b.inttoptr(base, _LONGS.as_pointer())
-                part = b.shuffle_vector(value, value, _indices(range(8 * half, 8 * half + 8)))
-                held = b.load(target)
-                held.align = 4
-                b.store(b.add(held, b.sext(part, _LONGS)), target).align = 4
+            _add_pair(b, rows, inputs, pair.index, column, aheads, ahead, words)
+        for vector in range(vectors):
+            for second in range(2):
+                low, high = b.load(words[4 * vector + second]), b.load(words[4 * vector + 2 + second])
+                for upper, order in enumerate(_WOVEN):
+                    woven = b.shuffle_vector(low, high, _indices(order))
+                    for half in range(2):
+                        output = 64 * vector + 32 * half + 16 * second + 8 * upper
+                        target = b.inttoptr(b.add(sums, _I64(4 * output)), _LONGS.as_pointer())
+                        part = b.shuffle_vector(woven, woven, _indices(range(8 * half, 8 * half + 8)))
+                        held = b.load(target)
+                        held.align = 4
+                        b.store(b.add(held, b.sext(part, _LONGS)), target).align = 4
         return context.get_dummy_value()
 
     return generate
 
 
-def _add_pair(b: Any, rows: Any, inputs: Any, pair: Any, column: Any, ahead: Any, words: Any) -> None:
+def _add_pair(b: Any, rows: Any, inputs: Any, pair: Any, column: Any, aheads: Any, ahead: Any, words: Any) -> None:
     madd = cgutils.get_or_insert_function(
         b.module, ir.FunctionType(_WORDS, [_BYTES, _BYTES]), "llvm.x86.avx2.pmadd.ub.sw"
     )
@@ -96,7 +98,7 @@ def _add_pair(b: Any, rows: Any, inputs: Any, pair: Any, column: Any, ahead: Any
     for row in range(2):
         number = b.add(b.mul(pair, _I64(2)), _I64(row))
         addresses.append(b.add(b.load(b.gep(rows, [number])), column))
-        to_come = b.add(b.load(b.gep(rows, [b.add(number, _I64(ROWS))])), ahead)
+        to_come = b.add(b.load(b.gep(aheads, [number])), ahead)
         b.call(prefetch, [b.inttoptr(to_come, _I8.as_pointer()), _I32(0), _I32(3), _I32(1)])
     undefined = ir.Constant(_WORDS, ir.Undefined)
     one = b.insert_element(undefined, b.load(b.gep(inputs, [pair])), _I32(0))

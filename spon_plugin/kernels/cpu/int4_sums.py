@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums of rows of four-bit codes, compiled by Numba: in integers on inputs of eight bits, or in float32.
-
-The sums of a tile are ``[2 * batch, bytes]``: of the outputs in the lower four bits of each byte, then in the upper.
-"""
+"""Sums of rows of four-bit codes, compiled by Numba: in integers on inputs of eight bits, or in float32."""
 
 from __future__ import annotations
 
@@ -13,8 +10,11 @@ from numba import njit
 
 from spon_plugin.kernels.cpu.int4_dot import NARROW, WIDE, int4_dot_narrow, int4_dot_wide
 from spon_plugin.kernels.cpu.scaled_layout import ROWS
-from spon_plugin.kernels.cpu.steps import OPTIONS
+from spon_plugin.kernels.cpu.steps import OPTIONS, clear
 
+# Bytes of each row that are asked for early. So many rows at once are too many streams for the processor to foresee.
+
+DISTANCE = 256
 _LARGEST = np.float32(3.4028234e38)
 
 
@@ -53,7 +53,7 @@ def round_inputs(values: Any, rounded: Any, pairs: Any) -> Any:
 
 
 @njit(**OPTIONS)
-def _add_portable(codes: Any, rows: Any, rounded: Any, start: int, stop: int, even: Any, odd: Any) -> None:
+def _add_portable(codes: Any, rows: Any, rounded: Any, start: int, stop: int, out: Any) -> None:
     """Add the products of some rows of codes with their inputs, for bytes ``start:stop``, in plain integers."""
     count = rows.size
     four = count - count % 4
@@ -63,14 +63,14 @@ def _add_portable(codes: Any, rows: Any, rounded: Any, start: int, stop: int, ev
         w2, w3 = codes[rows[q + 2], start:stop], codes[rows[q + 3], start:stop]
         for j in range(w0.size):
             b0, b1, b2, b3 = np.int32(w0[j]), np.int32(w1[j]), np.int32(w2[j]), np.int32(w3[j])
-            even[j] += np.int32(a * (b0 & 15) + b * (b1 & 15) + c * (b2 & 15) + d * (b3 & 15))
-            odd[j] += np.int32(a * (b0 >> 4) + b * (b1 >> 4) + c * (b2 >> 4) + d * (b3 >> 4))
+            out[2 * j] += np.int32(a * (b0 & 15) + b * (b1 & 15) + c * (b2 & 15) + d * (b3 & 15))
+            out[2 * j + 1] += np.int32(a * (b0 >> 4) + b * (b1 >> 4) + c * (b2 >> 4) + d * (b3 >> 4))
     for q in range(four, count):
         value, row = rounded[q], codes[rows[q], start:stop]
         for j in range(row.size):
             code = np.int32(row[j])
-            even[j] += np.int32(value * (code & 15))
-            odd[j] += np.int32(value * (code >> 4))
+            out[2 * j] += np.int32(value * (code & 15))
+            out[2 * j + 1] += np.int32(value * (code >> 4))
 
 
 @njit(**OPTIONS)
@@ -78,10 +78,9 @@ def sum_portable(
     codes: Any, inputs: Any, first: int, last: int, rounded: Any, start: int, stop: int, sums: Any
 ) -> None:
     """Sums over the inputs ``first:last`` of codes times inputs, for bytes ``start:stop``."""
-    sums[:] = 0
-    for b in range(sums.shape[0] // 2):
-        even, odd = sums[2 * b], sums[2 * b + 1]
-        _add_portable(codes, inputs[first:last], rounded[b], start, stop, even, odd)
+    clear(sums, 2 * (stop - start))
+    for b in range(sums.shape[0]):
+        _add_portable(codes, inputs[first:last], rounded[b], start, stop, sums[b])
 
 
 @njit(**OPTIONS)
@@ -102,50 +101,49 @@ def sum_avx2(
         stop: where the tile ends.
         width: bytes of a row.
         addresses: room for int64 ``[2 * ROWS]``.
-        sums: int32 ``[2 * batch, bytes]``, written.
+        sums: int32 ``[batch, outputs]``, written.
     """
-    sums[:] = 0
+    clear(sums, 2 * (stop - start))
     base, stride = codes.ctypes.data, codes.strides[0]
     where = addresses.ctypes.data
     for block in range(first, last, ROWS):
         count = min(ROWS, last - block)
-        following, ahead = block + ROWS, start
+        following, begin = block + ROWS, start
         if following >= last:  # the next tile of this run, or the next run
-            following, ahead = (first, stop) if stop < width else (last, 0)
+            following, begin = (first, stop) if stop < width else (last, 0)
         for k in range(ROWS):
             addresses[k] = base + np.int64(inputs[block + min(k, count - 1)]) * stride
             addresses[ROWS + k] = base + np.int64(inputs[following + k]) * stride
         two = (count + 1) // 2
-        for b in range(sums.shape[0] // 2):
-            even, odd = sums[2 * b], sums[2 * b + 1]
-            at_even, at_odd = even.ctypes.data, odd.ctypes.data
-            values = pairs[b].ctypes.data + (block - first)
+        for b in range(sums.shape[0]):
+            out = sums[b]
+            target, values = out.ctypes.data, pairs[b].ctypes.data + (block - first)
             column = start
-            while column + WIDE <= stop:
+            while column + NARROW <= stop:
                 done = column - start
-                int4_dot_wide(where, values, two, column, ahead + done, at_even + 4 * done, at_odd + 4 * done)
-                column += WIDE
-            if column + NARROW <= stop:
-                done = column - start
-                int4_dot_narrow(where, values, two, column, ahead + done, at_even + 4 * done, at_odd + 4 * done)
-                column += NARROW
+                aheads, ahead = where, column + DISTANCE
+                if ahead >= stop:  # past the end of these rows: the beginning of those to come
+                    aheads, ahead = where + 8 * ROWS, ahead - stop + begin
+                if column + WIDE <= stop:
+                    int4_dot_wide(where, values, two, column, aheads, ahead, target + 8 * done)
+                    column += WIDE
+                else:
+                    int4_dot_narrow(where, values, two, column, aheads, ahead, target + 8 * done)
+                    column += NARROW
             if column < stop:
-                done = column - start
-                _add_portable(
-                    codes, inputs[block : block + count], rounded[b, block - first :], column, stop, even[done:],
-                    odd[done:],
-                )  # fmt: skip
+                rest = out[2 * (column - start) :]
+                _add_portable(codes, inputs[block : block + count], rounded[b, block - first :], column, stop, rest)
 
 
 @njit(**OPTIONS)
-def _add_four(even: Any, odd: Any, v: Any, w0: Any, w1: Any, w2: Any, w3: Any) -> None:
+def _add_four(out: Any, v: Any, w0: Any, w1: Any, w2: Any, w3: Any) -> None:
     v0, v1, v2, v3 = v[0], v[1], v[2], v[3]
     for j in range(w0.size):
         b0, b1, b2, b3 = np.int32(w0[j]), np.int32(w1[j]), np.int32(w2[j]), np.int32(w3[j])
-        even[j] += (
+        out[2 * j] += (
             v0 * np.float32(b0 & 15) + v1 * np.float32(b1 & 15) + v2 * np.float32(b2 & 15) + v3 * np.float32(b3 & 15)
         )
-        odd[j] += (
+        out[2 * j + 1] += (
             v0 * np.float32(b0 >> 4) + v1 * np.float32(b1 >> 4) + v2 * np.float32(b2 >> 4) + v3 * np.float32(b3 >> 4)
         )
 
@@ -153,18 +151,18 @@ def _add_four(even: Any, odd: Any, v: Any, w0: Any, w1: Any, w2: Any, w3: Any) -
 @njit(**OPTIONS)
 def sum_exact(codes: Any, index: Any, first: int, last: int, values: Any, start: int, stop: int, sums: Any) -> None:
     """Sums of ``values[b, q] * codes[index[q], start:stop]``, q from `first` to `last`, in float32."""
-    sums[:] = 0
+    clear(sums, 2 * (stop - start))
     four = last - (last - first) % 4
     for q in range(first, four, 4):
         w0, w1 = codes[index[q], start:stop], codes[index[q + 1], start:stop]
         w2, w3 = codes[index[q + 2], start:stop], codes[index[q + 3], start:stop]
         for b in range(values.shape[0]):
-            _add_four(sums[2 * b], sums[2 * b + 1], values[b, q : q + 4], w0, w1, w2, w3)
+            _add_four(sums[b], values[b, q : q + 4], w0, w1, w2, w3)
     for q in range(four, last):
         row = codes[index[q], start:stop]
         for b in range(values.shape[0]):
-            value, even, odd = values[b, q], sums[2 * b], sums[2 * b + 1]
+            value, out = values[b, q], sums[b]
             for j in range(row.size):
                 code = np.int32(row[j])
-                even[j] += value * np.float32(code & 15)
-                odd[j] += value * np.float32(code >> 4)
+                out[2 * j] += value * np.float32(code & 15)
+                out[2 * j + 1] += value * np.float32(code >> 4)

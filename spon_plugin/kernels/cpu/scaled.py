@@ -38,6 +38,7 @@ _KINDS = {
 }
 # Bytes of a row that are summed at once.
 _TILE = {SUM_INT8: 2048, SUM_FP8: 2048, SUM_INT4: 2048, SUM_INT4_PORTABLE: 256, SUM_INT4_EXACT: 1024}
+_LONGEST = 8192  # of one row of x, where the rows of codes in flight are read from end to end
 _WORDS = struct.Struct(f"{len(FIELDS)}q")
 
 
@@ -120,9 +121,10 @@ def sparse_linear(
     worker, ordered = _worker(kind)[1], groups > 1 and weight.group_of_row is not None
     for tau, width in zip(*Thresholds.of(threshold, weight.codes, shard_sizes, out_features), strict=True):
         tau = tau.contiguous()
-        # Rows are read from end to end where nothing but the end of all asks for a scale.
-        whole_rows = groups == 1 and batch == 1 and kind in (SUM_INT8, SUM_FP8)
-        tile = max(width, 1) if whole_rows else _TILE[kind]
+        tile = _TILE[kind]
+        if batch == 1 and kind in (SUM_INT8, SUM_FP8, SUM_INT4):
+            # Sums leave the first cache, and where a group ends they are read once more.
+            tile = max(1, -(-width // weight.unit)) if groups == 1 else _LONGEST
         per_thread = layout.scratch_parts(batch, in_features, groups, tile * weight.unit)[-1]
         scratch = cpu.scratch(-(-threads * batch * width // 16) * 16 + threads * per_thread)
         words = _WORDS.pack(

@@ -28,6 +28,7 @@ from spon_plugin.kernels.cpu.steps import (
     add_row,
     add_rows,
     barrier,
+    clear,
     gather_values,
     mark_active,
     own_outputs,
@@ -72,7 +73,7 @@ def _end_of_run(inputs: Any, first: int, last: int, group_of_row: Any, ordered: 
 @njit(**OPTIONS)
 def _sum_rows(codes: Any, index: Any, first: int, last: int, values: Any, start: int, stop: int, sums: Any) -> None:
     """``sums[b] = sum over q of values[b, q] * codes[index[q], start:stop]``, q from `first` to `last`, in float32."""
-    sums[:] = 0
+    clear(sums, stop - start)
     grouped = last - (last - first) % IN_FLIGHT
     for q in range(first, grouped, IN_FLIGHT):
         for n in range(q + IN_FLIGHT, min(q + 2 * IN_FLIGHT, last)):
@@ -85,25 +86,23 @@ def _sum_rows(codes: Any, index: Any, first: int, last: int, values: Any, start:
 
 
 @njit(**OPTIONS)
-def _add_scaled(part: Any, sums: Any, scale: Any, zero: Any, has_zeros: int, total: Any) -> None:
-    """``part += (sums - zero * total) * scale``; `total` is the sum of the inputs."""
+def _add_scaled(part: Any, sums: Any, scale: Any, zero: Any, has_zeros: int, step: Any, total: Any) -> None:
+    """``part += (sums - zero * total) * step * scale``; sums, and `total` of the inputs, are in units of `step`."""
     if has_zeros:
         for j in range(part.size):
-            part[j] += (sums[j] - zero[j] * total) * scale[j]
+            part[j] += (np.float32(sums[j]) - zero[j] * total) * (step * scale[j])
     else:
         for j in range(part.size):
-            part[j] += sums[j] * scale[j]
+            part[j] += np.float32(sums[j]) * (step * scale[j])
 
 
 @njit(**OPTIONS)
-def _add_scaled_pairs(part: Any, even: Any, odd: Any, scale: Any, zero: Any, step: Any, total: Any) -> None:
-    """`_add_scaled` for two outputs a byte; sums and `total` are in units of `step`."""
-    for j in range(part.size // 2):
-        part[2 * j] += (np.float32(even[j]) - zero[2 * j] * total) * (step * scale[2 * j])
-        part[2 * j + 1] += (np.float32(odd[j]) - zero[2 * j + 1] * total) * (step * scale[2 * j + 1])
-    if part.size % 2:
-        j = part.size - 1
-        part[j] += (np.float32(even[j // 2]) - zero[j] * total) * (step * scale[j])
+def _ask_for(address: int, kind: int, first: int, count: int) -> None:
+    """Ask for the first elements of a row of scales, which are read once the codes have been."""
+    size = 4 if kind == layout.FLOAT32 else 2
+    row = carray(pointer(address, types.uint8), (size * (first + count),))[size * first :]
+    for j in range(0, min(row.size, AHEAD), 64):
+        prefetch(row, j)
 
 
 @njit(**OPTIONS)
@@ -140,6 +139,7 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
         group_of_row = carray(pointer(fields[layout.GROUP_OF_ROW], types.int32), (in_features,))
         threshold = carray(pointer(fields[layout.THRESHOLD], types.float32), (in_features if per_channel else 1,))
         has_zeros, has_offsets = fields[layout.ZERO_KIND] != NOTHING, fields[layout.OFFSET_KIND] != NOTHING
+        shifted = has_zeros or not whole_bytes
         thread, threads = thread_number(), thread_count()
 
         outputs = tile * per_byte
@@ -156,8 +156,8 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
         blocks = carray(pointer(own + 4 * parts[6], types.int32), (parts[7] - parts[6],))
         places = carray(pointer(own + 4 * parts[7], types.int32), (groups + 1,))
         scale_rows = carray(pointer(own + 4 * parts[8], types.float32), (3, outputs))
-        sums = carray(pointer(own + 4 * parts[9], types.float32), (batch * per_byte, tile))
-        counts = carray(pointer(own + 4 * parts[9], types.int32), (batch * per_byte, tile))
+        sums = carray(pointer(own + 4 * parts[9], types.float32), (batch, outputs))
+        counts = carray(pointer(own + 4 * parts[9], types.int32), (batch, outputs))
         rounded = carray(pointer(own + 4 * parts[10], types.int32), (batch, RUN))
         pairs = carray(pointer(own + 4 * parts[11], types.int16), (batch, RUN))
         totals = carray(pointer(own + 4 * parts[12], types.float32), (3, batch))
@@ -202,6 +202,20 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
             for start in range(0, width, tile):
                 stop = min(start + tile, width)
                 begin, end = per_byte * start, min(per_byte * stop, out_features)
+                _ask_for(
+                    fields[layout.SCALES],
+                    fields[layout.SCALE_KIND],
+                    group * fields[layout.SCALE_STRIDE] + begin,
+                    end - begin,
+                )
+                if whole_bytes:
+                    _sum_rows(codes, index, first, last, values, start, stop, sums)
+                elif vectors:
+                    sum_avx2(codes, index, first, last, rounded, pairs, start, stop, width, addresses, counts)
+                elif rounds:
+                    sum_portable(codes, index, first, last, rounded, start, stop, counts)
+                else:
+                    sum_exact(codes, index, first, last, values, start, stop, sums)
                 scale, zeros, offset = scale_rows[0, : end - begin], scale_rows[1, : end - begin], scale_rows[2]
                 read_row(
                     fields[layout.SCALES], fields[layout.SCALE_KIND], group * fields[layout.SCALE_STRIDE] + begin, scale
@@ -212,22 +226,12 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
                 if has_offsets:
                     at = group * fields[layout.OFFSET_STRIDE] + begin
                     read_row(fields[layout.OFFSETS], fields[layout.OFFSET_KIND], at, offset[: end - begin])
-                if whole_bytes:
-                    _sum_rows(codes, index, first, last, values, start, stop, sums)
-                elif vectors:
-                    sum_avx2(codes, index, first, last, rounded, pairs, start, stop, width, addresses, counts)
-                elif rounds:
-                    sum_portable(codes, index, first, last, rounded, start, stop, counts)
-                else:
-                    sum_exact(codes, index, first, last, values, start, stop, sums)
                 for b in range(batch):
                     part, step, total = own_sums[b, begin:end], totals[0, b], totals[1, b]
-                    if whole_bytes:
-                        _add_scaled(part, sums[b], scale, zeros, has_zeros, total)
-                    elif rounds:
-                        _add_scaled_pairs(part, counts[2 * b], counts[2 * b + 1], scale, zeros, step, total)
+                    if rounds:
+                        _add_scaled(part, counts[b], scale, zeros, shifted, step, total)
                     else:
-                        _add_scaled_pairs(part, sums[2 * b], sums[2 * b + 1], scale, zeros, step, total)
+                        _add_scaled(part, sums[b], scale, zeros, shifted, step, total)
                     if has_offsets:
                         for j in range(part.size):
                             part[j] += offset[j] * totals[2, b]

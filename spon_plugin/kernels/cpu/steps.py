@@ -144,6 +144,15 @@ def add_row(row: Any, values: Any, q: int, sums: Any) -> None:
 
 
 @njit(**OPTIONS)
+def clear(sums: Any, width: int) -> None:
+    """Zeros for the first `width` columns."""
+    for b in range(sums.shape[0]):
+        row = sums[b, :width]
+        for j in range(row.size):
+            row[j] = 0
+
+
+@njit(**OPTIONS)
 def own_outputs(out_features: int, thread: int, threads: int) -> Any:
     """The outputs that a thread finishes: whole cache lines, so that no two threads write the same one."""
     lines = (out_features + 63) // 64

@@ -72,6 +72,14 @@ def test_shapes_and_batches(kind, batch, shape):
     check(scaled.sparse_linear(x, weight, tau, bias, **options), truth(x, weight, [tau], bias), bound)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_longer_than_a_tile(kind, batch):
+    format, options, bound = KINDS[kind]
+    weight, x, tau = make(format, (96, 2 * 8192 + 70), 32, zeros=True), torch.randn(batch, 96), torch.tensor([0.5])
+    check(scaled.sparse_linear(x, weight, tau, **options), truth(x, weight, [tau]), bound)
+
+
 @pytest.mark.parametrize("group", [16, 32, 128, 320])
 @pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("offsets", [False, True], ids=["", "offsets"])
