@@ -20,35 +20,16 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.parameter import ChannelQuantScaleParameter, PerTensorScaleParameter
-from vllm.model_executor.utils import set_weight_attrs
 
 import spon_vllm.ops  # noqa: F401 (registers torch.ops.spon_vllm)
 from spon_plugin.adapter.mask import Mask
-from spon_plugin.adapter.merged import DENSE_BIAS, Announced
+from spon_plugin.adapter.merged import Announced
 from spon_plugin.errors import SponError
 from spon_plugin.weights import RowWeight
-from spon_vllm import steps
-from spon_vllm.checks import check_centers
+from spon_vllm import merged, steps
 from spon_vllm.fold import ask, stored_weight
 from spon_vllm.report import Coverage
 from spon_vllm.settings import Settings
-
-
-class _ChannelParameter(PerTensorScaleParameter):
-    """float32 ``[in_features]``, or ``[n_shards, in_features]``, of the whole layer: loaded without sharding.
-
-    It counts among vLLM's scales per tensor because those, too, are one for each linear of a fused layer.
-    """
-
-    def load_merged_column_weight(self, loaded_weight: Tensor, shard_id: Any = 0, **_: Any) -> None:
-        """Fill the row of one linear; a threshold that is one number fills it evenly."""
-        row = self.data if self.data.dim() == 1 else self.data[self._shard_id_as_int(shard_id)]
-        row.copy_(loaded_weight)
-
-    def load_qkv_weight(self, loaded_weight: Tensor, shard_id: Any = 0, **_: Any) -> None:
-        """As `load_merged_column_weight`."""
-        self.load_merged_column_weight(loaded_weight, shard_id)
 
 
 @register_weight_loader_v2_supported_method
@@ -111,7 +92,9 @@ class SponLinearMethod(LinearMethodBase):
         if self.plain:
             layer.weight.data[:, 0] = torch.nan  # stays where the checkpoint has no such tensor
         if self.settings.merged:
-            self._expect_merged(layer, params_dtype, extra_weight_attrs["weight_loader"])
+            dense = self.settings.has_dense_bias
+            loader = extra_weight_attrs["weight_loader"]
+            merged.expect_tensors(layer, self.announced, self.sizes, input_size, params_dtype, dense, loader)
 
     def _check(self, input_size: int, output_partition_sizes: Sequence[int]) -> None:
         if len(self.paths) not in (1, len(output_partition_sizes)):
@@ -127,34 +110,6 @@ class SponLinearMethod(LinearMethodBase):
                 "Serve the quantized base model with the adapter directory.",
             )  # fmt: skip
 
-    def _expect_merged(self, layer: Any, dtype: torch.dtype, loader: Any) -> None:
-        """Let vLLM's loader fill what a merged checkpoint has for every sparse linear."""
-        count, width = len(self.sizes), sum(self.sizes)
-        # As with the weight: NaN stays where the checkpoint has no such tensor.
-        vector = torch.full((self.in_full,) if count == 1 else (count, self.in_full), torch.nan, dtype=torch.float32)
-        threshold: Any = PerTensorScaleParameter(data=torch.zeros(count, dtype=torch.float32), weight_loader=loader)
-        if any(mask.threshold is None for mask in self.announced):
-            threshold = _ChannelParameter(data=vector, weight_loader=loader)
-        layer.register_parameter("spon_threshold", threshold)
-        if any(mask.has_center for mask in self.announced):
-            layer.register_parameter("spon_center", _ChannelParameter(data=vector.clone(), weight_loader=loader))
-        if self.settings.has_dense_bias:
-            bias = ChannelQuantScaleParameter(data=torch.zeros(width, dtype=dtype), output_dim=0, weight_loader=loader)
-            layer.register_parameter(DENSE_BIAS, bias)
-        # The folded bias is called `bias`. A layer that vLLM makes without one sets it to None after this method
-        # returns, and its loader would then skip the tensor: put a parameter in the place of that None.
-        register = layer.register_parameter
-
-        def register_bias(name: str, parameter: Any) -> None:
-            if name == "bias":
-                del layer.register_parameter
-                if parameter is None:
-                    parameter = nn.Parameter(torch.zeros(width, dtype=dtype), requires_grad=False)
-                    set_weight_attrs(parameter, {"output_dim": 0, "weight_loader": layer.weight_loader})
-            register(name, parameter)
-
-        layer.register_parameter = register_bias
-
     @torch.no_grad()
     def process_weights_after_loading(self, layer: Any) -> None:
         """Fold alpha into the bias and lay the weight out for the kernels, on the rank's own part."""
@@ -162,7 +117,9 @@ class SponLinearMethod(LinearMethodBase):
             layer._use_min_latency_gemm = False  # DeepSeek V3 on Hopper: a kernel of its own would go past `apply`
         if self.plain:
             self._check_loaded(layer)
-        masks = self._loaded_masks(layer) if self.settings.merged else self.masks
+        masks = self.masks
+        if self.settings.merged:
+            masks = merged.take_masks(layer, self.paths, self.announced, self.in_full)
         weight = None if self.settings.merged else stored_weight(layer, self.sizes, self.in_part)
         total = None if weight is None else self._fold(layer, weight)
         if self.plain:
@@ -179,7 +136,10 @@ class SponLinearMethod(LinearMethodBase):
         bias = layer.bias if not layer.skip_bias_add and not (row_parallel and layer.tp_rank > 0) else None
         thresholds, center = self._own_masks(layer, masks)
         if total is None:
-            total = self._merged_bias(layer, bias, row_parallel) if self.settings.merged else self._fold(layer, None)
+            if self.settings.merged:
+                total = merged.take_bias(layer, bias, row_parallel, self.settings.has_dense_bias)
+            else:
+                total = self._fold(layer, None)
         if bias is not None and self.plain and not self.settings.merged:
             total += bias.float()
         # Parameters, not buffers: when weights are loaded again, vLLM runs this method and copies what it made into the
@@ -224,24 +184,6 @@ class SponLinearMethod(LinearMethodBase):
         center = masks[0].center
         return rows, None if center is None else self._own_part(layer, center)
 
-    def _loaded_masks(self, layer: Any) -> list[Mask]:
-        """Take the vectors that vLLM's loader has brought out of the layer's parameters.
-
-        Raises:
-            SponError: what a merged checkpoint holds is missing, wrong, or several centres for one input.
-        """
-        masks = []
-        for index, (path, announced) in enumerate(zip(self.paths, self.announced, strict=True)):
-            found = {name: getattr(layer, name).data for name in announced.vectors}
-            rows = {name: data if data.dim() == 1 else data[index] for name, data in found.items()}
-            vectors = {name: row.float().cpu().clone() for name, row in rows.items()}
-            masks.append(announced.mask(path, self.in_full, vectors))
-        check_centers(dict(zip(self.paths, (mask.center for mask in masks), strict=True)), "one layer")
-        del layer.spon_threshold
-        if hasattr(layer, "spon_center"):
-            del layer.spon_center
-        return masks
-
     def _own_part(self, layer: Any, vector: Tensor) -> Tensor:
         """This rank's part of a vector over the inputs of the whole layer."""
         first = layer.tp_rank * self.in_part if self.in_part != self.in_full else 0
@@ -268,19 +210,6 @@ class SponLinearMethod(LinearMethodBase):
             else:
                 rows.append(ask(self.inner, layer, alpha, sum(self.sizes), self.paths[index])[start : start + size])
         return torch.cat(rows)
-
-    def _merged_bias(self, layer: Any, bias: Tensor | None, row_parallel: bool) -> Tensor:
-        """Tell the checkpoint's two biases apart: `layer.bias` becomes the dense one, the result is the folded one."""
-        folded = layer.bias.data.to(torch.float32, copy=True)
-        dense = layer.spon_dense_bias.data if self.settings.has_dense_bias else None
-        if dense is not None:
-            del layer.spon_dense_bias
-            layer.bias.data.copy_(dense)
-        elif layer.skip_bias_add:
-            return torch.zeros_like(folded)
-        if bias is not None:
-            return folded
-        return folded - layer.bias.data.float() if not row_parallel or layer.tp_rank == 0 else torch.zeros_like(folded)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute the layer.
