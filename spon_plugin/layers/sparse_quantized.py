@@ -32,12 +32,14 @@ class SparseQuantizedLinear(SparseLayer):
         out_features: length of an output.
         bias: ``[out_features]``, or None.
         spon_threshold: as in `SparseLinear`, like the other buffers.
+        exact: whether four-bit weights are multiplied by inputs as they are; see `kernels.sparse_linear`.
 
     Raises:
         SponError: `host` is no linear, or holds its weight in no format with rows and scales.
     """
 
     host: nn.Module
+    exact: bool = False
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
@@ -104,7 +106,7 @@ class SparseQuantizedLinear(SparseLayer):
     def _product(self, x: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None and bias.dtype not in (torch.float32, x.dtype):
             bias = bias.float()
-        return sparse_linear(x, self.row_weight, threshold, bias)
+        return sparse_linear(x, self.row_weight, threshold, bias, exact=self.exact)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseQuantizedLinear:
         self._rows = None

@@ -88,6 +88,18 @@ def test_copies_and_casts_keep_the_mask():
     assert half(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["rounded inputs", "exact"])
+def test_exact_reaches_the_kernel(monkeypatch, exact):
+    seen = []
+    monkeypatch.setattr(
+        "spon_plugin.layers.sparse_quantized.sparse_linear", lambda x, *_, exact: seen.append(exact) or x[..., :40]
+    )
+    made = layer()
+    made.exact = exact
+    made(torch.randn(1, 48))
+    assert seen == [exact]
+
+
 def test_other_weights_are_refused():
     with pytest.raises(SponError, match="codes by input rows"):
         SparseQuantizedLinear(nn.Linear(4, 4)).row_weight  # noqa: B018
