@@ -46,7 +46,7 @@ def sparse_linear(
         bias: likewise.
         shard_sizes: likewise.
         exact: for four-bit weights, keep inputs as they are. By default few rows are rounded to eight bits and summed
-            in integers, which is about twice as fast, and off by about 0.5% of an output's usual size.
+            in integers, which is about three times as fast, and off by about 0.5% of an output's usual size.
 
     Raises:
         SponError: arguments that do not fit each other.

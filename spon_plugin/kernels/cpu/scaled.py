@@ -36,8 +36,7 @@ _KINDS = {
     torch.int16: layout.INT16,
     torch.int32: layout.INT32,
 }
-# Bytes of a row that are summed at once.
-_TILE = {SUM_INT8: 2048, SUM_FP8: 2048, SUM_INT4: 2048, SUM_INT4_PORTABLE: 256, SUM_INT4_EXACT: 1024}
+_TILE = 2048  # bytes of a row that are summed at once
 _LONGEST = 8192  # of one row of x, where the rows of codes in flight are read from end to end
 _WORDS = struct.Struct(f"{len(FIELDS)}q")
 
@@ -121,7 +120,7 @@ def sparse_linear(
     worker, ordered = _worker(kind)[1], groups > 1 and weight.group_of_row is not None
     for tau, width in zip(*Thresholds.of(threshold, weight.codes, shard_sizes, out_features), strict=True):
         tau = tau.contiguous()
-        tile = _TILE[kind]
+        tile = _TILE
         if batch == 1 and kind in (SUM_INT8, SUM_FP8, SUM_INT4):
             # Sums leave the first cache, and where a group ends they are read once more.
             tile = max(1, -(-width // weight.unit)) if groups == 1 else _LONGEST
