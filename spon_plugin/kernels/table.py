@@ -12,7 +12,7 @@ from torch import Tensor
 from spon_plugin.kernels import decoded, gemm
 from spon_plugin.kernels.cpu import kernel as cpu
 from spon_plugin.kernels.cpu import scaled
-from spon_plugin.kernels.few_rows import CPU_ROWS
+from spon_plugin.kernels.few_rows import CPU_ROWS, GPU_ROWS
 from spon_plugin.kernels.triton import launch as cuda
 from spon_plugin.machine import DTYPES
 from spon_plugin.weights.row_weight import RowWeight
@@ -106,14 +106,25 @@ def _cpu_scaled(problem: Problem) -> str:
     assert isinstance(weight, ScaledWeight)
     if problem.x.dtype not in DTYPES.values():
         return f"for float32, bfloat16 and float16, not {problem.x.dtype}"
+    return _within_bytes(problem, weight) or scaled.why_not(weight)
+
+
+def _cuda_scaled(problem: Problem) -> str:
+    weight = problem.weight
+    assert isinstance(weight, ScaledWeight)
+    return _within_bytes(problem, weight) or cuda.why_not(problem.x, weight)
+
+
+def _within_bytes(problem: Problem, weight: ScaledWeight) -> str:
     if problem.shard_sizes and any(end % weight.unit for end in list(accumulate(problem.shard_sizes))[:-1]):
         return "shards that begin within a byte"
-    return scaled.why_not(weight)
+    return ""
 
 
 _SCALED = tuple(scaled.FORMATS)
 KERNELS = (
     Kernel("cuda", "cuda", (DENSE,), None, _nothing, cuda.sparse_linear),
+    Kernel("cuda scaled", "cuda", _SCALED, GPU_ROWS, _cuda_scaled, cuda.sparse_linear_scaled),
     Kernel("cpu", "cpu", (DENSE,), CPU_ROWS, _cpu, cpu.sparse_linear),
     Kernel("cpu scaled", "cpu", _SCALED, CPU_ROWS, _cpu_scaled, scaled.sparse_linear),
     Kernel("gemm", ANY, (DENSE,), None, _nothing, gemm.sparse_linear),

@@ -19,7 +19,8 @@ def import_interpreted() -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "triton" and "._C" not in name]:
         del sys.modules[name]
     import spon_plugin.kernels.triton.compaction
-    import spon_plugin.kernels.triton.dense_mask  # noqa: F401
+    import spon_plugin.kernels.triton.dense_mask
+    import spon_plugin.kernels.triton.scaled  # noqa: F401
 
 
 if INTERPRETED:

@@ -224,7 +224,7 @@ def starts_early(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _fitted(launch: Launch, in_features: int, sizes: tuple[int, ...], device: torch.device) -> Launch:
+def fitted(launch: Launch, in_features: int, sizes: tuple[int, ...], device: torch.device) -> Launch:
     """The launch for a shape on a device; where Triton interprets the kernels, a device of one multiprocessor."""
     cuda = device.type == "cuda"
     count = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
@@ -289,7 +289,7 @@ class Problem:
             sizes=tuple(thresholds.sizes),
             bias=None if bias is None else bias.contiguous(),
             y=x.new_empty((rows, out_features)),
-            launch=_fitted(launch, in_features, tuple(thresholds.sizes), x.device),
+            launch=fitted(launch, in_features, tuple(thresholds.sizes), x.device),
         )
 
     @property
@@ -326,14 +326,19 @@ class Problem:
     @property
     def lanes(self) -> int:
         """Channels that the threads of a program load at once, sixteen bytes each; one thread has every lanes-th."""
-        columns = 16 // self.weight_t.element_size()
-        return max(1, min(self.launch.block_in, self.launch.num_warps * 32 * columns // self.launch.block_out))
+        threads = self.launch.num_warps * 32
+        return max(1, min(self.launch.block_in, threads * self.columns_of_a_load // self.launch.block_out))
+
+    @property
+    def columns_of_a_load(self) -> int:
+        """Columns in sixteen bytes of weights."""
+        return 16 // self.weight_t.element_size()
 
     def constants(self, kernel: Any) -> dict[str, Any]:
         """The compile-time arguments that both kernels take."""
         return {
             "SIZES": self.sizes,
-            "OUT": self.weight_t.shape[1],
+            "OUT": self.y.shape[1],
             "BLOCK_ROWS": self.block_rows,
             "BLOCK_IN": self.launch.block_in,
             "BLOCK_OUT": self.launch.block_out,

@@ -34,6 +34,8 @@ MOST_REGISTERS = 248
 # What a grid of more than one wave fills at least: four splits of any grid do.
 FILL = 0.8
 DTYPES = machine.DTYPES
+# Of weights with scales, by the name of their format (`weights.RowWeight`); the dtype of x does not matter to them.
+FORMATS = ("int8", "int4", "fp8")
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Shape:
 
     Attributes:
         source: which of `Device.sources` the values come from.
-        dtypes: the dtypes of weights that this was chosen for.
+        dtypes: the dtypes of weights, or the formats of weights with scales, that this was chosen for.
         in_features: channels.
         out_features: columns.
         crossover: the largest number of rows at which a sparse kernel beats the masked dense GEMM; 0 for none.
@@ -151,12 +153,12 @@ def next_power_of_two(value: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def choose(device: str, dtype: torch.dtype, in_features: int, out_features: int, rows: int) -> Launch | None:
+def choose(device: str, dtype: torch.dtype | str, in_features: int, out_features: int, rows: int) -> Launch | None:
     """How to run a shape on a device.
 
     Args:
         device: the device's name, as `torch.cuda.get_device_name` gives it.
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16, or the format of a weight with scales.
         in_features: channels of the layer.
         out_features: its columns.
         rows: number of rows of `x`.
@@ -173,13 +175,13 @@ def choose(device: str, dtype: torch.dtype, in_features: int, out_features: int,
     return next(launch for most, launch in shape.launches.items() if rows <= most)
 
 
-def shapes_of(device: str, dtype: torch.dtype) -> list[Shape]:
+def shapes_of(device: str, dtype: torch.dtype | str) -> list[Shape]:
     """The shapes known for a device and dtype; the default file's where the device's own has none of that dtype."""
     for path in (file_of(device), DIRECTORY / f"{DEFAULT}.json"):
-        shapes = [shape for shape in read(path).shapes if dtype in {DTYPES[name] for name in shape.dtypes}]
+        shapes = [shape for shape in read(path).shapes if dtype in {DTYPES.get(name, name) for name in shape.dtypes}]
         if shapes:
             return shapes
-    raise SponError.of("dtype", dtype, f"one of {', '.join(DTYPES)}")
+    raise SponError.of("dtype", dtype, f"one of {', '.join((*DTYPES, *FORMATS))}")
 
 
 def nearest(shapes: list[Shape], in_features: int, out_features: int) -> Shape:
@@ -245,8 +247,8 @@ def parse(data: Any, name: str) -> Device:
 def _shape(data: Any, name: str) -> Shape:
     _keys(data, {field.name for field in fields(Shape)}, name)
     dtypes = data["dtypes"]
-    if not isinstance(dtypes, list) or not dtypes or not all(dtype in DTYPES for dtype in dtypes):
-        raise SponError.of(f"{name}.dtypes", dtypes, f"a list of {', '.join(DTYPES)}")
+    if not isinstance(dtypes, list) or not dtypes or not all(dtype in (*DTYPES, *FORMATS) for dtype in dtypes):
+        raise SponError.of(f"{name}.dtypes", dtypes, f"a list of {', '.join((*DTYPES, *FORMATS))}")
     if not isinstance(data["source"], str):
         raise SponError.of(f"{name}.source", data["source"], "a label of the file's sources")
     for key in ("in_features", "out_features"):
@@ -261,6 +263,8 @@ def _shape(data: Any, name: str) -> Shape:
         launches[int(rows)] = _launch(launch, f"{name}.launches[{rows}]")
     if max(launches, default=0) < crossover:
         raise SponError.of(f"{name}.launches", sorted(launches), f"a launch for every batch up to {crossover}")
+    if any(dtype in FORMATS for dtype in dtypes) and any(one.kernel != "dense_mask" for one in launches.values()):
+        raise SponError.of(f"{name}.launches", "compaction", "dense_mask, the one kernel for weights with scales")
     launches = dict(sorted(launches.items()))
     return Shape(data["source"], tuple(dtypes), data["in_features"], data["out_features"], crossover, launches)
 

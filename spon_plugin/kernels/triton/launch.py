@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from spon_plugin.kernels import gemm, reference
+from spon_plugin.kernels.cpu.scaled import FORMATS
 from spon_plugin.kernels.few_rows import GPU_ROWS
-from spon_plugin.kernels.triton.configs import DTYPES, choose
+from spon_plugin.kernels.triton.configs import DTYPES, Launch, choose
+from spon_plugin.weights.scaled import ScaledWeight
 
 # Tensor cores that take bfloat16, and asynchronous copies, came with this one.
 LEAST_CAPABILITY = (8, 0)
+# Channels of a tensor core's product, all of one group.
+LEAST_GROUP = 16
 
 
 def sparse_linear(
@@ -58,6 +62,64 @@ def sparse_linear(
     if kernel is None:
         return gemm.sparse_linear(x, weight_t, threshold, bias, shard_sizes=shard_sizes)
     return kernel(x, weight_t, threshold, bias, shard_sizes=shard_sizes, launch=launch)
+
+
+def sparse_linear_scaled(
+    x: Tensor,
+    weight: ScaledWeight,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shard_sizes: Sequence[int] | None = None,
+    exact: bool = True,
+) -> Tensor:
+    """``y = S(x) W^T + bias`` for few rows and a weight that `why_not` has nothing against.
+
+    Args:
+        x: as in `reference.sparse_linear`.
+        weight: int8, int4 or FP8, with scales.
+        threshold: as in `reference.sparse_linear`.
+        bias: likewise.
+        shard_sizes: likewise.
+        exact: it always is: inputs are multiplied as they are.
+
+    Returns:
+        ``[..., out_features]`` in `x.dtype`.
+    """
+    launch = _scaled_launch(x, weight)
+    kernel = kernel_of("scaled", x.device)
+    assert launch is not None and kernel is not None
+    return kernel(x, weight, threshold, bias, shard_sizes=shard_sizes, launch=launch)
+
+
+def _scaled_launch(x: Tensor, weight: ScaledWeight) -> Launch | None:
+    rows = x.shape[:-1].numel()
+    return choose(device_name(x.device), weight.format, weight.in_features, weight.out_features, rows)
+
+
+def why_not(x: Tensor, weight: ScaledWeight) -> str:
+    """The reason why the kernel does not take a weight with scales as it lies, or so many rows; empty where it does."""
+    if x.dtype not in DTYPES.values():
+        return f"for float32, bfloat16 and float16, not {x.dtype}"
+    if x.dtype == torch.float32 and x.shape[:-1].numel() > 1:
+        return "for one row of float32: products of several run outside the tensor cores"
+    if FORMATS.get(weight.format) != weight.codes.dtype:
+        return f"{weight.format} codes of {weight.codes.dtype}"
+    if weight.group_of_row is not None:
+        return "groups that are no runs of inputs (act-order)"
+    if weight.scales.shape[0] > 1 and weight.group_size % LEAST_GROUP:
+        return f"groups of {weight.group_size}, not a multiple of {LEAST_GROUP}"
+    if not weight.in_features or not weight.out_features:
+        return "nothing to multiply"
+    for name in ("codes", "scales", "zeros", "offsets"):
+        part = getattr(weight, name)
+        if part is not None and part.device != x.device:
+            return f"{name} on {part.device}"
+        if part is not None and part.stride(1) != 1:
+            return f"{name} that do not lie by inputs: call arranged() once"
+    if _scaled_launch(x, weight) is None:
+        return "more rows than pay for this shape (`configs/`)"
+    return "" if kernel_of("scaled", x.device) is not None else "no Triton, or a GPU that is too old for it"
 
 
 @lru_cache(maxsize=64)

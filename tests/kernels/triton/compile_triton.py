@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the Triton kernels for a GPU that need not be there, as the launchers would launch them.
 
-    python -m tests.kernels.triton.compile_triton 80,90,100 CONFIG.json...|variants
+    python -m tests.kernels.triton.compile_triton 80,90,100 CONFIG.json...|variants|formats [CONFIG.json...]
 
-compiles every launch of files of `spon_plugin/kernels/configs`, or every kind of argument, for compute capabilities,
+compiles every launch of files of `spon_plugin/kernels/configs` for matrices, or every kind of argument, or every launch
+for weights with scales, for compute capabilities,
 and prints a JSON line for each compiled kernel: what its loads look like in PTX, registers, stack,
 shared memory, and how many loads of weights are in flight (`schedule`). With another Triton than the installed one:
 
@@ -15,7 +16,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,10 +25,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from spon_plugin.kernels.triton import common, configs
+from spon_plugin.kernels.triton import common, configs, scaled
 from spon_plugin.kernels.triton import compaction as triton_compaction
 from spon_plugin.kernels.triton import dense_mask as triton_dense_mask
 from spon_plugin.kernels.triton.configs import Launch
+from spon_plugin.weights.fp8 import Fp8Weight
+from spon_plugin.weights.int4 import Int4Weight
+from spon_plugin.weights.int8 import Int8Weight
+from spon_plugin.weights.scaled import ScaledWeight
 from tests.kernels.triton.schedule import resources, schedule, waits_first
 
 KERNELS = {"dense_mask": triton_dense_mask, "compaction": triton_compaction}
@@ -78,33 +83,80 @@ def compile_launch(
     per_channel: bool = False,
     bias: torch.dtype | None = torch.float32,
 ) -> Iterator[dict[str, object]]:
-    """Compile all that a launch of `sparse_linear` consists of."""
+    """Compile all that a launch of `sparse_linear` for a matrix consists of."""
+    weight_t = torch.empty(in_features, sum(sizes), dtype=dtype)
+    biases = None if bias is None else torch.empty(sum(sizes), dtype=bias)
+    yield from _compile(
+        KERNELS[launch.kernel].sparse_linear, launch, dtype, rows, weight_t, sizes, per_channel, biases, str(dtype)
+    )
+
+
+def compile_scaled(
+    launch: Launch,
+    weight: ScaledWeight,
+    rows: int,
+    sizes: Sequence[int] = (512,),
+    per_channel: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Iterator[dict[str, object]]:
+    """Compile all that a launch for a weight with scales consists of."""
+    launch = scaled.within_groups(launch, weight)
+    yield from _compile(scaled.sparse_linear, launch, dtype, rows, weight, sizes, per_channel, None, weight.format)
+
+
+def scaled_weight(format: str, group: int, zeros: bool = False, shape: tuple[int, int] = (4096, 512)) -> ScaledWeight:
+    """A weight without values; one scale an output if `group` is 0."""
+    inputs, outputs = shape
+    groups = inputs // group if group else 1
+    scales = torch.empty(groups, outputs, dtype=torch.bfloat16)
+    points = torch.empty(groups, outputs, dtype=torch.uint8 if format == "int4" else torch.int8) if zeros else None
+    if format == "int4":
+        return Int4Weight(torch.empty(inputs, outputs // 2, dtype=torch.uint8), scales, points, group or inputs)
+    if format == "int8":
+        return Int8Weight(torch.empty(inputs, outputs, dtype=torch.int8), scales, points, group or inputs)
+    return Fp8Weight(torch.empty(inputs, outputs, dtype=torch.float8_e4m3fn), scales, points, group or inputs)
+
+
+def _compile(
+    sparse_linear: Callable[..., object],
+    launch: Launch,
+    dtype: torch.dtype,
+    rows: int,
+    weight: torch.Tensor | ScaledWeight,
+    sizes: Sequence[int],
+    per_channel: bool,
+    bias: torch.Tensor | None,
+    name: str,
+) -> Iterator[dict[str, object]]:
     compiled = {}
 
     def compile_only(function: JITFunction, *args: object, warmup: bool, **options: object) -> None:
         compiled[function.__name__] = run(function, *args, warmup=True, **options)
 
+    in_features = weight.shape[0] if isinstance(weight, torch.Tensor) else weight.in_features
     run, JITFunction.run = JITFunction.run, compile_only
     try:
-        KERNELS[launch.kernel].sparse_linear(
+        sparse_linear(
             torch.empty(rows, in_features, dtype=dtype),
-            torch.empty(in_features, sum(sizes), dtype=dtype),
+            weight,
             torch.empty((len(sizes), in_features) if per_channel else len(sizes)),
-            None if bias is None else torch.empty(sum(sizes), dtype=bias),
+            bias,
             shard_sizes=sizes,
             launch=launch,
         )
     finally:
         JITFunction.run = run
-    for name, kernel in compiled.items():
-        described = {"rows": rows, "dtype": str(dtype), "sizes": sizes, "per_channel": per_channel}
-        yield {"kernel": name, **described, "launch": asdict(launch), **report(kernel)}
+    for kernel_name, kernel in compiled.items():
+        described = {"rows": rows, "dtype": name, "sizes": sizes, "per_channel": per_channel}
+        yield {"kernel": kernel_name, **described, "launch": asdict(launch), **report(kernel)}
 
 
 def shipped(paths: Sequence[Path]) -> Iterator[dict[str, object]]:
     """Every launch of some files, each combination of blocks once, for the plainest arguments and for the richest."""
     done = set()
     for shape in itertools.chain.from_iterable(configs.read(path).shapes for path in paths):
+        if shape.dtypes[0] not in configs.DTYPES:
+            continue
         dtype = configs.DTYPES[shape.dtypes[0]]
         for most, given in shape.launches.items():
             case = (replace(given, splits=2), dtype, min(most, 5))
@@ -112,6 +164,25 @@ def shipped(paths: Sequence[Path]) -> Iterator[dict[str, object]]:
                 done.add(case)
                 yield from compile_launch(*case, sizes=(512,))
                 yield from compile_launch(*case, sizes=(384, 128, 128), per_channel=True)
+
+
+def formats(paths: Sequence[Path]) -> Iterator[dict[str, object]]:
+    """Every launch of some files for weights with scales: one scale an output, groups with and without zero points."""
+    done = set()
+    for shape in itertools.chain.from_iterable(configs.read(path).shapes for path in paths):
+        for format, (most, given) in itertools.product(shape.dtypes, shape.launches.items()):
+            case = (format, min(most, 5), replace(given, splits=2))
+            if format not in configs.FORMATS or case in done:
+                continue
+            done.add(case)
+            for group, zeros in (
+                ((0, False), (128, False)) if format != "int4" else ((128, False), (64, True), (32, False))
+            ):
+                weight = scaled_weight(format, group, zeros)
+                for line in compile_scaled(case[2], weight, case[1]):
+                    yield {**line, "group": group, "zeros": zeros}
+            for line in compile_scaled(case[2], weight, case[1], (384, 64, 64), per_channel=True):
+                yield {**line, "group": group, "zeros": zeros}
 
 
 def variants() -> Iterator[dict[str, object]]:
@@ -127,6 +198,9 @@ if __name__ == "__main__":
     device = NoDevice()
     triton.runtime.driver.set_active(device)
     common.starts_early = lambda _: device.capability >= 90
+    scaled.converts_fp8 = lambda _: device.capability >= 89
+    work, *paths = what if what[0] in ("variants", "formats") else ("shipped", *what)
     for device.capability in map(int, capabilities.split(",")):
-        for line in variants() if what == ["variants"] else shipped([Path(path) for path in what]):
+        found = {"variants": variants, "formats": formats, "shipped": shipped}[work]
+        for line in found(*([[Path(path) for path in paths]] if work != "variants" else [])):
             print(json.dumps({"capability": device.capability, **line}), flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from spon_plugin.kernels.triton.configs import DIRECTORY, FILL, Launch, fill
+from spon_plugin.kernels.triton.configs import DIRECTORY, FILL, FORMATS, Launch, fill
 
 pytest.importorskip("triton", reason="the GPU kernels are written in Triton")
 ROOT = Path(__file__).parents[3]
@@ -42,7 +42,7 @@ def compiled(capabilities: str, *what: str) -> list[dict]:
         text=True,
         cwd=ROOT,
         env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
-        timeout=900,
+        timeout=1800,
     )
     assert process.returncode == 0, process.stderr
     return [json.loads(line) for line in process.stdout.splitlines()]
@@ -58,10 +58,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 def shipped(capability: int, *kernels: str) -> list[dict]:
     """Some kernels, or those that load weights, at every shipped launch."""
-    kernels = kernels or ("_dense_mask", "_gather")
-    every = compiled(",".join(map(str, SHARED)), *CONFIGS)
+    kernels = kernels or ("_dense_mask", "_gather", "_scaled")
+    capabilities = ",".join(map(str, SHARED))
+    every = compiled(capabilities, *CONFIGS) + compiled(capabilities, "formats", *CONFIGS)
     lines = [line for line in every if line["capability"] == capability and line["kernel"] in kernels]
     assert {line["rows"] for line in lines} >= {1, 4}
+    assert {line["dtype"] for line in lines} >= {"torch.bfloat16", *FORMATS}
     return lines
 
 
