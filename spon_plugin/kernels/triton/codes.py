@@ -53,8 +53,8 @@ def numbers(loaded, FORMAT: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.conste
 
     Args:
         loaded: as from `load_codes`.
-        FORMAT: "int8", "int4" (the even column in the lower bits) or "fp8", in bytes; the same with " words", in int32;
-            "fp8 bits", in bytes, where the GPU cannot convert e4m3 itself.
+        FORMAT: "int8", "int4" (the even column in the lower bits) or "fp8 bits", in bytes; with " words" for " bits" or
+            at the end, in int32; "fp8", in bytes, for e4m3 that the GPU converts itself.
         MIDDLE: the code that stands for zero.
         DTYPE: float32, or what tensor cores take.
     """

@@ -102,7 +102,7 @@ class ScaledProblem(Problem):
         sizes = tuple(thresholds.sizes)
         return ScaledProblem(
             x=flat if flat.stride(1) == 1 or in_features == 1 else flat.contiguous(),
-            weight_t=elements(weight.codes, weight.unit, thresholds.sizes),
+            weight_t=elements(weight, thresholds.sizes, bytewise=converts_fp8(x.device) and flat.shape[0] == 1),
             threshold=threshold.contiguous(),
             per_channel=thresholds.rows[0].numel() > 1,
             sizes=sizes,
@@ -140,16 +140,23 @@ class ScaledProblem(Problem):
     def _format(self) -> str:
         if self.weight_t.dtype == torch.int32:
             return f"{self.weight.format} words"
-        if self.weight.format != "fp8" or converts_fp8(self.x.device):
+        if self.weight.format != "fp8" or (self.rows == 1 and converts_fp8(self.x.device)):
             return self.weight.format
         return "fp8 bits"
 
 
-def elements(codes: Tensor, unit: int, sizes: Sequence[int]) -> Tensor:
-    """The same memory in what the kernel loads: int32, where every shard of every row begins at one; else uint8."""
-    aligned = not codes.data_ptr() % 4 and not codes.stride(0) % 4 and not any(size % (4 * unit) for size in sizes)
-    native = codes.is_floating_point() and converts_fp8(codes.device)
-    return codes.view(torch.int32 if aligned and not native else torch.uint8)
+def elements(weight: ScaledWeight, sizes: Sequence[int], bytewise: bool) -> Tensor:
+    """The codes as the kernel loads them, in the same memory: int32 where every shard of every row begins at one.
+
+    Args:
+        weight: the codes' weight.
+        sizes: widths of the shards.
+        bytewise: whether e4m3 comes as uint8, for the GPU to convert: for one row, as the tiles that tensor cores want
+            would be copied in small pieces.
+    """
+    codes, step = weight.codes, 4 * weight.unit
+    aligned = not codes.data_ptr() % 4 and not codes.stride(0) % 4 and not any(size % step for size in sizes)
+    return codes.view(torch.int32 if aligned and not (bytewise and weight.format == "fp8") else torch.uint8)
 
 
 def converts_fp8(device: torch.device) -> bool:

@@ -213,12 +213,11 @@ def test_the_launcher_says_what_it_does_not_take(x: Tensor, change: dict[str, ob
     assert reason in cuda.why_not(x, replace(make("int8", (64, 32), 32), **change))
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_e4m3_converted_by_the_gpu(rows: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+def test_e4m3_converted_by_the_gpu(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """As from compute capability 8.9 on. Triton's interpreter converts all but NaN right."""
     monkeypatch.setattr(scaled, "converts_fp8", lambda device: True)
     weight, tau = moved(make("fp8", (130, 64), 64), device), torch.tensor([0.5], device=device)
-    x = torch.randn(rows, 130, device=device)
+    x = torch.randn(1, 130, device=device)
     assert_near(scaled.sparse_linear(x, weight, tau, launch=LAUNCH), exact(x, weight, [tau]))
 
 
