@@ -63,7 +63,7 @@ def shipped(capability: int, *kernels: str) -> list[dict]:
     every = compiled(capabilities, *CONFIGS) + compiled(capabilities, "formats", *CONFIGS)
     lines = [line for line in every if line["capability"] == capability and line["kernel"] in kernels]
     assert {line["rows"] for line in lines} >= {1, 4}
-    assert {line["dtype"] for line in lines} >= {"torch.bfloat16", *FORMATS}
+    assert {line["dtype"] for line in lines} >= ({"torch.bfloat16", *FORMATS} if "_scaled" in kernels else set())
     return lines
 
 
@@ -106,9 +106,13 @@ def test_shipped_launches_skip_weights_sixteen_bytes_at_a_time(capability: int) 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{'+'.join(map(str, shape[1]))}")
 @pytest.mark.parametrize("capability", SHARED)
 def test_shipped_launches_leave_no_small_last_wave(capability: int, shape: tuple[int, Sequence[int]]) -> None:
-    """A grid is there at once, or fills the slots of all its waves but for a fifth."""
+    """A grid is there at once, or fills the slots of all its waves but for a fifth.
+
+    Of matrices: kernels of weights with scales differ in registers by format and argument under one launch, so that a
+    multiprocessor may hold more of them than `resident`, by which `test_configs` checks their waves.
+    """
     in_features, sizes = shape
-    for line in shipped(capability):
+    for line in shipped(capability, "_dense_mask", "_gather"):
         launch = Launch(**{**line["launch"], "splits": None}).fitted(in_features, sizes, MULTIPROCESSORS[capability])
         programs = launch.grid(sizes) * launch.splits
         slots = residents(line, capability) * MULTIPROCESSORS[capability]
