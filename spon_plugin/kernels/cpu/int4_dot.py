@@ -18,6 +18,7 @@ WIDE, NARROW = 64, 32  # bytes of a row in a call of `int4_dot_wide` and of `int
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _BYTES, _WORDS, _LONGS = ir.VectorType(_I8, 32), ir.VectorType(_I16, 16), ir.VectorType(_I32, 8)
+_FLOATS = ir.VectorType(ir.FloatType(), 8)
 # Interleaved within each half of a register, which is one instruction: bytes 0-7 and 16-23, then 8-15 and 24-31.
 _FIRST, _SECOND = ([k for half in (0, 16) for i in range(8) for k in (half + i + o, 32 + half + i + o)] for o in (0, 8))
 # Likewise by 16 bits: the sums of lower and upper codes side by side, as outputs lie.
@@ -35,7 +36,7 @@ def has_avx2() -> bool:
 
 @intrinsic
 def int4_dot_wide(
-    _typing: Any, rows: Any, inputs: Any, pairs: Any, column: Any, aheads: Any, ahead: Any, sums: Any
+    _typing: Any, rows: Any, inputs: Any, pairs: Any, column: Any, aheads: Any, ahead: Any, sums: Any, step: Any
 ) -> Any:
     """Add the products of pairs of rows with their inputs, for `WIDE` bytes of the rows.
 
@@ -46,23 +47,24 @@ def int4_dot_wide(
         column: the first byte.
         aheads: address of the addresses of as many rows to ask for early.
         ahead: a byte of theirs.
-        sums: address of the sums, int32 ``[2 * WIDE]``, which are added to.
+        sums: address of the sums, float32 ``[2 * WIDE]``, which are added to.
+        step: float32, what the products are multiplied by first.
     """
-    return types.void(*[types.int64] * 7), _generator(WIDE // 32)
+    return types.void(*[types.int64] * 7, types.float32), _generator(WIDE // 32)
 
 
 @intrinsic
 def int4_dot_narrow(
-    _typing: Any, rows: Any, inputs: Any, pairs: Any, column: Any, aheads: Any, ahead: Any, sums: Any
+    _typing: Any, rows: Any, inputs: Any, pairs: Any, column: Any, aheads: Any, ahead: Any, sums: Any, step: Any
 ) -> Any:
     """`int4_dot_wide` for `NARROW` bytes."""
-    return types.void(*[types.int64] * 7), _generator(NARROW // 32)
+    return types.void(*[types.int64] * 7, types.float32), _generator(NARROW // 32)
 
 
 def _generator(vectors: int) -> Any:
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         b = builder
-        rows, inputs, pairs, column, aheads, ahead, sums = args
+        rows, inputs, pairs, column, aheads, ahead, sums, step = args
         rows, aheads = b.inttoptr(rows, _I64.as_pointer()), b.inttoptr(aheads, _I64.as_pointer())
         inputs = b.inttoptr(inputs, _I16.as_pointer())
         words = [cgutils.alloca_once(b, _WORDS) for _ in range(4 * vectors)]
@@ -70,6 +72,9 @@ def _generator(vectors: int) -> Any:
             b.store(ir.Constant(_WORDS, [0] * 16), place)
         with cgutils.for_range(b, pairs) as pair:
             _add_pair(b, rows, inputs, pair.index, column, aheads, ahead, words)
+        fused = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), "llvm.fmuladd.v8f32")
+        undefined = ir.Constant(_FLOATS, ir.Undefined)
+        steps = b.shuffle_vector(b.insert_element(undefined, step, _I32(0)), undefined, _indices([0] * 8))
         for vector in range(vectors):
             for second in range(2):
                 low, high = b.load(words[4 * vector + second]), b.load(words[4 * vector + 2 + second])
@@ -77,11 +82,12 @@ def _generator(vectors: int) -> Any:
                     woven = b.shuffle_vector(low, high, _indices(order))
                     for half in range(2):
                         output = 64 * vector + 32 * half + 16 * second + 8 * upper
-                        target = b.inttoptr(b.add(sums, _I64(4 * output)), _LONGS.as_pointer())
+                        target = b.inttoptr(b.add(sums, _I64(4 * output)), _FLOATS.as_pointer())
                         part = b.shuffle_vector(woven, woven, _indices(range(8 * half, 8 * half + 8)))
                         held = b.load(target)
                         held.align = 4
-                        b.store(b.add(held, b.sext(part, _LONGS)), target).align = 4
+                        whole = b.sitofp(b.sext(part, _LONGS), _FLOATS)
+                        b.store(b.call(fused, [whole, steps, held]), target).align = 4
         return context.get_dummy_value()
 
     return generate

@@ -19,42 +19,48 @@ _LARGEST = np.float32(3.4028234e38)
 
 
 @njit(**OPTIONS)
-def round_inputs(values: Any, rounded: Any, pairs: Any) -> Any:
-    """Inputs as signed bytes: ``values ~ step * rounded``.
+def round_inputs(values: Any, rounded: Any, pairs: Any, steps: Any) -> Any:
+    """Inputs as signed bytes, `ROWS` of which share a step: ``values[q] ~ steps[q // ROWS] * rounded[q]``.
 
     Args:
         values: float32 ``[n]``.
         rounded: int32, written, up to an even number of inputs.
         pairs: int16, written: `rounded` two by two.
+        steps: float32, written; NaN where an input is no finite number.
 
     Returns:
-        The step, NaN if an input is no finite number, and the sum of `rounded`.
+        The sum of what the inputs have become.
     """
-    largest, finite = np.float32(0), True
-    for q in range(values.size):
-        size = abs(values[q])
-        finite &= size <= _LARGEST
-        largest = max(largest, size)
-    scale, step = np.float32(0), np.float32(0)
-    if not finite:
-        step = np.float32(np.nan)
-    elif largest > 0 and np.float32(127) / largest <= _LARGEST:  # else inputs are as good as zero
-        scale, step = np.float32(127) / largest, largest / np.float32(127)
-    total: Any = 0
-    for q in range(values.size):
-        code = np.int32(np.rint(values[q] * scale)) if finite else np.int32(0)
-        rounded[q] = code
-        total += code
+    total = np.float32(0)
+    for block in range(0, values.size, ROWS):
+        stop = min(block + ROWS, values.size)
+        largest, finite = np.float32(0), True
+        for q in range(block, stop):
+            size = abs(values[q])
+            finite &= size <= _LARGEST
+            largest = max(largest, size)
+        scale, step = np.float32(0), np.float32(0)
+        if not finite:
+            step = np.float32(np.nan)
+        elif largest > 0 and np.float32(127) / largest <= _LARGEST:  # else inputs are as good as zero
+            scale, step = np.float32(127) / largest, largest / np.float32(127)
+        codes: Any = 0
+        for q in range(block, stop):
+            code = np.int32(np.rint(values[q] * scale)) if finite else np.int32(0)
+            rounded[q] = code
+            codes += code
+        steps[block // ROWS] = step
+        total += step * np.float32(codes)
     if values.size % 2:
         rounded[values.size] = 0
     for k in range((values.size + 1) // 2):
         pairs[k] = np.int16((rounded[2 * k] & 255) | (rounded[2 * k + 1] << 8))
-    return step, np.float32(total)
+    return total
 
 
 @njit(**OPTIONS)
-def _add_portable(codes: Any, rows: Any, rounded: Any, start: int, stop: int, out: Any) -> None:
-    """Add the products of some rows of codes with their inputs, for bytes ``start:stop``, in plain integers."""
+def _add_portable(codes: Any, rows: Any, rounded: Any, step: Any, start: int, stop: int, out: Any) -> None:
+    """Add the products of up to `ROWS` rows of codes with their inputs, for bytes ``start:stop``, in plain integers."""
     count = rows.size
     four = count - count % 4
     for q in range(0, four, 4):
@@ -63,30 +69,37 @@ def _add_portable(codes: Any, rows: Any, rounded: Any, start: int, stop: int, ou
         w2, w3 = codes[rows[q + 2], start:stop], codes[rows[q + 3], start:stop]
         for j in range(w0.size):
             b0, b1, b2, b3 = np.int32(w0[j]), np.int32(w1[j]), np.int32(w2[j]), np.int32(w3[j])
-            out[2 * j] += np.int32(a * (b0 & 15) + b * (b1 & 15) + c * (b2 & 15) + d * (b3 & 15))
-            out[2 * j + 1] += np.int32(a * (b0 >> 4) + b * (b1 >> 4) + c * (b2 >> 4) + d * (b3 >> 4))
+            low = np.int32(a * (b0 & 15) + b * (b1 & 15) + c * (b2 & 15) + d * (b3 & 15))
+            high = np.int32(a * (b0 >> 4) + b * (b1 >> 4) + c * (b2 >> 4) + d * (b3 >> 4))
+            out[2 * j] += step * np.float32(low)
+            out[2 * j + 1] += step * np.float32(high)
     for q in range(four, count):
-        value, row = rounded[q], codes[rows[q], start:stop]
+        value, row = step * np.float32(rounded[q]), codes[rows[q], start:stop]
         for j in range(row.size):
             code = np.int32(row[j])
-            out[2 * j] += np.int32(value * (code & 15))
-            out[2 * j + 1] += np.int32(value * (code >> 4))
+            out[2 * j] += value * np.float32(code & 15)
+            out[2 * j + 1] += value * np.float32(code >> 4)
 
 
 @njit(**OPTIONS)
 def sum_portable(
-    codes: Any, inputs: Any, first: int, last: int, rounded: Any, start: int, stop: int, sums: Any
+    codes: Any, inputs: Any, first: int, last: int, rounded: Any, steps: Any, start: int, stop: int, sums: Any
 ) -> None:
-    """Sums over the inputs ``first:last`` of codes times inputs, for bytes ``start:stop``."""
+    """Sums over the inputs ``first:last`` of codes times rounded inputs, for bytes ``start:stop``.
+
+    Arguments are those of `sum_avx2`.
+    """
     clear(sums, 2 * (stop - start))
-    for b in range(sums.shape[0]):
-        _add_portable(codes, inputs[first:last], rounded[b], start, stop, sums[b])
+    for block in range(first, last, ROWS):
+        rows, begin = inputs[block : min(block + ROWS, last)], block - first
+        for b in range(sums.shape[0]):
+            _add_portable(codes, rows, rounded[b, begin:], steps[b, begin // ROWS], start, stop, sums[b])
 
 
 @njit(**OPTIONS)
 def sum_avx2(
-    codes: Any, inputs: Any, first: int, last: int, rounded: Any, pairs: Any, start: int, stop: int, width: int,
-    addresses: Any, sums: Any,
+    codes: Any, inputs: Any, first: int, last: int, rounded: Any, pairs: Any, steps: Any, start: int, stop: int,
+    width: int, addresses: Any, sums: Any,
 ) -> None:  # fmt: skip
     """`sum_portable` by `int4_dot_wide`, `ROWS` rows at a time, while the rows to come are asked for.
 
@@ -97,11 +110,12 @@ def sum_avx2(
         last: where the run ends.
         rounded: the run's inputs of eight bits, int32 ``[batch, n]``.
         pairs: likewise two by two, int16 ``[batch, n / 2]``.
+        steps: of each `ROWS` of them, float32 ``[batch, n / ROWS]``.
         start: the tile's first byte.
         stop: where the tile ends.
         width: bytes of a row.
         addresses: room for int64 ``[2 * ROWS]``.
-        sums: int32 ``[batch, outputs]``, written.
+        sums: float32 ``[batch, outputs]``, written.
     """
     clear(sums, 2 * (stop - start))
     base, stride = codes.ctypes.data, codes.strides[0]
@@ -116,7 +130,7 @@ def sum_avx2(
             addresses[ROWS + k] = base + np.int64(inputs[following + k]) * stride
         two = (count + 1) // 2
         for b in range(sums.shape[0]):
-            out = sums[b]
+            out, step = sums[b], steps[b, (block - first) // ROWS]
             target, values = out.ctypes.data, pairs[b].ctypes.data + (block - first)
             column = start
             while column + NARROW <= stop:
@@ -125,14 +139,14 @@ def sum_avx2(
                 if ahead >= stop:  # past the end of these rows: the beginning of those to come
                     aheads, ahead = where + 8 * ROWS, ahead - stop + begin
                 if column + WIDE <= stop:
-                    int4_dot_wide(where, values, two, column, aheads, ahead, target + 8 * done)
+                    int4_dot_wide(where, values, two, column, aheads, ahead, target + 8 * done, step)
                     column += WIDE
                 else:
-                    int4_dot_narrow(where, values, two, column, aheads, ahead, target + 8 * done)
+                    int4_dot_narrow(where, values, two, column, aheads, ahead, target + 8 * done, step)
                     column += NARROW
             if column < stop:
-                rest = out[2 * (column - start) :]
-                _add_portable(codes, inputs[block : block + count], rounded[b, block - first :], column, stop, rest)
+                rest, few = out[2 * (column - start) :], inputs[block : block + count]
+                _add_portable(codes, few, rounded[b, block - first :], step, column, stop, rest)
 
 
 @njit(**OPTIONS)

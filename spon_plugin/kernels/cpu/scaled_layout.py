@@ -26,8 +26,9 @@ NOTHING, FLOAT32, BFLOAT16, FLOAT16, INT8, UINT8, INT16, INT32 = range(8)
 SUM_INT8, SUM_FP8, SUM_INT4, SUM_INT4_PORTABLE, SUM_INT4_EXACT = "int8", "fp8", "int4", "int4-portable", "int4-exact"
 INTEGERS = (SUM_INT4, SUM_INT4_PORTABLE)
 
-RUN = 128  # inputs that are rounded to eight bits together, at most
-ROWS = 16  # rows of four-bit codes that are read at once; the sum of as many products fits into 16 bits
+RUN = 128  # inputs that are rounded to eight bits in one go, at most
+# Rows of four-bit codes read at once, whose inputs share a step: the sum of as many products fits into 16 bits.
+ROWS = 16
 
 
 def scratch_parts(batch: int, in_features: int, groups: int, outputs: int) -> tuple[int, ...]:
@@ -43,7 +44,8 @@ def scratch_parts(batch: int, in_features: int, groups: int, outputs: int) -> tu
         The starts of addresses of rows (int64 ``[2 * ROWS]``); x and kept values ``[batch, in_features]`` (float32);
         flags, indices and another order of active inputs (int32, with `ROWS` to spare); their counts by block; places
         by group; scales, zero points and offsets of a tile (float32 ``[outputs]``); sums ``[batch, outputs]``; inputs
-        of eight bits (int32 ``[batch, RUN]``) and pairs of them (int16); totals ``[3, batch]``; and the size of all.
+        of eight bits (int32 ``[batch, RUN]``), pairs of them (int16) and their steps (``[batch, RUN / ROWS]``); totals
+        ``[2, batch]``; and the size of all.
     """
     blocks = (in_features + BLOCK - 1) // BLOCK
     x = 4 * ROWS
@@ -57,6 +59,7 @@ def scratch_parts(batch: int, in_features: int, groups: int, outputs: int) -> tu
     sums = scale + 3 * outputs
     rounded = sums + batch * outputs
     pairs = rounded + batch * RUN
-    totals = pairs + batch * RUN // 2
-    size = (totals + 3 * batch + 15) // 16 * 16
-    return 0, x, values, active, index, order, counts, places, scale, sums, rounded, pairs, totals, size
+    steps = pairs + batch * RUN // 2
+    totals = steps + batch * RUN // ROWS
+    size = (totals + 2 * batch + 15) // 16 * 16
+    return 0, x, values, active, index, order, counts, places, scale, sums, rounded, pairs, steps, totals, size

@@ -86,14 +86,14 @@ def _sum_rows(codes: Any, index: Any, first: int, last: int, values: Any, start:
 
 
 @njit(**OPTIONS)
-def _add_scaled(part: Any, sums: Any, scale: Any, zero: Any, has_zeros: int, step: Any, total: Any) -> None:
-    """``part += (sums - zero * total) * step * scale``; sums, and `total` of the inputs, are in units of `step`."""
+def _add_scaled(part: Any, sums: Any, scale: Any, zero: Any, has_zeros: int, total: Any) -> None:
+    """``part += (sums - zero * total) * scale``, `total` that of the inputs."""
     if has_zeros:
         for j in range(part.size):
-            part[j] += (np.float32(sums[j]) - zero[j] * total) * (step * scale[j])
+            part[j] += (sums[j] - zero[j] * total) * scale[j]
     else:
         for j in range(part.size):
-            part[j] += np.float32(sums[j]) * (step * scale[j])
+            part[j] += sums[j] * scale[j]
 
 
 @njit(**OPTIONS)
@@ -157,10 +157,10 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
         places = carray(pointer(own + 4 * parts[7], types.int32), (groups + 1,))
         scale_rows = carray(pointer(own + 4 * parts[8], types.float32), (3, outputs))
         sums = carray(pointer(own + 4 * parts[9], types.float32), (batch, outputs))
-        counts = carray(pointer(own + 4 * parts[9], types.int32), (batch, outputs))
         rounded = carray(pointer(own + 4 * parts[10], types.int32), (batch, RUN))
         pairs = carray(pointer(own + 4 * parts[11], types.int16), (batch, RUN))
-        totals = carray(pointer(own + 4 * parts[12], types.float32), (3, batch))
+        steps = carray(pointer(own + 4 * parts[12], types.float32), (batch, RUN // ROWS))
+        totals = carray(pointer(own + 4 * parts[13], types.float32), (2, batch))
 
         for b in range(batch):
             read_row(fields[layout.X], fields[layout.X_KIND], b * in_features, x[b])
@@ -192,13 +192,9 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
             stop_of_group = (group + 1) * group_size
             last = _end_of_run(index, first, min(count, first + most), group_of_row, ordered, stop_of_group)
             for b in range(batch):
-                totals[0, b] = np.float32(1)
-                totals[2, b] = _total(values[b, first:last])
-                totals[1, b] = totals[2, b]
+                totals[0, b] = totals[1, b] = _total(values[b, first:last])
                 if rounds:
-                    step, total = round_inputs(values[b, first:last], rounded[b], pairs[b])
-                    totals[0, b] = step
-                    totals[1, b] = total
+                    totals[0, b] = round_inputs(values[b, first:last], rounded[b], pairs[b], steps[b])
             for start in range(0, width, tile):
                 stop = min(start + tile, width)
                 begin, end = per_byte * start, min(per_byte * stop, out_features)
@@ -211,9 +207,9 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
                 if whole_bytes:
                     _sum_rows(codes, index, first, last, values, start, stop, sums)
                 elif vectors:
-                    sum_avx2(codes, index, first, last, rounded, pairs, start, stop, width, addresses, counts)
+                    sum_avx2(codes, index, first, last, rounded, pairs, steps, start, stop, width, addresses, sums)
                 elif rounds:
-                    sum_portable(codes, index, first, last, rounded, start, stop, counts)
+                    sum_portable(codes, index, first, last, rounded, steps, start, stop, sums)
                 else:
                     sum_exact(codes, index, first, last, values, start, stop, sums)
                 scale, zeros, offset = scale_rows[0, : end - begin], scale_rows[1, : end - begin], scale_rows[2]
@@ -227,14 +223,11 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
                     at = group * fields[layout.OFFSET_STRIDE] + begin
                     read_row(fields[layout.OFFSETS], fields[layout.OFFSET_KIND], at, offset[: end - begin])
                 for b in range(batch):
-                    part, step, total = own_sums[b, begin:end], totals[0, b], totals[1, b]
-                    if rounds:
-                        _add_scaled(part, counts[b], scale, zeros, shifted, step, total)
-                    else:
-                        _add_scaled(part, sums[b], scale, zeros, shifted, step, total)
+                    part = own_sums[b, begin:end]
+                    _add_scaled(part, sums[b], scale, zeros, shifted, totals[0, b])
                     if has_offsets:
                         for j in range(part.size):
-                            part[j] += offset[j] * totals[2, b]
+                            part[j] += offset[j] * totals[1, b]
             first = last
         barrier()
 
