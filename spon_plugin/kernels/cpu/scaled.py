@@ -93,8 +93,8 @@ def sparse_linear(
     """``y = S(x) W^T + bias`` for few rows; every row of codes that the mask of some row of x keeps is read once.
 
     Sums are float32, in an order that depends on the number of threads alone: the same call gives the same bits. Four
-    bits are summed in integers, on the kept inputs rounded to eight bits in runs of at most `scaled_layout.RUN` that
-    share a scale: an output is off by about 0.5% of its usual size. An input that is no finite number then makes its
+    bits are summed in integers, on the kept inputs rounded to eight bits, `scaled_layout.ROWS` of which
+    share a step: an output is off by about 0.5% of its usual size. An input that is no finite number then makes its
     whole row of y NaN.
 
     Args:
