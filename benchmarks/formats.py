@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from spon_plugin import RowWeight, machine
 from spon_plugin.weights.dense import DenseWeight
+from spon_plugin.weights.formats import SCALED
 from spon_plugin.weights.fp8 import Fp8Weight
 from spon_plugin.weights.int4 import Int4Weight, pack_nibbles, unpack_nibbles
 from spon_plugin.weights.int8 import Int8Weight
 from spon_plugin.weights.scaled import ScaledWeight
 
-FORMATS = ("dense", "int8", "int4", "fp8")
+FORMATS = (DenseWeight.format, *SCALED)
 
 
 def make(format: str, shape: tuple[int, int], dtype: torch.dtype, group: int, generator: torch.Generator) -> RowWeight:

@@ -13,12 +13,8 @@ from spon_plugin.errors import SponError
 from spon_plugin.kernels.arguments import Thresholds, check_threshold
 from spon_plugin.kernels.table import Problem, choose
 from spon_plugin.masking import keep_mask
-from spon_plugin.weights.fp8 import Fp8Weight
-from spon_plugin.weights.int4 import Int4Weight
-from spon_plugin.weights.int8 import Int8Weight
+from spon_plugin.weights.formats import SCALED
 from spon_plugin.weights.scaled import ScaledWeight
-
-_FORMATS = {kind.format: kind for kind in (Int8Weight, Int4Weight, Fp8Weight)}
 
 LIBRARY = torch.library.Library("spon", "FRAGMENT")
 LIBRARY.define(
@@ -112,7 +108,7 @@ class _Arguments(NamedTuple):
 
     @property
     def weight(self) -> ScaledWeight:
-        return _FORMATS[self.format](*self[1:7])
+        return SCALED[self.format](*self[1:7])
 
 
 def _run(*arguments: Any) -> Tensor:
@@ -138,7 +134,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     size, format, shard_sizes, bias_dtype = ctx.rest
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = _FORMATS[format](codes, scales, zeros, size, group_of_row, offsets)
+        weight = SCALED[format](codes, scales, zeros, size, group_of_row, offsets)
         thresholds = Thresholds.of(threshold, codes, shard_sizes, weight.out_features)
         columns = weight.dense().split(thresholds.sizes, 1)
         # Chosen, not multiplied: an infinite gradient must not turn masked entries into NaN.

@@ -15,6 +15,7 @@ from spon_plugin.kernels.cpu import scaled
 from spon_plugin.kernels.few_rows import CPU_ROWS, GPU_ROWS
 from spon_plugin.kernels.triton import launch as cuda
 from spon_plugin.machine import DTYPES
+from spon_plugin.weights.formats import SCALED
 from spon_plugin.weights.row_weight import RowWeight
 from spon_plugin.weights.scaled import ScaledWeight
 
@@ -121,7 +122,7 @@ def _within_bytes(problem: Problem, weight: ScaledWeight) -> str:
     return ""
 
 
-_SCALED = tuple(scaled.FORMATS)
+_SCALED = tuple(SCALED)
 KERNELS = (
     Kernel("cuda", "cuda", (DENSE,), None, _nothing, cuda.sparse_linear),
     Kernel("cuda scaled", "cuda", _SCALED, GPU_ROWS, _cuda_scaled, cuda.sparse_linear_scaled),

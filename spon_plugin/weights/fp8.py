@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from spon_plugin.weights.scaled import ScaledWeight
 
 
@@ -13,3 +15,4 @@ class Fp8Weight(ScaledWeight):
     """See `ScaledWeight`; codes are float8 (e4m3 or e5m2) ``[in_features, out_features]``."""
 
     format = "fp8"
+    code_dtype = torch.float8_e4m3fn

@@ -23,6 +23,7 @@ class Int4Weight(ScaledWeight):
     """
 
     format = "int4"
+    code_dtype = torch.uint8
     unit: ClassVar[int] = 2
     middle: ClassVar[int] = 8
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from spon_plugin.weights.scaled import ScaledWeight
 
 
@@ -13,3 +15,4 @@ class Int8Weight(ScaledWeight):
     """See `ScaledWeight`; codes are int8 ``[in_features, out_features]``."""
 
     format = "int8"
+    code_dtype = torch.int8

@@ -20,6 +20,7 @@ class ScaledWeight(RowWeight):
     ``dense(that dtype)``.
 
     Attributes:
+        code_dtype: of codes that kernels read; others are decoded.
         codes: ``[in_features, bytes of a row]``.
         scales: ``[groups, out_features]``, floating point.
         zeros: ``[groups, out_features]``, in the unit of the codes; None for the middle of their range.
@@ -29,6 +30,7 @@ class ScaledWeight(RowWeight):
     """
 
     middle: ClassVar[int] = 0
+    code_dtype: ClassVar[torch.dtype]
 
     scales: Tensor
     zeros: Tensor | None = None

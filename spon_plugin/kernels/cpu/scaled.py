@@ -24,9 +24,6 @@ from spon_plugin.kernels.cpu.scaled_layout import (
 )
 from spon_plugin.weights.scaled import ScaledWeight
 
-FORMATS = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
-"""The formats that the kernel reads, and the dtype of their codes."""
-
 _KINDS = {
     torch.float32: layout.FLOAT32,
     torch.bfloat16: layout.BFLOAT16,
@@ -45,7 +42,7 @@ def why_not(weight: ScaledWeight) -> str:
     """The reason why the kernel does not read `weight` as it lies; empty where it does."""
     if not cpu.is_available():
         return "Numba or GNU's OpenMP is missing"
-    if FORMATS.get(weight.format) != weight.codes.dtype:
+    if weight.codes.dtype != weight.code_dtype:
         return f"{weight.format} codes of {weight.codes.dtype}"
     for name in ("codes", "scales", "zeros", "offsets"):
         part = getattr(weight, name)

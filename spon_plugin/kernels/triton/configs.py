@@ -21,6 +21,7 @@ import torch
 from spon_plugin import machine
 from spon_plugin.errors import SponError
 from spon_plugin.kernels.few_rows import GPU_ROWS
+from spon_plugin.weights.formats import SCALED
 
 FORMAT_VERSION = 2
 DIRECTORY = Path(__file__).parents[1] / "configs"
@@ -35,7 +36,7 @@ MOST_REGISTERS = 248
 FILL = 0.8
 DTYPES = machine.DTYPES
 # Of weights with scales, by the name of their format (`weights.RowWeight`); the dtype of x does not matter to them.
-FORMATS = ("int8", "int4", "fp8")
+FORMATS = tuple(SCALED)
 
 
 @dataclass(frozen=True)

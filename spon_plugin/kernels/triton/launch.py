@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from spon_plugin.kernels import gemm, reference
-from spon_plugin.kernels.cpu.scaled import FORMATS
 from spon_plugin.kernels.few_rows import GPU_ROWS
 from spon_plugin.kernels.triton.configs import DTYPES, Launch, choose
 from spon_plugin.weights.scaled import ScaledWeight
@@ -103,7 +102,7 @@ def why_not(x: Tensor, weight: ScaledWeight) -> str:
         return f"for float32, bfloat16 and float16, not {x.dtype}"
     if x.dtype == torch.float32 and x.shape[:-1].numel() > 1:
         return "for one row of float32: products of several run outside the tensor cores"
-    if FORMATS.get(weight.format) != weight.codes.dtype:
+    if weight.codes.dtype != weight.code_dtype:
         return f"{weight.format} codes of {weight.codes.dtype}"
     if weight.group_of_row is not None:
         return "groups that are no runs of inputs (act-order)"
