@@ -78,20 +78,32 @@ class SparseLayer(nn.Module):
         if center is not None and dense is None:
             # The kernels know no centre: taking it off here reads x once more, which is little beside the weights.
             x, center = deviation(x, center), None
-        if dense is None and not torch.compiler.is_compiling():
+        if dense is None:
+            y = self._masked(x)
+            if y is not None:
+                return y
+        kept = sparse_deviation(x, self.spon_threshold, dense, center)
+        if dense is None or self.spon_dense_bias is None:
+            return self._dense(kept, self.bias)
+        bias = torch.zeros_like(self.spon_dense_bias) if self.bias is None else self.bias
+        return self._dense(kept, None) + torch.where(dense.unsqueeze(-1), self.spon_dense_bias, bias)
+
+    def _masked(self, x: Tensor) -> Tensor | None:
+        """The output, the mask in the kernel; None where no kernel of ours is to compute it."""
+        if not torch.compiler.is_compiling():
             y = self._few_rows(self, x)
             if y is not None:
                 return y
         weight_t = self.weight_t
         # Autocast chooses the dtypes of torch's own products; it does not know ours.
-        own = dense is None and x.dtype == weight_t.dtype and weight_t.is_contiguous()
+        own = x.dtype == weight_t.dtype and weight_t.is_contiguous()
         if own and not torch.is_autocast_enabled(x.device.type):
             return sparse_linear(x, weight_t, self.spon_threshold, self.bias)
-        kept = sparse_deviation(x, self.spon_threshold, dense, center)
-        if dense is None or self.spon_dense_bias is None:
-            return dense_linear(kept, weight_t, self.bias)
-        bias = torch.zeros_like(self.spon_dense_bias) if self.bias is None else self.bias
-        return dense_linear(kept, weight_t) + torch.where(dense.unsqueeze(-1), self.spon_dense_bias, bias)
+        return None
+
+    def _dense(self, kept: Tensor, bias: Tensor | None) -> Tensor:
+        """The output for inputs that are masked already."""
+        return dense_linear(kept, self.weight_t, bias)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         _apply_keeping_float32(self, fn, super()._apply, recurse)

@@ -12,7 +12,6 @@ from spon_plugin.errors import SponError
 from spon_plugin.kernels import sparse_linear
 from spon_plugin.kernels.table import Problem, choose
 from spon_plugin.layers.sparse_linear import SparseLayer
-from spon_plugin.masking import sparse_deviation
 from spon_plugin.weights.linears import linear_features, weight_of
 from spon_plugin.weights.scaled import ScaledWeight
 
@@ -90,18 +89,11 @@ class SparseQuantizedLinear(SparseLayer):
             self._rows = None
             self.row_weight  # noqa: B018
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        dense = None if self.tokens is None else self.tokens.rows(x)
-        center = self.spon_center
-        if dense is None and center is None:
-            return self._product(x, self.spon_threshold, self.bias)
-        kept = sparse_deviation(x, self.spon_threshold, dense, center)
-        nothing = torch.zeros_like(self.spon_threshold[:1])  # the mask is in `kept`
-        if dense is None or self.spon_dense_bias is None:
-            return self._product(kept, nothing, self.bias)
-        bias = torch.zeros_like(self.spon_dense_bias) if self.bias is None else self.bias
-        return self._product(kept, nothing, None) + torch.where(dense.unsqueeze(-1), self.spon_dense_bias, bias)
+    def _masked(self, x: Tensor) -> Tensor:
+        return self._product(x, self.spon_threshold, self.bias)
+
+    def _dense(self, kept: Tensor, bias: Tensor | None) -> Tensor:
+        return self._product(kept, torch.zeros_like(self.spon_threshold[:1]), bias)
 
     def _product(self, x: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None and bias.dtype not in (torch.float32, x.dtype):
