@@ -15,7 +15,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spon_plugin.adapter.directory import read_adapter
-from spon_plugin.adapter.merged import DIGEST, FIELD, MASK_FIELDS, QUANT_METHOD, Announced, MergedConfig
+from spon_plugin.adapter.merged import (
+    BASE_QUANTIZATION,
+    DIGEST,
+    FIELD,
+    MASK_FIELDS,
+    QUANT_METHOD,
+    Announced,
+    MergedConfig,
+)
 from spon_plugin.errors import SponError
 from spon_plugin.kernels.few_rows import row_limit
 from spon_plugin.masking import TOKEN_MODES
@@ -33,7 +41,7 @@ _NAME_IT = (
     '\'{"quantization_config": {"quant_method": "spon", "adapter": "ADAPTER_DIR"}}\', or SPON_ADAPTER=ADAPTER_DIR, '
     "or serve a checkpoint that `spon merge` wrote."
 )
-_KNOWN = ("quant_method", "adapter", DIGEST, "token_mode", "max_sparse_tokens", "base_quantization_config")
+_KNOWN = ("quant_method", "adapter", DIGEST, "token_mode", "max_sparse_tokens", BASE_QUANTIZATION)
 
 _served_adapter: ContextVar[str | None] = ContextVar("spon_served_adapter", default=None)
 
@@ -101,7 +109,7 @@ class Settings:
         if self.adapter is not None:
             config["adapter"] = self.adapter
         if self.base_quantization is not None:
-            config["base_quantization_config"] = dict(self.base_quantization)
+            config[BASE_QUANTIZATION] = dict(self.base_quantization)
         return config
 
 
@@ -157,7 +165,7 @@ def _split(
 ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any] | None]:
     """Tell apart what was asked for, the base's own quantization, and a merged checkpoint's fields."""
     given, stored = dict(given or {}), dict(stored or {})
-    base = given.pop("base_quantization_config", None)
+    base = given.pop(BASE_QUANTIZATION, None)
     if given.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
         base, given = given, {}
     elif base is None and stored.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
