@@ -39,6 +39,11 @@ class Rounding:
     symmetric: bool = True
     head: bool = False
 
+    def check(self) -> None:
+        """Raise `SponError` for what can be told without a model."""
+        if self.bits not in BITS:
+            raise SponError.of("bits", self.bits, "8 or 4")
+
 
 def check_quantizer() -> None:
     """Raise `SponError` if compressed-tensors is not installed."""
@@ -68,21 +73,21 @@ def quantize(model: Any, rounding: Rounding, progress: Callable[[int, int], None
         SponError: a field of `rounding` is wrong or does not divide a layer's inputs; or the model is a merged or a
             quantized one. Nothing has been changed then.
     """
-    if rounding.bits not in BITS:
-        raise SponError.of("bits", rounding.bits, "8 or 4")
+    rounding.check()
     if getattr(model, "is_quantized", False):
         raise SponError.of("model", "a quantized model", "floating-point weights", "Start from the model it was.")
     linears: dict[str, Any] = {
         path: model.get_submodule(path) for site in find_sites(model) for path in site.modules
     }  # in the order of the blocks
     if rounding.head:
-        linears |= _own_head(model)
+        linears |= _head(model)
     _check_fit(linears, rounding.group)
+    if rounding.head:
+        _untie_head(model)
     for done, module in enumerate(linears.values()):
         _round(module, rounding)
         if progress:
             progress(done + 1, len(linears))
-    model.spon_rounding = rounding
     return list(linears)
 
 
@@ -91,10 +96,11 @@ def save_quantized(model: Any, directory: Path) -> None:
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
-    kept = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and not _is_rounded(m)]
+    linears: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    schemes = {path: module.quantization_scheme for path, module in linears.items() if _is_rounded(module)}
     config = QuantizationConfig(
-        config_groups={"group_0": _scheme(model.spon_rounding)},
-        ignore=kept,
+        config_groups={"group_0": next(iter(schemes.values()))},
+        ignore=[path for path in linears if path not in schemes],
         format="pack-quantized",
         quantization_status=QuantizationStatus.COMPRESSED,
     )
@@ -127,17 +133,22 @@ def _is_rounded(module: nn.Module) -> bool:
     return hasattr(module, "quantization_scheme")
 
 
-def _own_head(model: Any) -> dict[str, nn.Module]:
-    """The output head by its path, with weights of its own."""
+def _head(model: Any) -> dict[str, nn.Module]:
+    """The output head by its path."""
     head = model.get_output_embeddings()
     path = next((path for path, module in model.named_modules() if module is head), None)
     if not isinstance(head, nn.Linear) or path is None:
         raise SponError.of("head", type(head).__name__, "a model whose head is a torch.nn.Linear", "Leave --head out.")
+    return {path: head}
+
+
+def _untie_head(model: Any) -> None:
+    """Give a head that shares the embeddings' weights a copy of its own."""
+    head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False
-    return {path: head}
 
 
 def _check_fit(linears: dict[str, Any], group: int | None) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.base import HfQuantizer
 
-from spon_plugin.adapter.mask import THRESHOLD
+from spon_plugin.adapter.mask import CENTER, THRESHOLD
 from spon_plugin.adapter.merged import DENSE_BIAS
 from spon_plugin.layers.sparse_linear import SparseLayer
 from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
@@ -29,8 +29,9 @@ def around_base(config: Any, **kwargs: Any) -> HfQuantizer:
         **kwargs: for the base's quantizer.
     """
     own = AutoQuantizationConfig.from_dict(dict(config.base_quantization_config))
-    cls: Any = type(AutoHfQuantizer.from_config(own, **kwargs))
-    quantizer = _class_around(cls)(own, **kwargs)
+    quantizer: Any = AutoHfQuantizer.from_config(own, **kwargs)
+    cls: Any = type(quantizer)
+    quantizer.__class__ = _class_around(cls)
     quantizer.spon_config = config
     return quantizer
 
@@ -96,13 +97,12 @@ def _announce(host: nn.Module, tensors: Sequence[str], dtype: torch.dtype) -> No
     """Make room in a quantized linear for what the file holds beside its own tensors."""
     in_features, out_features = linear_features(host)
     device = next(host.parameters()).device
-    for name in {THRESHOLD: None, **dict.fromkeys(tensors)}:
-        shape, kind = ((out_features,), dtype) if name == DENSE_BIAS else ((in_features,), torch.float32)
-        if name not in tensors:
-            shape = (1,)  # one threshold for all inputs, which the config says
-        host.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
-    for name in ("spon_center", DENSE_BIAS):
-        if name not in host._buffers:
-            host.register_buffer(name, None)
+    room: dict[str, torch.Tensor | None] = {name: None for name in (THRESHOLD, CENTER, DENSE_BIAS)}
+    room[THRESHOLD] = torch.zeros(1, dtype=torch.float32, device=device)  # for all inputs, and the config says it
+    for name in tensors:
+        size, kind = (out_features, dtype) if name == DENSE_BIAS else (in_features, torch.float32)
+        room[name] = torch.zeros(size, dtype=kind, device=device)
+    for name, tensor in room.items():
+        host.register_buffer(name, tensor)
     if getattr(host, "bias", None) is None:
         host.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)

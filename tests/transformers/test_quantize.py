@@ -97,6 +97,13 @@ def test_a_wrong_rounding_is_refused_before_anything_changes(rounding, message):
     assert all(torch.equal(a, b) for a, b in zip(rounded.parameters(), model().parameters(), strict=True))
 
 
+def test_a_tied_head_stays_tied_where_the_rounding_is_refused():
+    rounded = model(tied=True)
+    with pytest.raises(SponError, match="group"):
+        quantize(rounded, Rounding(4, 48, head=True))
+    assert rounded.lm_head.weight is rounded.get_input_embeddings().weight and rounded.config.tie_word_embeddings
+
+
 def test_a_quantized_model_is_refused(tmp_path):
     rounded = model()
     quantize(rounded, Rounding(4, 32))

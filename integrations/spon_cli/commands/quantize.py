@@ -13,7 +13,6 @@ from spon_cli.command import Between, command
 from spon_cli.loading import quiet
 from spon_cli.output import note, show_json
 from spon_cli.progress import progress_bars
-from spon_plugin import SponError
 from spon_plugin.files import check_new, new_directory
 from spon_transformers.quantize import Rounding, bits_per_weight, check_quantizer, quantize, save_quantized
 
@@ -54,10 +53,9 @@ def quantize_command(given: QuantizeOptions) -> None:
     """
     check_quantizer()
     check_new(given.output)
-    if given.bits not in (8, 4):
-        raise SponError.of("bits", given.bits, "8 or 4")
     group = given.group if given.group is not None else (128 if given.bits == 4 else 0)
     rounding = Rounding(given.bits, group or None, not given.asymmetric, given.head)
+    rounding.check()
     from spon_transformers.loading import load_model, load_tokenizer
 
     quiet()
