@@ -82,9 +82,16 @@ def operations_per_second(dtype: torch.dtype, device: torch.device | str = "cpu"
 
 
 def description() -> str:
-    """The machine in a few words: its accelerator, or the threads that torch has here and what they multiply."""
+    """The machine in a few words: its accelerator, or the CPU's cores, torch's threads, and what they multiply."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
+        return f"GPU, {torch.cuda.get_device_name()}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bfloat16 = "native" if is_native(torch.bfloat16) else "emulated"
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''}, bfloat16 {bfloat16}"
+    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    other = "no GPU" if accelerator is None else f"accelerator {accelerator.type}"
+    threads = torch.get_num_threads()
+    return f"CPU, {_counted(cores, 'core')}, {_counted(threads, 'thread')}, bfloat16 {bfloat16}, {other}"
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -55,4 +55,11 @@ def test_the_description_says_what_kind_of_cpu_it_is(monkeypatch, value, word):
     monkeypatch.setenv(machine.OVERRIDE, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert machine.description() == f"CPU, 2 threads, bfloat16 {word}"
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
+    assert machine.description() == f"CPU, 1 core, 2 threads, bfloat16 {word}, no GPU"
+
+
+def test_the_description_names_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    assert machine.description() == "GPU, NVIDIA H100"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line `spon`."""
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -9,6 +10,8 @@ from types import FrameType
 def run() -> None:
     """Run the command line, or say what to install."""
     signal.signal(signal.SIGTERM, _stop)
+    # tqdm reads it when it is imported: the bars of libraries (GGUF, compressed-tensors) would run across ours.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         from spon_cli.main import main
     except ModuleNotFoundError as error:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from spon_cli.failures import in_a_sentence
 from spon_cli.output import results_only
+from spon_cli.progress import lines_for_the_log
 from spon_plugin import SponError
 
 Options = TypeVar("Options")
@@ -44,7 +45,7 @@ def command(run: Callable[[Options], None]) -> Callable[..., None]:
     ordered = _own_first(options)
 
     def call(**values: Any) -> None:
-        with in_a_sentence(), results_only():
+        with in_a_sentence(), results_only(), lines_for_the_log():
             for field in ordered:
                 for limits in get_args(annotations[field.name])[1:]:
                     if isinstance(limits, Between):

@@ -12,6 +12,7 @@ import typer
 
 from spon_cli import options
 from spon_cli.command import Between, command
+from spon_cli.duration import COMPARED, READ, announce, announce_time, calibration_passes, training_passes
 from spon_cli.loading import Loaded
 from spon_cli.output import note, show_json, show_table
 from spon_cli.progress import row_bars
@@ -106,6 +107,7 @@ def ablate_command(given: AblateOptions) -> None:
     recipe = given.recipe()
     given.check(recipe)
     start = None if given.adapter is None else read_adapter(given.adapter)
+    announce(f"This varies {', '.join(given.names)}; rows that {given.output} has are not measured again")
     sources, held_out = given.sources("train"), given.tests()
     loaded = given.load()
     if start is not None:
@@ -130,6 +132,10 @@ def ablate_command(given: AblateOptions) -> None:
     bench.check(plan([*trials, setup.trial]))
     store = RowStore(given.output, settings)
     total = (len(plan(trials)) + 1 if trials else 0) + (2 * len(given.levels) - 1 if PRECISION in given.names else 0)
+    read = sum(windows.numel() for windows in tests.values())
+    new = [trial for trial in plan(trials) if not store.has(trial.name)]
+    quantizing = PRECISION in given.names
+    announce_time(loaded.model, _passes(new, given.method, read) + quantizing * _quantized_passes(given, recipe, read))
     with row_bars(total, _line) as (bench.stage, bench.done):
         rows = bench.run(trials, store) if trials else {}
         for found in studies:
@@ -150,6 +156,21 @@ def ablate_command(given: AblateOptions) -> None:
     if quantized:
         show_table("Quantized bases", *quantized_bases.table(quantized))
     note(f"Tables and plots written to {given.output}")
+
+
+def _passes(trials: Sequence[Trial], method: str, read: int) -> int:
+    """Passes of tokens through the model that these rows take, each of which is evaluated on `read` tokens."""
+    calibrated = {(trial.texts, trial.calibration_tokens) for trial in trials}
+    calibrating = sum(calibration_passes(method, tokens) for _, tokens in calibrated)
+    trained = sum(training_passes(trial.recipe) for trial in trials if trial.recipe is not None)
+    return calibrating + trained + READ * len(trials) * read
+
+
+def _quantized_passes(given: AblateOptions, recipe: Recipe, read: int) -> int:
+    """The same of the study of quantized bases: adapters of their own and of the full-precision base."""
+    own = len(given.levels) - (given.adapter is not None)
+    evaluated = COMPARED * (2 * len(given.levels) - 1) * read
+    return own * (calibration_passes(given.method, given.calibration_tokens) + training_passes(recipe)) + evaluated
 
 
 def _precision(

