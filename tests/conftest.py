@@ -15,6 +15,8 @@ import torch
 from tiny_models import make_byte_tokenizer, make_tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spon_plugin import Adapter, Mask, SponFields, find_sites, write_adapter
+
 
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
@@ -33,6 +35,21 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_llama().save_pretrained(path)
     make_byte_tokenizer().save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_model_dir, tmp_path_factory) -> Path:
+    """Masks and random alphas for the tiny model."""
+    from spon_transformers.loading import load_model
+
+    sites = find_sites(load_model(str(tiny_model_dir), "float32"))
+    inputs = {path: site.in_features for site in sites for path in site.modules}
+    torch.manual_seed(0)
+    masks = {path: Mask(torch.tensor([0.3]), alpha=0.1 * torch.randn(n)) for path, n in inputs.items()}
+    made = Adapter(SponFields(), masks)
+    directory = tmp_path_factory.mktemp("adapter") / "spon"
+    write_adapter(made, directory)
+    return directory
 
 
 @pytest.fixture(scope="session")
