@@ -15,13 +15,15 @@ from spon_plugin.kernels.arguments import Thresholds
 from spon_plugin.kernels.cpu import kernel as cpu
 from spon_plugin.kernels.cpu import scaled_layout as layout
 from spon_plugin.kernels.cpu.scaled_layout import (
-    FIELDS,
+    CALL_FIELDS,
     SUM_FP8,
     SUM_INT4,
     SUM_INT4_EXACT,
     SUM_INT4_PORTABLE,
     SUM_INT8,
+    WEIGHT_FIELDS,
 )
+from spon_plugin.machine import DTYPES
 from spon_plugin.weights.scaled import ScaledWeight
 
 _KINDS = {
@@ -35,7 +37,7 @@ _KINDS = {
 }
 _TILE = 2048  # bytes of a row that are summed at once
 _LONGEST = 8192  # of one row of x, where the rows of codes in flight are read from end to end
-_WORDS = struct.Struct(f"{len(FIELDS)}q")
+_CALL, _WEIGHT = struct.Struct(f"{len(CALL_FIELDS)}q"), struct.Struct(f"{len(WEIGHT_FIELDS)}q")
 
 
 def why_not(weight: ScaledWeight) -> str:
@@ -106,39 +108,105 @@ def sparse_linear(
     Returns:
         ``[..., out_features]`` in `x.dtype`.
     """
-    kind = weight.format
-    if kind == SUM_INT4:
-        kind = SUM_INT4_EXACT if exact else SUM_INT4_PORTABLE if portable else _integers()
-    in_features, out_features, groups = weight.in_features, weight.out_features, weight.scales.shape[0]
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], out_features))
-    bias = None if bias is None else bias.contiguous()
-    batch, threads, first = x.numel() // in_features, torch.get_num_threads(), 0
-    worker, ordered = _worker(kind)[1], groups > 1 and weight.group_of_row is not None
-    for tau, width in zip(*Thresholds.of(threshold, weight.codes, shard_sizes, out_features), strict=True):
-        tau = tau.contiguous()
-        tile = _TILE
-        if batch == 1 and kind in (SUM_INT8, SUM_FP8, SUM_INT4):
-            # Sums leave the first cache, and where a group ends they are read once more.
-            tile = max(1, -(-width // weight.unit)) if groups == 1 else _LONGEST
-        per_thread = layout.scratch_parts(batch, in_features, groups, tile * weight.unit)[-1]
-        scratch = cpu.scratch(-(-threads * batch * width // 16) * 16 + threads * per_thread)
-        words = _WORDS.pack(
-            *(x.data_ptr(), _KINDS[x.dtype], weight.codes.data_ptr() + first // weight.unit, weight.codes.stride(0)),
-            *_part(weight.scales, first),
-            *_part(weight.zeros, first),
-            *_part(weight.offsets, first),
-            weight.group_of_row.data_ptr() if ordered and weight.group_of_row is not None else 0,
-            weight.group_size if groups > 1 else in_features,
-            groups,
-            *(tau.data_ptr(), int(tau.numel() > 1)),
-            *_part(bias, first)[:2],
-            *(y.data_ptr() + first * y.element_size(), out_features),
-            *(batch, in_features, width, tile, per_thread, scratch.data_ptr()),
-        )
-        cpu.parallel()(worker, words, threads, 0)
-        first += width
-    return y
+    prepared = Prepared(weight, threshold, bias, shard_sizes=shard_sizes, exact=exact, portable=portable)
+    return prepared(x, x.numel() // weight.in_features)
+
+
+class Prepared:
+    """`sparse_linear` with all of its arguments but x, whose addresses are kept, and the tensors with them.
+
+    Args:
+        weight: as in `sparse_linear`, like the rest.
+        threshold: likewise.
+        bias: likewise.
+        shard_sizes: likewise.
+        exact: likewise.
+        portable: likewise.
+
+    Attributes:
+        in_features: length of an input.
+        out_features: length of an output.
+    """
+
+    __slots__ = ("_groups", "_kind", "_settled", "_shards", "_tensors", "_unit", "in_features", "out_features")
+
+    def __init__(
+        self,
+        weight: ScaledWeight,
+        threshold: Tensor,
+        bias: Tensor | None = None,
+        *,
+        shard_sizes: Sequence[int] | None = None,
+        exact: bool = False,
+        portable: bool = False,
+    ) -> None:
+        kind = weight.format
+        if kind == SUM_INT4:
+            kind = SUM_INT4_EXACT if exact else SUM_INT4_PORTABLE if portable else _integers()
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        groups = weight.scales.shape[0]
+        self._kind, self._unit, self._groups = kind, weight.unit, groups
+        bias = None if bias is None else bias.contiguous()
+        ordered = groups > 1 and weight.group_of_row is not None
+        thresholds = Thresholds.of(threshold, weight.codes, shard_sizes, self.out_features)
+        taus = [tau.contiguous() for tau in thresholds.rows]
+        self._tensors = (weight, taus, bias)
+        # A shard's first output and width, and the words of its weight.
+        self._shards: list[tuple[int, int, bytes]] = []
+        first = 0
+        for tau, width in zip(taus, thresholds.sizes, strict=True):
+            words = _WEIGHT.pack(
+                *(weight.codes.data_ptr() + first // weight.unit, weight.codes.stride(0)),
+                *_part(weight.scales, first),
+                *_part(weight.zeros, first),
+                *_part(weight.offsets, first),
+                weight.group_of_row.data_ptr() if ordered and weight.group_of_row is not None else 0,
+                weight.group_size if groups > 1 else self.in_features,
+                groups,
+                *(tau.data_ptr(), int(tau.numel() > 1)),
+                *_part(bias, first)[:2],
+                *(self.out_features, self.in_features, width),
+            )
+            self._shards.append((first, width, words))
+            first += width
+        self._settled: dict[int, list[tuple[int, bytes, int, int, int]]] = {}
+
+    def __call__(self, x: Tensor, batch: int) -> Tensor:
+        """The output for a CPU tensor x ``[..., in_features]`` with `batch` rows in all."""
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self.out_features))
+        source, target, kind, size = x.data_ptr(), y.data_ptr(), _KINDS[x.dtype], x.element_size()
+        threads, worker, run = torch.get_num_threads(), _worker(self._kind)[1], cpu.parallel()
+        for first, words, tile, sums, per_thread in self._settled.get(batch) or self._settle(batch):
+            scratch = cpu.scratch(-(-threads * sums // 16) * 16 + threads * per_thread)
+            call = _CALL.pack(source, kind, target + first * size, batch, tile, per_thread, scratch.data_ptr())
+            run(worker, call + words, threads, 0)
+        return y
+
+    def _settle(self, batch: int) -> list[tuple[int, bytes, int, int, int]]:
+        """What depends on the number of rows: by shard its first output, words, tile, and words of scratch."""
+        settled = []
+        for first, width, words in self._shards:
+            tile = _TILE
+            if batch == 1 and self._kind in (SUM_INT8, SUM_FP8, SUM_INT4):
+                # Sums leave the first cache, and where a group ends they are read once more.
+                tile = max(1, -(-width // self._unit)) if self._groups == 1 else _LONGEST
+            per_thread = layout.scratch_parts(batch, self.in_features, self._groups, tile * self._unit)[-1]
+            settled.append((first, words, tile, batch * width, per_thread))
+        self._settled[batch] = settled
+        return settled
+
+
+def prepare(weight: ScaledWeight, threshold: Tensor, bias: Tensor | None, exact: bool) -> Prepared | None:
+    """Settle all arguments but x; None for those that the kernel does not take as they are."""
+    plain = threshold.is_cpu and threshold.dtype == torch.float32 and threshold.is_contiguous()
+    if not plain or tuple(threshold.shape) not in ((1,), (weight.in_features,)) or why_not(weight):
+        return None
+    if bias is not None:
+        plain = bias.is_cpu and bias.dtype in DTYPES.values() and bias.is_contiguous()
+        if not plain or tuple(bias.shape) != (weight.out_features,):
+            return None
+    return Prepared(weight, threshold, bias, exact=exact)
 
 
 def _part(tensor: Tensor | None, first: int) -> tuple[int, int, int]:

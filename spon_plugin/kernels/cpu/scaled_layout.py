@@ -5,18 +5,20 @@ from __future__ import annotations
 
 from spon_plugin.kernels.cpu.layout import BLOCK
 
-# The arguments of the compiled functions travel as one array of 64-bit words. A `*_kind` says what lies at an address.
-FIELDS = (
-    "x", "x_kind", "codes", "code_stride",
-    "scales", "scale_kind", "scale_stride", "zeros", "zero_kind", "zero_stride", "offsets", "offset_kind",
-    "offset_stride", "group_of_row", "group_size", "groups", "threshold", "per_channel", "bias", "bias_kind",
-    "y", "y_stride", "batch", "in_features", "out_features", "tile", "thread_words", "scratch",
+# The arguments of the compiled functions travel as one array of 64-bit words: those of a call, then those of a weight.
+# A `*_kind` says what lies at an address.
+CALL_FIELDS = ("x", "x_kind", "y", "batch", "tile", "thread_words", "scratch")
+WEIGHT_FIELDS = (
+    "codes", "code_stride", "scales", "scale_kind", "scale_stride", "zeros", "zero_kind", "zero_stride",
+    "offsets", "offset_kind", "offset_stride", "group_of_row", "group_size", "groups", "threshold", "per_channel",
+    "bias", "bias_kind", "y_stride", "in_features", "out_features",
 )  # fmt: skip
+FIELDS = (*CALL_FIELDS, *WEIGHT_FIELDS)
 (
-    X, X_KIND, CODES, CODE_STRIDE,
-    SCALES, SCALE_KIND, SCALE_STRIDE, ZEROS, ZERO_KIND, ZERO_STRIDE, OFFSETS, OFFSET_KIND,
-    OFFSET_STRIDE, GROUP_OF_ROW, GROUP_SIZE, GROUPS, THRESHOLD, PER_CHANNEL, BIAS, BIAS_KIND,
-    Y, Y_STRIDE, BATCH, IN_FEATURES, OUT_FEATURES, TILE, THREAD_WORDS, SCRATCH,
+    X, X_KIND, Y, BATCH, TILE, THREAD_WORDS, SCRATCH,
+    CODES, CODE_STRIDE, SCALES, SCALE_KIND, SCALE_STRIDE, ZEROS, ZERO_KIND, ZERO_STRIDE,
+    OFFSETS, OFFSET_KIND, OFFSET_STRIDE, GROUP_OF_ROW, GROUP_SIZE, GROUPS, THRESHOLD, PER_CHANNEL,
+    BIAS, BIAS_KIND, Y_STRIDE, IN_FEATURES, OUT_FEATURES,
 ) = range(len(FIELDS))  # fmt: skip
 
 # Kinds of elements.
