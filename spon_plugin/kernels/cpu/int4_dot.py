@@ -111,16 +111,17 @@ def _add_pair(b: Any, rows: Any, inputs: Any, pair: Any, column: Any, aheads: An
     values = b.bitcast(b.shuffle_vector(one, undefined, _indices([0] * 16)), _BYTES)
     mask, four = ir.Constant(_BYTES, [15] * 32), ir.Constant(_WORDS, [4] * 16)
     for vector in range(len(words) // 4):
-        low, high = [], []
+        rows_of_codes = []
         for address in addresses:
             codes = b.load(b.inttoptr(b.add(address, _I64(32 * vector)), _BYTES.as_pointer()))
             codes.align = 1
-            low.append(b.and_(codes, mask))
-            high.append(b.and_(b.bitcast(b.lshr(b.bitcast(codes, _WORDS), four), _BYTES), mask))
-        for number, (codes, order) in enumerate(((low, _FIRST), (low, _SECOND), (high, _FIRST), (high, _SECOND))):
-            mixed = b.shuffle_vector(codes[0], codes[1], _indices(order))
-            place = words[4 * vector + number]
-            b.store(b.add(b.load(place), b.call(madd, [mixed, values])), place)
+            rows_of_codes.append(codes)
+        for half, order in enumerate((_FIRST, _SECOND)):
+            mixed = b.shuffle_vector(*rows_of_codes, _indices(order))
+            low = b.and_(mixed, mask)
+            high = b.and_(b.bitcast(b.lshr(b.bitcast(mixed, _WORDS), four), _BYTES), mask)
+            for place, codes in ((words[4 * vector + half], low), (words[4 * vector + 2 + half], high)):
+                b.store(b.add(b.load(place), b.call(madd, [codes, values])), place)
 
 
 def _indices(order: Any) -> Any:

@@ -118,8 +118,8 @@ def sum_avx2(
         sums: float32 ``[batch, outputs]``, written.
     """
     clear(sums, 2 * (stop - start))
-    base, stride = codes.ctypes.data, codes.strides[0]
-    where = addresses.ctypes.data
+    # Signed, all of them: Numba makes a float of the sum of a signed and an unsigned integer.
+    base, stride, where = np.int64(codes.ctypes.data), codes.strides[0], np.int64(addresses.ctypes.data)
     for block in range(first, last, ROWS):
         count = min(ROWS, last - block)
         following, begin = block + ROWS, start
