@@ -2,12 +2,11 @@
 """``W alpha`` of vLLM's layers: from the weight as the checkpoint stores it, or by asking the layer's method.
 
 A method that rounds activations, too (W8A8), would round alpha in the product, so it is not asked where the weight can
-be read. It can be read until the method repacks it.
+be read (`stored.stored_weight`). It can be read until the method repacks it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,40 +14,23 @@ from torch import Tensor
 
 from spon_plugin.errors import SponError
 from spon_plugin.weights import Opaque, RowWeight
-from spon_plugin.weights.dense import DenseWeight
-from spon_plugin.weights.importers.eight_bit import SCALES, eight_bit_weight
-from spon_plugin.weights.importers.torch_linear import is_plain_matrix
 
 _ROUNDING = 0.02
 """How far, in relation, ``W alpha`` may be from the sum of what alpha's halves give: bfloat16 and 8 bits stay below."""
 
 
-def stored_weight(layer: Any, sizes: Sequence[int], in_features: int) -> RowWeight | None:
-    """Read the weight of a layer that vLLM's loader has filled and nothing has repacked.
-
-    Floating-point weights, and 8-bit ones (int8, float8) with a scale for the tensor, for each linear of a fused layer,
-    for each output, or for each block, as compressed-tensors, FP8, ModelOpt and Quark checkpoints have them.
+def product(weight: RowWeight, alpha: Tensor, start: int, stop: int) -> Tensor:
+    """``W alpha`` of the outputs from `start` to `stop`, float32.
 
     Args:
-        layer: vLLM's.
-        sizes: outputs of the linears in it, on this rank.
-        in_features: inputs on this rank.
-
-    Returns:
-        None for a weight in another form.
+        weight: of a fused layer.
+        alpha: float32 ``[in_features]`` of this rank.
+        start: of one linear's outputs.
+        stop: their end.
     """
-    weight, rows = getattr(layer, "weight", None), sum(sizes)
-    if not isinstance(weight, Tensor) or tuple(weight.shape) != (rows, in_features):
-        return None
-    codes = weight.data.as_subclass(Tensor)
-    if is_plain_matrix(codes):
-        return DenseWeight(codes.t())
-    names = [name for name in SCALES if isinstance(getattr(layer, name, None), Tensor)]
-    offset = any(getattr(layer, name, None) is not None for name in ("weight_zero_point", "weight_scale_2"))
-    if len(names) != 1 or offset:
-        return None
-    scale = getattr(layer, names[0]).data.as_subclass(Tensor)
-    return eight_bit_weight(codes, scale, None, getattr(layer, "weight_block_size", None), sizes)
+    if start % weight.unit or (stop % weight.unit and stop != weight.out_features):
+        return weight.product(alpha)[start:stop]  # a linear that begins or ends within a byte
+    return weight.shard(start, stop).product(alpha)
 
 
 def ask(inner: Any, layer: Any, alpha: Tensor, outputs: int, path: str) -> Tensor:

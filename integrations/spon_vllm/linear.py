@@ -26,10 +26,12 @@ from spon_plugin.adapter.mask import Mask
 from spon_plugin.adapter.merged import Announced
 from spon_plugin.errors import SponError
 from spon_plugin.weights import RowWeight
-from spon_vllm import merged, steps
-from spon_vllm.fold import ask, stored_weight
+from spon_plugin.weights.scaled import ScaledWeight
+from spon_vllm import hosts, merged, rows, steps
+from spon_vllm.fold import ask, product
 from spon_vllm.report import Coverage
-from spon_vllm.settings import Settings
+from spon_vllm.settings import BESIDE, ROWS, Settings
+from spon_vllm.stored import stored_weight
 
 
 @register_weight_loader_v2_supported_method
@@ -59,6 +61,10 @@ class SponLinearMethod(LinearMethodBase):
         self.masks = [mask for mask in masks if isinstance(mask, Mask)]  # a merged checkpoint's are not loaded yet
         self.settings, self.coverage = settings, coverage
         self.plain = isinstance(inner, UnquantizedLinearMethod)
+        self.weights = ""  # `ROWS` or `BESIDE` where our kernels read a quantized weight
+        self.layout: rows.Layout | None = None
+        self.no_kernel: Exception | None = None
+        self.host: Tensor | None = None
         self.shard_sizes: list[int] | None = None
         coverage.add(paths)
 
@@ -75,8 +81,8 @@ class SponLinearMethod(LinearMethodBase):
         """Make the inner method's parameters, and those that a merged checkpoint fills.
 
         Raises:
-            SponError: the layer fuses other linears than the adapter knows, a vector has another length than the
-                layer's input, or a merged checkpoint's weights are quantized.
+            SponError: the layer fuses other linears than the adapter knows, or a vector has another length than the
+                layer's input.
         """
         self._check(input_size, output_partition_sizes)
         self.sizes, self.in_part, self.in_full = list(output_partition_sizes), input_size_per_partition, input_size
@@ -84,9 +90,15 @@ class SponLinearMethod(LinearMethodBase):
         attributes = dict(extra_weight_attrs)
         if not self.plain and type(self.inner).__name__ not in WEIGHT_LOADER_V2_SUPPORTED:
             attributes["weight_loader"] = layer.weight_loader  # vLLM chose one by the name of this class
-        self.inner.create_weights(
-            layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **attributes
-        )
+        partitions = (input_size_per_partition, output_partition_sizes, input_size, output_size)
+        try:
+            self.inner.create_weights(layer, *partitions, params_dtype, **attributes)
+        except (ValueError, NotImplementedError) as error:
+            if self.plain:
+                raise
+            with hosts.without_kernels(self.inner, layer):
+                self.inner.create_weights(layer, *partitions, params_dtype, **attributes)
+            self.no_kernel = error
         # A layer before this one must not quantize for the inner method what is to be masked first (vLLM 0.32).
         layer.requires_unquantized_input = True
         if self.plain:
@@ -104,11 +116,6 @@ class SponLinearMethod(LinearMethodBase):
             )  # fmt: skip
         for path, mask in zip(self.paths, self.masks, strict=not self.settings.merged):
             mask.check_input(path, input_size, "the layer in vLLM", "The adapter was made for another model.")
-        if self.settings.merged and not self.plain:
-            raise SponError.of(
-                self.paths[0], type(self.inner).__name__, "plain weights in a merged checkpoint",
-                "Serve the quantized base model with the adapter directory.",
-            )  # fmt: skip
 
     @torch.no_grad()
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -120,27 +127,31 @@ class SponLinearMethod(LinearMethodBase):
         masks = self.masks
         if self.settings.merged:
             masks = merged.take_masks(layer, self.paths, self.announced, self.in_full)
-        weight = None if self.settings.merged else stored_weight(layer, self.sizes, self.in_part)
-        total = None if weight is None else self._fold(layer, weight)
+        weight = stored_weight(layer, self.sizes, self.in_part, self.inner)
+        total = None if weight is None or self.settings.merged else self._fold(layer, weight)
         if self.plain:
             # One copy, [in, out] in memory and [out, in] to everything that asks; the parameter keeps its loader.
             layer.weight.data = layer.weight.data.t().contiguous().t()
             if getattr(layer.weight, "_vllm_is_uva_offloaded", False):
                 del layer.weight._vllm_is_uva_offloaded  # --cpu-offload-gb: the new data is to go to the host, too
+        elif isinstance(weight, ScaledWeight):
+            self._hold_rows(layer, weight.arranged())
+        elif self.no_kernel is not None:
+            raise self.no_kernel
         else:
-            self.inner.process_weights_after_loading(layer)
-            if hasattr(layer, "_input_quant_key"):
-                del layer._input_quant_key  # as `requires_unquantized_input`, before vLLM 0.32
+            self._prepare_inner(layer)
         # vLLM adds a row-parallel layer's bias on one rank, and none where the model adds it itself.
         row_parallel = self.in_part != self.in_full or hasattr(layer, "input_is_parallel")
         bias = layer.bias if not layer.skip_bias_add and not (row_parallel and layer.tp_rank > 0) else None
         thresholds, center = self._own_masks(layer, masks)
+        ours = self.plain or bool(self.weights)  # or the inner method adds the bias
         if total is None:
             if self.settings.merged:
                 total = merged.take_bias(layer, bias, row_parallel, self.settings.has_dense_bias)
+                total -= 0 if ours or bias is None else bias.float()
             else:
                 total = self._fold(layer, None)
-        if bias is not None and self.plain and not self.settings.merged:
+        if bias is not None and ours and not self.settings.merged:
             total += bias.float()
         # Parameters, not buffers: when weights are loaded again, vLLM runs this method and copies what it made into the
         # tensors that graphs hold, except for buffers that no checkpoint stores.
@@ -154,6 +165,32 @@ class SponLinearMethod(LinearMethodBase):
             get_tensor_model_parallel_rank() == 0,
             get_pp_group().world_size == 1,
         )
+
+    def _prepare_inner(self, layer: Any) -> None:
+        self.inner.process_weights_after_loading(layer)
+        if hasattr(layer, "_input_quant_key"):
+            del layer._input_quant_key  # as `requires_unquantized_input`, before vLLM 0.32
+
+    def _hold_rows(self, layer: Any, weight: ScaledWeight) -> None:
+        """Put the weight by rows into the layer, beside the inner method's or in its place."""
+        again = self.layout is not None
+        if self.layout is None:
+            self.weights = ROWS if self.no_kernel or self.settings.weights == ROWS else BESIDE
+            self.layout = rows.Layout.of(weight)
+        rows.hold(layer, rows.in_layout(weight, self.layout, self.paths[0]))
+        reason = "" if self.no_kernel is None else hosts.said(self.no_kernel)
+        if self.weights == BESIDE:
+            self._prepare_inner(layer)
+            if not again:
+                reason = hosts.why_not(self.inner, layer, self.in_part)
+                self.weights = ROWS if reason else BESIDE
+                self.host = None if reason else hosts.number(layer)
+        if self.weights == ROWS:
+            rows.release(layer)
+        layer.register_buffer("spon_host", self.host, persistent=False)
+        if not again:
+            kernel = rows.kernel_of(weight, layer.params_dtype)
+            self.coverage.hold(self.weights, weight.format, kernel, rows.held_bytes(layer), type(self.inner), reason)
 
     def _check_loaded(self, layer: Any) -> None:
         """Check that every linear's weight has been loaded: vLLM itself does not, under ``--quantization``.
@@ -174,15 +211,15 @@ class SponLinearMethod(LinearMethodBase):
         """This rank's thresholds, as `ops.linear` takes them, and its part of the centre."""
         thresholds = [mask.threshold for mask in masks]
         if all(threshold.numel() == 1 for threshold in thresholds):
-            rows = torch.cat([threshold.reshape(1) for threshold in thresholds])
+            own = torch.cat([threshold.reshape(1) for threshold in thresholds])
         else:
-            rows = torch.stack([self._own_part(layer, threshold.expand(self.in_full)) for threshold in thresholds])
-        if bool((rows == rows[0]).all()):
-            rows = rows[:1]
+            own = torch.stack([self._own_part(layer, threshold.expand(self.in_full)) for threshold in thresholds])
+        if bool((own == own[0]).all()):
+            own = own[:1]
         else:
             self.shard_sizes = self.sizes
         center = masks[0].center
-        return rows, None if center is None else self._own_part(layer, center)
+        return own, None if center is None else self._own_part(layer, center)
 
     def _own_part(self, layer: Any, vector: Tensor) -> Tensor:
         """This rank's part of a vector over the inputs of the whole layer."""
@@ -196,20 +233,20 @@ class SponLinearMethod(LinearMethodBase):
             layer: vLLM's.
             weight: as stored; None where it cannot be read, and the inner method is asked.
         """
-        rows = []
+        parts = []
         for index, mask in enumerate(self.masks):
             start = sum(self.sizes[:index])
             size = self.sizes[index] if len(self.masks) > 1 else sum(self.sizes)
             constant = mask.constant
             if constant is None:
-                rows.append(torch.zeros(size, dtype=torch.float32, device=_device(layer)))
+                parts.append(torch.zeros(size, dtype=torch.float32, device=_device(layer)))
                 continue
             alpha = self._own_part(layer, constant).to(_device(layer))
             if weight is not None:
-                rows.append(weight.shard(start, start + size).product(alpha))
+                parts.append(product(weight, alpha, start, start + size))
             else:
-                rows.append(ask(self.inner, layer, alpha, sum(self.sizes), self.paths[index])[start : start + size])
-        return torch.cat(rows)
+                parts.append(ask(self.inner, layer, alpha, sum(self.sizes), self.paths[index])[start : start + size])
+        return torch.cat(parts)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute the layer.
@@ -226,16 +263,20 @@ class SponLinearMethod(LinearMethodBase):
         center, sizes = layer.spon_center, self.shard_sizes
         if self.plain:
             return torch.ops.spon_vllm.linear(x, layer.weight, threshold, folded, bias, sizes, limit, center)
+        if self.layout is not None:
+            parts = (layer.spon_codes, layer.spon_scales, layer.spon_zeros, layer.spon_group_of_row)
+            way = (self.layout.group_size, self.layout.format, layer.spon_host)
+            return torch.ops.spon_vllm.linear_rows(x, *parts, *way, threshold, folded, bias, sizes, limit, center)
         if self.shard_sizes is None:
             y = self.inner.apply(layer, torch.ops.spon_vllm.mask(x, threshold, limit, center), bias)
         else:
             # A packed weight cannot be cut, so each mask runs the whole layer: right, and as slow as it sounds.
-            parts = []
+            outputs = []
             for index, size in enumerate(self.sizes):
                 masked = torch.ops.spon_vllm.mask(x, threshold[index : index + 1], limit, center)
                 whole = self.inner.apply(layer, masked, bias)
-                parts.append(whole.narrow(-1, sum(self.sizes[:index]), size))
-            y = torch.cat(parts, dim=-1)
+                outputs.append(whole.narrow(-1, sum(self.sizes[:index]), size))
+            y = torch.cat(outputs, dim=-1)
         return torch.ops.spon_vllm.add_bias(y, folded, limit)
 
 

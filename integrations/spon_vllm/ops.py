@@ -8,17 +8,26 @@ biases are tensors. What the operator may know about a step is in `steps`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from spon_plugin.kernels import sparse_linear
 from spon_plugin.kernels.gemm import dense_linear
+from spon_plugin.kernels.table import DECODED, Problem, choose
 from spon_plugin.masking import deviation, sparsify
-from spon_vllm import metrics, steps
+from spon_plugin.weights.formats import SCALED
+from spon_vllm import hosts, metrics, steps
 
 _LIBRARY = torch.library.Library("spon_vllm", "DEF")
 _LIBRARY.define(
     "linear(Tensor x, Tensor weight, Tensor threshold, Tensor sparse_bias, Tensor? dense_bias, int[]? shard_sizes, "
+    "int limit, Tensor? center=None) -> Tensor"
+)
+_LIBRARY.define(
+    "linear_rows(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? group_of_row, int group_size, "
+    "str format, Tensor? host, Tensor threshold, Tensor sparse_bias, Tensor? dense_bias, int[]? shard_sizes, "
     "int limit, Tensor? center=None) -> Tensor"
 )
 _LIBRARY.define("mask(Tensor x, Tensor threshold, int limit, Tensor? center=None) -> Tensor")
@@ -57,9 +66,67 @@ def linear(
     if not runs_sparse(x, limit):
         metrics.COUNTERS.count_dense(x, threshold)
         return dense_linear(x, weight_t, dense_bias)
+    x = _masked_input(x, threshold, center)
+    return sparse_linear(x, weight_t, threshold, sparse_bias, shard_sizes=shard_sizes or [weight.shape[0]])
+
+
+def linear_rows(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_of_row: Tensor | None,
+    group_size: int,
+    format: str,
+    host: Tensor | None,
+    threshold: Tensor,
+    sparse_bias: Tensor,
+    dense_bias: Tensor | None,
+    shard_sizes: list[int] | None,
+    limit: int,
+    center: Tensor | None = None,
+) -> Tensor:
+    """`linear` for a weight with scales.
+
+    What is large runs by the base's own method where there is one: dense steps, and sparse ones of so many rows that no
+    kernel skips any, as long as they have one mask.
+
+    Args:
+        x: ``[..., in_features]``.
+        codes: as in `ScaledWeight`, like those up to `format`.
+        scales: likewise.
+        zeros: likewise.
+        group_of_row: likewise.
+        group_size: likewise.
+        format: likewise.
+        host: the layer's number in `hosts`; None where the base's own method holds no weight.
+        threshold: as in `linear`, like those that follow.
+        sparse_bias: likewise.
+        dense_bias: likewise.
+        shard_sizes: likewise.
+        limit: likewise.
+        center: likewise.
+
+    Returns:
+        ``[..., out_features]`` in `x.dtype`.
+    """
+    weight = SCALED[format](codes, scales, zeros, group_size, group_of_row)
+    if not runs_sparse(x, limit):
+        metrics.COUNTERS.count_dense(x, threshold)
+        if host is not None:
+            return hosts.dense(host, x, dense_bias)
+        return sparse_linear(x, weight, threshold.new_zeros(1), dense_bias)
+    x = _masked_input(x, threshold, center)
+    if host is not None and not shard_sizes and choose(Problem(x, weight)).name == DECODED:
+        return (hosts.dense(host, sparsify(x, threshold), None).float() + sparse_bias).to(x.dtype)
+    return sparse_linear(x, weight, threshold, sparse_bias, shard_sizes=shard_sizes or [weight.out_features])
+
+
+def _masked_input(x: Tensor, threshold: Tensor, center: Tensor | None) -> Tensor:
+    """What a sparse step masks, counted."""
     x = _zero_padding(deviation(x, center))
     metrics.COUNTERS.count_sparse(x, threshold)
-    return sparse_linear(x, weight_t, threshold, sparse_bias, shard_sizes=shard_sizes or [weight.shape[0]])
+    return x
 
 
 def mask(x: Tensor, threshold: Tensor, limit: int, center: Tensor | None = None) -> Tensor:
@@ -112,8 +179,13 @@ def _like_linear(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _like_linear_rows(x: Tensor, codes: Tensor, scales: Tensor, *_rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], scales.shape[1]))
+
+
 for _name, _implementation, _fake in (
     ("linear", linear, _like_linear),
+    ("linear_rows", linear_rows, _like_linear_rows),
     ("mask", mask, lambda x, threshold, limit, center=None: torch.empty_like(x)),
     ("add_bias", add_bias, lambda y, extra, limit: torch.empty_like(y)),
 ):

@@ -12,10 +12,12 @@ from vllm.logger import init_logger
 
 from spon_plugin.errors import SponError
 from spon_vllm import metrics, steps
-from spon_vllm.settings import Settings
+from spon_vllm.settings import BESIDE, ROWS, Settings
 from spon_vllm.trained import REMEDY
 
 logger = init_logger("vllm.spon")
+
+_HELD = {ROWS: "in rows, one copy", BESIDE: "in rows beside the base's own"}
 
 
 class Served(Protocol):
@@ -43,6 +45,9 @@ class Coverage:
         extra_bytes: memory that the sparse layers add: thresholds, centres and biases.
         thresholds: the layers' own, in order.
         trained: the embedding and output head that take their weights from the adapter.
+        held: (`ROWS` or `BESIDE`, format, kernel) -> how many layers hold a quantized weight so, and the bytes that our
+            kernels read.
+        fallback: the base's own method that cannot run here, and why; empty for none.
     """
 
     made: int = 0
@@ -51,11 +56,31 @@ class Coverage:
     extra_bytes: int = 0
     thresholds: list[Tensor] = field(default_factory=list)
     trained: set[str] = field(default_factory=set)
+    held: dict[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)
+    fallback: str = ""
 
     def add(self, modules: Iterable[str]) -> None:
         """A layer for `modules` has been made."""
         self.made += 1
         self.modules.update(modules)
+
+    def hold(self, weights: str, format: str, kernel: str, size: int, method: type, reason: str) -> None:
+        """A layer holds a quantized weight for our kernels.
+
+        Args:
+            weights: `ROWS` or `BESIDE`.
+            format: of the weight.
+            kernel: that a token's step runs.
+            size: bytes of the weight, scales included.
+            method: the base's own.
+            reason: why that cannot run here; empty where it can.
+        """
+        layers, bytes_ = self.held.get((weights, format, kernel), (0, 0))
+        self.held[weights, format, kernel] = layers + 1, bytes_ + size
+        if weights == BESIDE:
+            self.extra_bytes += size
+        if reason and not self.fallback:
+            self.fallback = f"{method.__name__} ({reason})"
 
     def finish(self, threshold: Tensor, extra_bytes: int, config: Served, speaks: bool, whole: bool) -> None:
         """A layer is ready; after the last one, count and log. When weights are loaded again, nothing happens.
@@ -85,6 +110,12 @@ class Coverage:
         if not speaks or settings is None:
             return
         logger.info("%s", self.line(settings))
+        if self.fallback:
+            logger.warning(
+                "SPON: the base's own method cannot run here: %s. Its weights are served by SPON's kernels alone, "
+                "prompts and dense steps included.",
+                self.fallback,
+            )
         if settings.token_mode == "decode" and not steps.served_limit(settings.max_sparse_tokens):
             logger.warning(
                 "SPON: every step runs dense: the smallest CUDA graph is for more tokens than max_sparse_tokens, %d. "
@@ -109,5 +140,13 @@ class Coverage:
         return (
             f"SPON: adapter {source}, digest {settings.digest[:12]}, target sparsity {settings.sparsity:.0%}, "
             f"{len(self.modules)} linears in {self.made} layers, tokens: {mode}, "
-            f"extra memory {self.extra_bytes / 2**20:.2f} MiB per worker"
+            f"extra memory {self.extra_bytes / 2**20:.2f} MiB per worker{self._weights()}"
         )
+
+    def _weights(self) -> str:
+        """How quantized weights are held."""
+        parts = [
+            f"{layers} layers of {format} {_HELD[weights]} ({size / 2**20:.1f} MiB, kernel: {kernel})"
+            for (weights, format, kernel), (layers, size) in self.held.items()
+        ]
+        return ", weights: " + ", ".join(parts) if parts else ""

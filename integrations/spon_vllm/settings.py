@@ -32,7 +32,11 @@ ADAPTER_VARIABLE = "SPON_ADAPTER"
 TOKEN_MODE_VARIABLE = "SPON_TOKEN_MODE"
 MAX_SPARSE_TOKENS_VARIABLE = "SPON_MAX_SPARSE_TOKENS"
 
+WEIGHTS_VARIABLE = "SPON_WEIGHTS"
+
 DEFAULT_TOKEN_MODE = "decode"
+AUTO, ROWS, BESIDE = "auto", "rows", "beside"
+"""How a quantized weight is held: see `Settings.weights`."""
 EVERY_STEP = -1
 """The limit of mode ``all``: no step is too large to be sparse."""
 
@@ -41,7 +45,7 @@ _NAME_IT = (
     '\'{"quantization_config": {"quant_method": "spon", "adapter": "ADAPTER_DIR"}}\', or SPON_ADAPTER=ADAPTER_DIR, '
     "or serve a checkpoint that `spon merge` wrote."
 )
-_KNOWN = ("quant_method", "adapter", DIGEST, "token_mode", "max_sparse_tokens", BASE_QUANTIZATION)
+_KNOWN = ("quant_method", "adapter", DIGEST, "token_mode", "max_sparse_tokens", "weights", BASE_QUANTIZATION)
 
 _served_adapter: ContextVar[str | None] = ContextVar("spon_served_adapter", default=None)
 
@@ -71,6 +75,9 @@ class Settings:
         max_sparse_tokens: the largest number of tokens in a step that runs sparse in mode ``decode``; where nobody says
             one, `spon_plugin.kernels.few_rows.row_limit` of the adapter's sparsity and the platform.
         base_quantization: `quantization_config` of the base model, if its weights are quantized.
+        weights: of a quantized base: ``rows``, one copy, which our kernels read; ``beside``, a copy for our kernels
+            beside the base's own method, which then runs large and dense steps; ``auto``, beside where the base's own
+            method can run here.
     """
 
     adapter: str | None = None
@@ -82,6 +89,7 @@ class Settings:
     token_mode: str = DEFAULT_TOKEN_MODE
     max_sparse_tokens: int = 1
     base_quantization: Mapping[str, Any] | None = None
+    weights: str = AUTO
 
     @property
     def merged(self) -> bool:
@@ -109,6 +117,7 @@ class Settings:
         if self.adapter is not None:
             config["adapter"] = self.adapter
         if self.base_quantization is not None:
+            config["weights"] = self.weights
             config[BASE_QUANTIZATION] = dict(self.base_quantization)
         return config
 
@@ -128,7 +137,8 @@ def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -
             checkpoint for what it does not hold.
     """
     given, base, merged = _split(given, stored)
-    settings, limit = Settings(token_mode=_token_mode(given), base_quantization=base), _max_sparse_tokens(given)
+    settings = Settings(token_mode=_token_mode(given), base_quantization=base, weights=_weights(given))
+    limit = _max_sparse_tokens(given)
     adapter = given.get("adapter") or _served_adapter.get() or os.environ.get(ADAPTER_VARIABLE)
     if merged is None:
         settings = _with_adapter(settings, adapter)
@@ -170,6 +180,8 @@ def _split(
         base, given = given, {}
     elif base is None and stored.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
         base = stored
+    elif base is None:  # a merged checkpoint's, which an override replaces, too
+        base = stored.get(BASE_QUANTIZATION)
     # An override on a merged checkpoint takes the place of the whole object, masks and all: bring them back.
     fields = {**{key: stored[key] for key in (*MASK_FIELDS, DIGEST) if key in stored}, **given}
     merged = fields if "thresholds" in fields else None
@@ -188,6 +200,13 @@ def _token_mode(given: Mapping[str, Any]) -> str:
     if mode not in TOKEN_MODES:
         raise SponError.of("token_mode", mode, "one of " + ", ".join(TOKEN_MODES))
     return str(mode)
+
+
+def _weights(given: Mapping[str, Any]) -> str:
+    weights = given.get("weights") or os.environ.get(WEIGHTS_VARIABLE) or AUTO
+    if weights not in (AUTO, ROWS, BESIDE):
+        raise SponError.of("weights", weights, f"one of {AUTO}, {ROWS}, {BESIDE}")
+    return str(weights)
 
 
 def _max_sparse_tokens(given: Mapping[str, Any]) -> int | None:

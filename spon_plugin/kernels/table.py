@@ -21,6 +21,8 @@ from spon_plugin.weights.scaled import ScaledWeight
 
 ANY = "any"
 DENSE = "dense"
+DECODED = "decoded"
+"""The kernel that skips nothing: it decodes a weight with scales for a GEMM."""
 
 
 class Problem(NamedTuple):
@@ -129,5 +131,5 @@ KERNELS = (
     Kernel("cpu", "cpu", (DENSE,), CPU_ROWS, _cpu, cpu.sparse_linear),
     Kernel("cpu scaled", "cpu", _SCALED, CPU_ROWS, _cpu_scaled, scaled.sparse_linear),
     Kernel("gemm", ANY, (DENSE,), None, _nothing, gemm.sparse_linear),
-    Kernel("decoded", ANY, _SCALED, None, _nothing, decoded.sparse_linear),
+    Kernel(DECODED, ANY, _SCALED, None, _nothing, decoded.sparse_linear),
 )

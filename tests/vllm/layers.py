@@ -25,9 +25,11 @@ def one_process(path) -> Iterator[None]:
         init_distributed_environment,
     )
 
-    with set_current_vllm_config(VllmConfig()):
+    config = VllmConfig()
+    with set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{path}/init", 0, "gloo")
         ensure_model_parallel_initialized(1, 1)
+        config.model_config = SimpleNamespace(dtype=torch.float32)  # what methods for FP8 ask of a model
         yield
     cleanup_dist_env_and_memory()
 

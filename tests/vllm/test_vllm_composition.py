@@ -18,7 +18,7 @@ from engines import (
     peft_model,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
-from quantized import gptq, layer_errors, needs_kernel, w8a8
+from quantized import gptq, layer_errors, w8a8
 
 from spon_vllm import ops
 
@@ -101,8 +101,6 @@ def test_lora_on_top(llama, tmp_path):
 @pytest.mark.parametrize("per_linear", [False, True], ids=["by site", "by linear"])
 @pytest.mark.parametrize("quantize", [gptq, w8a8])
 def test_quantized_base(tmp_path, quantize, per_linear, monkeypatch):
-    if quantize is gptq:
-        needs_kernel("cpu_gemm_wna16")
     model = quantize(make_model(tmp_path / "base"), tmp_path / "base")
     model.save_pretrained(tmp_path / "meant")
     make_adapter(tmp_path / "adapter", model, tmp_path / "base", sparsity=0.4, per_linear=per_linear)

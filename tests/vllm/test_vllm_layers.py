@@ -9,7 +9,8 @@ from layers import load, make_layer, one_process
 from quantized import W8A8, int8
 
 from spon_plugin import Mask, SponError
-from spon_vllm.fold import ask, stored_weight
+from spon_vllm.fold import ask
+from spon_vllm.stored import stored_weight
 
 IN = 64
 

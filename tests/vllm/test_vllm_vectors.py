@@ -20,7 +20,7 @@ from engines import (
     peft_model,
     with_prefix,
 )
-from quantized import gptq, layer_errors, needs_kernel, w8a8
+from quantized import gptq, layer_errors, w8a8
 from safetensors.torch import load_file, save_file
 
 from spon_plugin import Adapter, find_sites, write_adapter
@@ -156,8 +156,6 @@ def test_parallel_engines(tmp_path, monkeypatch):
 @pytest.mark.parametrize("per_linear", [False, True], ids=["by site", "by linear"])
 @pytest.mark.parametrize("quantize", [gptq, w8a8])
 def test_quantized_base(tmp_path, quantize, per_linear):
-    if quantize is gptq:
-        needs_kernel("cpu_gemm_wna16")
     model = quantize(make_model(tmp_path / "base"), tmp_path / "base")
     model.save_pretrained(tmp_path / "meant")
     make_vectors(tmp_path / "adapter", model, tmp_path / "base", per_linear, sparsity=0.4)

@@ -57,6 +57,8 @@ def eight_bit_weight(
         zeros = by_group[0]
     if scales.dtype == torch.uint8:
         scales = torch.exp2(scales.float() - 127)
+    elif scales.dtype == torch.float8_e8m0fnu:
+        scales = scales.float()
     kind = Fp8Weight if codes.dtype in _FLOAT8 else Int8Weight
     return kind(codes.t(), scales, zeros, size)
 

@@ -15,13 +15,13 @@ from spon_plugin.weights.scaled import ScaledWeight
 
 
 def gptq_weight(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zeros_less_one: bool
+    qweight: Tensor, qzeros: Tensor | None, scales: Tensor, g_idx: Tensor | None, bits: int, zeros_less_one: bool
 ) -> ScaledWeight | None:
     """The weight that GPTQ's tensors hold.
 
     Args:
         qweight: int32 ``[in_features * bits / 32, out_features]``.
-        qzeros: int32 ``[groups, out_features * bits / 32]``.
+        qzeros: int32 ``[groups, out_features * bits / 32]``; None for symmetric weights.
         scales: ``[groups, out_features]``.
         g_idx: ``[in_features]``, the group of each input; None for runs.
         bits: 4 or 8.
@@ -33,14 +33,14 @@ def gptq_weight(
     """
     groups, out_features = scales.shape
     in_features = qweight.shape[0] * 32 // bits
-    if bits not in (4, 8) or qweight.shape[1] != out_features or in_features % groups:
+    grouped = g_idx if g_idx is not None and g_idx.numel() == in_features else None
+    if bits not in (4, 8) or qweight.shape[1] != out_features or (grouped is None and in_features % groups):
         return None
     codes = unpack_words(qweight.t(), bits, in_features).t()
-    zeros = unpack_words(qzeros, bits, out_features)
-    if zeros_less_one:
+    zeros = None if qzeros is None else unpack_words(qzeros, bits, out_features)
+    if zeros is not None and zeros_less_one:
         zeros = (zeros + 1) & (2**bits - 1)
-    grouped = g_idx if g_idx is not None and g_idx.numel() == in_features else None
-    return integer_weight(bits, codes, scales, zeros, in_features // groups, grouped)
+    return integer_weight(bits, codes, scales, zeros, max(1, in_features // groups), grouped)
 
 
 def _matches(module: nn.Module) -> bool:
