@@ -137,6 +137,7 @@ def test_layer_that_is_not_linear(llama, tmp_path):
         pytest.param({"token_mode": "some"}, "token_mode: got 'some'.*all, decode", id="token mode"),
         pytest.param({"max_sparse_tokens": 0}, "max_sparse_tokens: got 0", id="no tokens"),
         pytest.param({"max_sparse_tokens": "many"}, "max_sparse_tokens: got 'many'", id="words"),
+        pytest.param({"weights": "columns"}, "weights: got 'columns'.*auto, rows, beside", id="weights"),
         pytest.param({"tau": 1}, "tau.*fields among", id="unknown field"),
     ],
 )
