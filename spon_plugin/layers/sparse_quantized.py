@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from spon_plugin.errors import SponError
 from spon_plugin.kernels import sparse_linear
-from spon_plugin.kernels.cpu.layer_call import RowsCall
 from spon_plugin.kernels.table import Problem, choose
 from spon_plugin.layers.sparse_linear import SparseLayer
 from spon_plugin.weights.linears import linear_features, weight_of
@@ -51,7 +50,6 @@ class SparseQuantizedLinear(SparseLayer):
         if "bias" not in self._parameters:
             self.register_parameter("bias", None)
         self._rows: ScaledWeight | None = None
-        self._few_rows_call = RowsCall()
         if "spon_threshold" not in self._buffers:
             self._register_spon_buffers(self._device)
         self.train(host.training)
@@ -92,10 +90,6 @@ class SparseQuantizedLinear(SparseLayer):
             self.row_weight  # noqa: B018
 
     def _masked(self, x: Tensor) -> Tensor:
-        if self._rows is not None and not torch.compiler.is_compiling():
-            y = self._few_rows_call(self, self._rows, x, self.exact)
-            if y is not None:
-                return y
         return self._product(x, self.spon_threshold, self.bias)
 
     def _dense(self, kept: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-import spon_plugin.layers.sparse_quantized as layers
 from spon_plugin import SponError
 from spon_plugin.decoder.tokens import DenseTokens
-from spon_plugin.kernels import sparse_linear
+from spon_plugin.kernels import row_op, sparse_linear, table
 from spon_plugin.kernels.cpu import kernel as cpu
+from spon_plugin.kernels.cpu import known_calls, scaled
 from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
 from spon_plugin.weights import weight_of
 from spon_plugin.weights.linears import is_sparse, linear_features
@@ -104,25 +104,24 @@ def test_exact_reaches_the_kernel(monkeypatch, exact):
 
 
 @pytest.fixture
-def operator_calls(monkeypatch):
-    """Grows with every call of the operator, that is, whenever the short way to the CPU kernel was not taken."""
+def choices(monkeypatch):
+    """Grows with every choice of a kernel, that is, whenever a call was not one that is known."""
     if not cpu.is_available():
         pytest.skip("the CPU kernel needs Numba and the calls of GNU's OpenMP")
-    calls = []
-    monkeypatch.setattr(layers, "sparse_linear", lambda *a, **k: calls.append(1) or sparse_linear(*a, **k))
-    return calls
+    made = []
+    monkeypatch.setattr(row_op, "choose", lambda problem: made.append(1) or table.choose(problem))
+    return made
 
 
-def by_the_operator(made, x):
+def by_the_kernel(made, x):
     bias = made.bias if made.bias is None or made.bias.dtype in (torch.float32, x.dtype) else made.bias.float()
-    return sparse_linear(x, made.row_weight, made.spon_threshold, bias)
+    return scaled.sparse_linear(x, made.row_weight, made.spon_threshold, bias)
 
 
 CHANGES = {
     "none": lambda made: None,
     "another bias": lambda made: setattr(made, "bias", nn.Parameter(torch.randn(40), requires_grad=False)),
     "no bias": lambda made: setattr(made, "bias", None),
-    "a bias in half": lambda made: setattr(made, "bias", nn.Parameter(made.bias.half(), requires_grad=False)),
     "a bias moved": lambda made: setattr(made.bias, "data", torch.randn(40)),
     "another threshold": lambda made: setattr(made, "spon_threshold", torch.tensor([0.1])),
     "by channel": lambda made: setattr(made, "spon_threshold", torch.rand(48)),
@@ -132,33 +131,51 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_few_rows_take_the_short_way_with_what_the_layer_holds(operator_calls, change):
-    made = layer()
-    made.arrange_for_kernels()
+def test_a_known_call_is_made_with_what_the_layer_holds(choices, change):
     for x in (torch.randn(1, 1, 48), torch.randn(2, 96)[:, ::2], torch.randn(8, 48).bfloat16()):
+        made = layer()
         made(x)
         change(made)
-        made.row_weight  # noqa: B018 (loading drops it)
-        assert torch.equal(made(x), by_the_operator(made, x))
-    assert not operator_calls
+        assert torch.equal(made(x), by_the_kernel(made, x))
+        choices.clear()
+        assert torch.equal(made(x), by_the_kernel(made, x)) and not choices
 
 
 @pytest.mark.parametrize(
     "x", [torch.randn(9, 48), torch.randn(0, 48), torch.randn(1, 48).double()], ids=["many", "none", "float64"]
 )
-def test_other_inputs_go_the_long_way(operator_calls, x):
+def test_other_inputs_are_looked_at(choices, x):
     made = layer()
-    made.arrange_for_kernels()
-    assert made(x).shape == (*x.shape[:-1], 40) and operator_calls
+    made(torch.randn(1, 48))
+    choices.clear()
+    assert made(x).shape == (*x.shape[:-1], 40) and choices
 
 
-def test_a_copy_settles_for_itself():
+def test_wrong_arguments_are_refused_after_right_ones(choices):
     made, x = layer(), torch.randn(1, 48)
-    made.arrange_for_kernels()
+    made(x)
+    weight = made.row_weight
+    for wrong in ({"x": torch.randn(1, 47)}, {"threshold": torch.rand(3)}, {"bias": torch.randn(39)}):
+        with pytest.raises(SponError, match=f"{next(iter(wrong))}: "):
+            sparse_linear(**{"x": x, "weight_t": weight, "threshold": made.spon_threshold, "bias": made.bias, **wrong})
+    with pytest.raises(SponError, match="bias: "):
+        sparse_linear(x, weight, made.spon_threshold, made.bias.half())
+
+
+def test_calls_are_forgotten_with_the_weight(choices):
+    made = layer()
+    made(torch.randn(1, 48))
+    before = len(known_calls._known)
+    del made
+    assert len(known_calls._known) == before - 1
+
+
+def test_a_copy_is_another_call():
+    made, x = layer(), torch.randn(1, 48)
     made(x)
     other = copy.deepcopy(made)
     other.bias.data.zero_()
-    assert torch.equal(other(x), by_the_operator(other, x)) and not torch.equal(made(x), other(x))
+    assert torch.equal(other(x), by_the_kernel(other, x)) and not torch.equal(made(x), other(x))
 
 
 def test_other_weights_are_refused():

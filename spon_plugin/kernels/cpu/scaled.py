@@ -23,7 +23,6 @@ from spon_plugin.kernels.cpu.scaled_layout import (
     SUM_INT8,
     WEIGHT_FIELDS,
 )
-from spon_plugin.machine import DTYPES
 from spon_plugin.weights.scaled import ScaledWeight
 
 _KINDS = {
@@ -109,11 +108,11 @@ def sparse_linear(
         ``[..., out_features]`` in `x.dtype`.
     """
     prepared = Prepared(weight, threshold, bias, shard_sizes=shard_sizes, exact=exact, portable=portable)
-    return prepared(x, x.numel() // weight.in_features)
+    return prepared(x)
 
 
 class Prepared:
-    """`sparse_linear` with all of its arguments but x, whose addresses are kept, and the tensors with them.
+    """`sparse_linear` with all of its arguments but x, whose addresses are kept: the caller keeps the tensors alive.
 
     Args:
         weight: as in `sparse_linear`, like the rest.
@@ -128,7 +127,7 @@ class Prepared:
         out_features: length of an output.
     """
 
-    __slots__ = ("_groups", "_kind", "_settled", "_shards", "_tensors", "_unit", "in_features", "out_features")
+    __slots__ = ("_copies", "_groups", "_kind", "_settled", "_shards", "_unit", "in_features", "out_features")
 
     def __init__(
         self,
@@ -150,7 +149,7 @@ class Prepared:
         ordered = groups > 1 and weight.group_of_row is not None
         thresholds = Thresholds.of(threshold, weight.codes, shard_sizes, self.out_features)
         taus = [tau.contiguous() for tau in thresholds.rows]
-        self._tensors = (weight, taus, bias)
+        self._copies = (taus, bias)  # where they were not contiguous
         # A shard's first output and width, and the words of its weight.
         self._shards: list[tuple[int, int, bytes]] = []
         first = 0
@@ -171,9 +170,9 @@ class Prepared:
             first += width
         self._settled: dict[int, list[tuple[int, bytes, int, int, int]]] = {}
 
-    def __call__(self, x: Tensor, batch: int) -> Tensor:
-        """The output for a CPU tensor x ``[..., in_features]`` with `batch` rows in all."""
-        x = x.contiguous()
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output for a CPU tensor x ``[..., in_features]`` with a row at least."""
+        x, batch = x.contiguous(), x.numel() // self.in_features
         y = x.new_empty((*x.shape[:-1], self.out_features))
         source, target, kind, size = x.data_ptr(), y.data_ptr(), _KINDS[x.dtype], x.element_size()
         threads, worker, run = torch.get_num_threads(), _worker(self._kind)[1], cpu.parallel()
@@ -195,18 +194,6 @@ class Prepared:
             settled.append((first, words, tile, batch * width, per_thread))
         self._settled[batch] = settled
         return settled
-
-
-def prepare(weight: ScaledWeight, threshold: Tensor, bias: Tensor | None, exact: bool) -> Prepared | None:
-    """Settle all arguments but x; None for those that the kernel does not take as they are."""
-    plain = threshold.is_cpu and threshold.dtype == torch.float32 and threshold.is_contiguous()
-    if not plain or tuple(threshold.shape) not in ((1,), (weight.in_features,)) or why_not(weight):
-        return None
-    if bias is not None:
-        plain = bias.is_cpu and bias.dtype in DTYPES.values() and bias.is_contiguous()
-        if not plain or tuple(bias.shape) != (weight.out_features,):
-            return None
-    return Prepared(weight, threshold, bias, exact=exact)
 
 
 def _part(tensor: Tensor | None, first: int) -> tuple[int, int, int]:

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of the CPU kernel for weights with scales that were checked before.
+
+A decoding step makes hundreds of calls, and the small ones are done in less time than their arguments take to check.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spon_plugin.kernels.cpu.scaled import Prepared
+from spon_plugin.kernels.few_rows import CPU_ROWS
+
+
+class _Known(NamedTuple):
+    codes: weakref.ref[Tensor]
+    signature: tuple[Any, ...]
+    call: Prepared
+
+
+# One call for each weight, under the identity of its codes, as long as they live.
+_known: dict[int, _Known] = {}
+
+
+def recall(
+    x: Tensor, parts: Any, threshold: Tensor, bias: Tensor | None, shard_sizes: Sequence[int] | None, exact: bool
+) -> Prepared | None:
+    """What `remember` was given for the same arguments and another x; None if it was not, or x needs other ways.
+
+    Args:
+        x: has 1 to `CPU_ROWS` rows, if it is to be computed so.
+        parts: has the tensors of a `ScaledWeight`, under the same names.
+        threshold: as in `scaled.sparse_linear`, like the rest.
+        bias: likewise.
+        shard_sizes: likewise.
+        exact: likewise.
+    """
+    known = _known.get(id(parts.codes))
+    if known is None or known.codes() is not parts.codes or not x.is_cpu:
+        return None
+    call = known.call
+    if x.shape[-1:] != (call.in_features,) or not 0 < x.numel() <= CPU_ROWS * call.in_features:
+        return None
+    return call if known.signature == _signature(x, parts, threshold, bias, shard_sizes, exact) else None
+
+
+def remember(
+    x: Tensor, parts: Any, threshold: Tensor, bias: Tensor | None, shard_sizes: Sequence[int] | None, exact: bool,
+    call: Prepared,
+) -> None:  # fmt: skip
+    """Keep a call whose arguments, those of `recall`, have been checked."""
+    if threshold.is_contiguous() and (bias is None or bias.is_contiguous()):  # else it reads copies, which grow old
+        key = id(parts.codes)
+        reference = weakref.ref(parts.codes, lambda _: _known.pop(key, None))
+        _known[key] = _Known(reference, _signature(x, parts, threshold, bias, shard_sizes, exact), call)
+
+
+def _signature(
+    x: Tensor, parts: Any, threshold: Tensor, bias: Tensor | None, shard_sizes: Sequence[int] | None, exact: bool
+) -> tuple[Any, ...]:
+    """What the kernel was told of its arguments: addresses, and how to read them."""
+    codes, scales = parts.codes, parts.scales
+    zeros, offsets, group_of_row = parts.zeros, parts.offsets, parts.group_of_row
+    return (
+        codes.data_ptr(),
+        codes.shape,
+        codes.stride(),
+        scales.data_ptr(),
+        scales.shape,
+        scales.dtype,
+        None if zeros is None else (zeros.data_ptr(), zeros.dtype, zeros.shape),
+        None if offsets is None else (offsets.data_ptr(), offsets.dtype, offsets.shape),
+        None if group_of_row is None else group_of_row.data_ptr(),
+        threshold.data_ptr(),
+        threshold.shape,
+        threshold.dtype,
+        None if bias is None else (bias.data_ptr(), bias.dtype, bias.shape),
+        shard_sizes and tuple(shard_sizes),
+        exact,
+        x.dtype,
+        torch.get_num_threads(),
+    )
