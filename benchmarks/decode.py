@@ -1,40 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens per second of a whole decoder: dense, TEAL (mask, no bias) and SPON (mask and bias), in one run.
+"""Tokens per second of a whole decoder, dense, masked and quantized, beside what people use instead, in one run.
 
     python -m benchmarks.decode MODEL --adapter ADAPTER                       # a real model and its adapter
+    python -m benchmarks.decode MODEL --adapter ADAPTER --format bf16,int8,int4 --against llama.cpp --text test.txt
     python -m benchmarks.decode --shape llama3-8b --sparsity 0.5 --device cuda
 
 With ``--shape`` the weights are random and each layer's threshold is the quantile of its own inputs, so that the model
 is as sparse as asked. On a GPU each step is one CUDA graph over a static KV cache; on a CPU the model runs as
-transformers runs it. The three variants take turns of eight tokens, so that they see the same machine.
+transformers runs it. All variants take turns of eight tokens, so that they see the same machine.
+
+``--format int8`` and ``int4`` are `spon quantize`'s rounding, with an output head of eight bits by output, on our
+kernels; llama.cpp reads the GGUF files of ``--gguf``, or makes one of the same weights by its own quantizer. ``read``
+is what a token reads of weights, scales included, and its share of the bandwidth at which torch sums up memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, StaticCache
 
 from benchmarks.sparse_linear import device_name
-from spon_plugin import Mask, SparseLinear, read_adapter
-from spon_plugin.decoder.sites import find_sites
-from spon_plugin.layers.sparse_linear import sparse_like
+from benchmarks.variants import (
+    Step,
+    Variant,
+    folded_biases,
+    masked,
+    quantile_masks,
+    rounded_copy,
+    sparse_copy,
+    variant,
+)
+from spon_plugin import Mask, read_adapter
 from spon_plugin.machine import DTYPES
-from spon_plugin.weights.fold import fold_alpha
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3-8b": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "qwen2.5-1.5b": {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
     },
     "qwen2.5-0.5b": {
         "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -45,90 +60,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "vocab_size": 1024,
     },
 }  # fmt: skip
+BITS = {"int8": 8, "int4": 4}
 PROMPT = 64
 TURN = 8
-Step = Callable[[], object]
-
-
-def sparse_copy(model: nn.Module, masks: Mapping[str, Mask]) -> nn.Module:
-    """`model` with sparse layers under `masks`; embeddings, norms and the head are shared with it.
-
-    Args:
-        model: the dense model.
-        masks: by module path; ``W (center + alpha)`` is for `with_biases` to add.
-    """
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    sparse = copy.deepcopy(model, dict(shared))
-    for path, mask in masks.items():
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        layer = sparse_like(linear, "meta")
-        layer.weight, layer.bias = nn.Parameter(linear.weight.detach(), requires_grad=False), linear.bias
-        own = mask.to(linear.weight.device)
-        layer.spon_threshold, layer.spon_center = own.threshold, own.center
-        layer.arrange_for_kernels()
-        sparse.set_submodule(path, layer)
-    return sparse
-
-
-def with_biases(sparse: nn.Module, biases: dict[str, torch.Tensor]) -> nn.Module:
-    """A copy of a sparse model that shares all weights with it and has other biases."""
-    other = copy.deepcopy(sparse, {id(parameter): parameter for parameter in sparse.parameters()})
-    for path, bias in biases.items():
-        layer = other.get_submodule(path)
-        assert isinstance(layer, SparseLinear)
-        layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=False)
-    return other
-
-
-@torch.no_grad()
-def quantile_masks(model: Any, sparsity: float, ids: torch.Tensor) -> dict[str, Mask]:
-    """For each linear of `model` a mask at the `sparsity` quantile of its own inputs on `ids`, layers before masked."""
-    paths = [path for site in find_sites(model) for path in site.modules]
-    thresholds = {path: torch.zeros(1, device=ids.device) for path in paths}
-
-    def watch(path: str) -> Callable[..., Any]:
-        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            x = args[0]
-            sample = x[:, 1:].abs().float().flatten()
-            thresholds[path] = torch.quantile(sample[: 1 << 24], sparsity).reshape(1)
-            return (torch.where(x.abs() <= thresholds[path], 0, x),)
-
-        return hook
-
-    handles = [model.get_submodule(path).register_forward_pre_hook(watch(path)) for path in paths]
-    model(ids)
-    for handle in handles:
-        handle.remove()
-    return {path: Mask(threshold) for path, threshold in thresholds.items()}
-
-
-def folded_biases(model: Any, masks: Mapping[str, Mask]) -> dict[str, torch.Tensor]:
-    """Module path -> ``b + W (center + alpha)``, for the linears that have a centre or an alpha."""
-    biases = {}
-    for path, mask in masks.items():
-        linear = model.get_submodule(path)
-        if mask.constant is not None:
-            folded = fold_alpha(linear, mask.constant, path)
-            biases[path] = folded if linear.bias is None else folded + linear.bias.float()
-    return biases
-
-
-@torch.no_grad()
-def eager_step(model: Any, ids: torch.Tensor) -> Step:
-    """A step of greedy decoding after the prompt `ids`, as transformers runs it, on a growing cache."""
-    cache = DynamicCache(config=model.config)
-    state = {"token": model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)}
-
-    def step() -> None:
-        state["token"] = model(state["token"], past_key_values=cache).logits[:, -1:].argmax(-1)
-
-    return step
 
 
 @torch.no_grad()
 def graph_step(model: Any, ids: torch.Tensor, length: int) -> Step:
-    """The same as one CUDA graph over a static cache; every replay writes at the same position."""
+    """A step as one CUDA graph over a static cache; every replay writes at the same position."""
     cache = StaticCache(config=model.config, max_cache_len=length)
     token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
     position = torch.tensor([ids.shape[1]], device=ids.device)
@@ -150,14 +89,19 @@ def graph_step(model: Any, ids: torch.Tensor, length: int) -> Step:
 
 
 @torch.no_grad()
-def measure(models: dict[str, Any], ids: torch.Tensor, tokens: int) -> dict[str, float]:
-    """Median seconds per token of each model, the models taking turns."""
+def measure(variants: Sequence[Variant], ids: torch.Tensor, tokens: int) -> dict[str, tuple[float, float]]:
+    """Median seconds per token of each variant, the variants taking turns, and those of the prompt."""
     cuda = ids.is_cuda
-    steps = {
-        name: graph_step(m, ids, PROMPT + tokens + 8) if cuda else eager_step(m, ids) for name, m in models.items()
-    }
+    steps, first = {}, {}
+    for each in variants:
+        each.start(ids)
+        start = time.perf_counter()
+        steps[each.name] = each.start(ids)
+        if cuda:
+            torch.cuda.synchronize()
+        first[each.name] = time.perf_counter() - start
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(tokens // TURN):
+    for _ in range(max(1, tokens // TURN)):
         for name, step in steps.items():
             step()  # brings this model's code and small tensors back into the caches, as in steady decoding
             for _ in range(TURN - 1):
@@ -166,7 +110,65 @@ def measure(models: dict[str, Any], ids: torch.Tensor, tokens: int) -> dict[str,
                 if cuda:
                     torch.cuda.synchronize()
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: (statistics.median(values), first[name]) for name, values in times.items()}
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second at which torch sums up memory."""
+    buffer = torch.zeros(1 << 25, dtype=torch.int64, device=device)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        buffer.sum().item()
+        times.append(time.perf_counter() - start)
+    return 8 * buffer.numel() / statistics.median(times)
+
+
+def make_variants(
+    dense: Any, masks: Mapping[str, Mapping[str, Mask]], formats: Sequence[str], ids: torch.Tensor, tokens: int
+) -> list[Variant]:
+    """The dense model, and for each format and mapping of masks a sparse one.
+
+    Args:
+        dense: in the dtype of the benchmark.
+        masks: name of a variant -> masks by module path.
+        formats: "bf16" for the dtype of `dense`, or names of `BITS`.
+        ids: a prompt.
+        tokens: that each will decode.
+    """
+
+    def made(name: str, model: Any) -> Variant:
+        own = variant(name, model, ids)
+        return own._replace(start=lambda ids: graph_step(model, ids, PROMPT + tokens + 8)) if ids.is_cuda else own
+
+    dtype = next(dense.parameters()).dtype
+    found = [made(f"{str(dtype).removeprefix('torch.')} dense", dense)]
+    for format in formats:
+        if format == "bf16":
+            for name, own in masks.items():
+                found.append(made(name, sparse_copy(dense, own, folded_biases(dense, own))))
+            continue
+        sizes = dense.config.hidden_size, dense.config.intermediate_size
+        group = next(group for group in (128, 64, 32) if not any(size % group for size in sizes))
+        rounded = rounded_copy(dense, BITS[format], group if BITS[format] == 4 else None)
+        found.append(made(f"{format} dense", rounded))
+        for name, own in masks.items():
+            found.append(made(f"{format} {name}", masked(rounded, own, dtype)))
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = ["| variant | tokens/s | first token ms | MB read | of bandwidth | MB held | perplexity |"]
+    lines.append("| --- " + "| ---: " * 6 + "|")
+    for row in rows:
+        quality = "" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
+        lines.append(
+            f"| {row['name']} | {row['tokens_per_second']:.1f} | {row['first_token_ms']:.0f} "
+            f"| {row['bytes_read'] / 1e6:.0f} | {row['share_of_bandwidth']:.0%} | {row['bytes_held'] / 1e6:.0f} "
+            f"| {quality} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -175,7 +177,13 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="a model directory or hub name")
     parser.add_argument("--adapter", type=Path, help="its adapter")
     parser.add_argument("--shape", choices=list(SHAPES), help="random weights of that shape instead of a model")
+    parser.add_argument("--layers", type=int, help="with --shape: so many blocks instead of its own")
     parser.add_argument("--sparsity", default="0.5", help="with --shape; comma-separated")
+    parser.add_argument("--format", default="bf16", help="comma-separated: bf16 (that is, --dtype), int8, int4")
+    parser.add_argument("--against", default="", help="llama.cpp")
+    parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="for llama.cpp; else Q4_K_M is made")
+    parser.add_argument("--text", type=Path, help="score each variant on its first tokens")
+    parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, with --text")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
     parser.add_argument("--tokens", type=int, default=128, help="decoded by each variant")
@@ -183,45 +191,65 @@ def main() -> None:
     arguments = parser.parse_args()
     if bool(arguments.shape) == bool(arguments.model) or bool(arguments.model) != bool(arguments.adapter):
         parser.error("give a model with --adapter, or --shape")
+    formats = arguments.format.split(",")
+    if set(formats) - {"bf16", *BITS}:
+        parser.error(f"--format {arguments.format}: expected some of bf16, {', '.join(BITS)}")
+    if arguments.against not in ("", "llama.cpp"):
+        parser.error(f"--against {arguments.against}: expected llama.cpp")
 
     torch.manual_seed(0)
     dtype, device = DTYPES[arguments.dtype], torch.device(arguments.device)
     if arguments.shape:
+        config = LlamaConfig(**SHAPES[arguments.shape])
+        config.num_hidden_layers = arguments.layers or config.num_hidden_layers
         with torch.device(device):
-            dense = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[arguments.shape]), dtype=dtype)
+            dense = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     dense = dense.to(device).eval().requires_grad_(False)
     ids = torch.randint(0, dense.config.vocab_size, (1, PROMPT), device=device)
+    windows = None
+    if arguments.text:
+        tokens = AutoTokenizer.from_pretrained(arguments.model)(arguments.text.read_text()[: 1 << 20]).input_ids
+        windows = torch.tensor(tokens[: 512 * arguments.windows]).view(-1, 512)
+        ids = windows[-1:, :PROMPT].to(device)
+    masks: dict[str, Mapping[str, Mask]] = {}
+    if arguments.adapter:
+        adapter = read_adapter(arguments.adapter)
+        masks = {f"TEAL {adapter.fields.sparsity:.0%}": adapter.without_alpha().masks}
+        masks[f"SPON {adapter.fields.sparsity:.0%}"] = adapter.masks
+    else:
+        for sparsity in (float(value) for value in arguments.sparsity.split(",")):
+            masks[f"masked {sparsity:.0%}"] = quantile_masks(dense, sparsity, ids)
 
-    rows = []
-    print("| model | target | dense tokens/s | TEAL | SPON | TEAL / dense | SPON / dense | SPON / TEAL |")
-    print("| --- " + "| ---: " * 7 + "|")
-    for sparsity in [None] if arguments.adapter else [float(value) for value in arguments.sparsity.split(",")]:
-        if sparsity is None:
-            adapter = read_adapter(arguments.adapter)
-            teal = sparse_copy(dense, adapter.masks)
-            teal = with_biases(teal, folded_biases(dense, adapter.without_alpha().masks))
-            biases = folded_biases(dense, adapter.masks)
-        else:
-            masks = quantile_masks(dense, sparsity, ids)
-            teal = sparse_copy(dense, masks)
-            biases = {path: 1e-3 * torch.randn(dense.get_submodule(path).out_features) for path in masks}
-        seconds = measure({"dense": dense, "teal": teal, "spon": with_biases(teal, biases)}, ids, arguments.tokens)
-        target = sparsity if sparsity is not None else read_adapter(arguments.adapter).fields.sparsity
-        name = arguments.shape or Path(arguments.model).name
-        rate = {key: 1 / value for key, value in seconds.items()}
-        rows.append({"model": name, "sparsity": target, **{f"{k}_tokens_per_second": v for k, v in rate.items()}})
-        print(
-            f"| {name} | {target:.0%} | {rate['dense']:.1f} | {rate['teal']:.1f} | {rate['spon']:.1f} "
-            f"| {rate['teal'] / rate['dense']:.2f} | {rate['spon'] / rate['dense']:.2f} "
-            f"| {rate['spon'] / rate['teal']:.2f} |",
-            flush=True,
-        )
-        del teal
+    with tempfile.TemporaryDirectory() as directory:
+        variants = make_variants(dense, masks, formats, ids, arguments.tokens)
+        if arguments.against:
+            from benchmarks import llama_cpp
+
+            files = arguments.gguf or [llama_cpp.write(dense, Path(directory) / "Q4_K_M.gguf")]
+            variants += [llama_cpp.variant(file, PROMPT + 2 * arguments.tokens + 16) for file in files]
+        bandwidth = read_bandwidth(device)
+        seconds = measure(variants, ids, arguments.tokens)
+        rows = [
+            {
+                "name": each.name,
+                "tokens_per_second": 1 / seconds[each.name][0],
+                "first_token_ms": 1e3 * seconds[each.name][1],
+                "bytes_read": each.bytes_read,
+                "share_of_bandwidth": each.bytes_read / seconds[each.name][0] / bandwidth,
+                "bytes_held": each.bytes_held,
+                "perplexity": None if windows is None else each.perplexity(windows),
+            }
+            for each in variants
+        ]
+    name = arguments.shape or Path(arguments.model).name
+    print(f"{name}, {device_name(device)}, {arguments.dtype}, memory {bandwidth / 1e9:.1f} GB/s\n")
+    print(table(rows))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"device": device_name(device), "torch": torch.__version__, "dtype": arguments.dtype, "rows": rows}
+        result = {"model": name, "device": device_name(device), "torch": torch.__version__, "dtype": arguments.dtype}
+        result |= {"read_bytes_per_second": bandwidth, "rows": rows}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
