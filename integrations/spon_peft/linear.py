@@ -18,11 +18,10 @@ from spon_peft.config import SponConfig
 from spon_peft.layer import SponLayer
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.errors import SponError
-from spon_plugin.layers.sparse_linear import sparse_like
-from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
+from spon_plugin.layers.sparse_quantized import sparse_layer
 from spon_plugin.masking import choose_rows, sparse_deviation
 from spon_plugin.weights import weight_of
-from spon_plugin.weights.scaled import ScaledWeight
+from spon_plugin.weights.importers.torch_linear import is_plain_matrix
 
 
 class SponLinear(nn.Module, SponLayer):
@@ -155,12 +154,7 @@ class SponLinear(nn.Module, SponLayer):
         if base.bias is None:
             zeros = torch.zeros(self.out_features, dtype=self._bias_dtype(), device=self.spon_threshold[name].device)
             base.bias = nn.Parameter(zeros, requires_grad=False)
-        layer: Any
-        if isinstance(weight_of(base), ScaledWeight):
-            layer = SparseQuantizedLinear(base)
-        else:
-            layer = sparse_like(base, "meta")
-            layer.weight, layer.bias = base.weight, base.bias
+        layer = sparse_layer(base)
         layer.spon_threshold = self.spon_threshold[name].detach().clone()
         if name in self.spon_center:
             layer.spon_center = self.spon_center[name].detach().clone()
@@ -172,7 +166,7 @@ class SponLinear(nn.Module, SponLayer):
         weight = getattr(base, "weight", None)
         if base.bias is not None:
             return base.bias.dtype
-        if self.quantization_backend is None and weight is not None and weight.is_floating_point():
+        if self.quantization_backend is None and isinstance(weight, Tensor) and is_plain_matrix(weight):
             return weight.dtype
         return getattr(base, "compute_dtype", None) or torch.float32  # a packed weight's dtype says nothing
 

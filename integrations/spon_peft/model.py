@@ -24,8 +24,13 @@ from spon_plugin.errors import SponError
 from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
 from spon_plugin.weights import Opaque, weight_of
 from spon_plugin.weights.dense import DenseWeight
-from spon_plugin.weights.importers.compressed_tensors import COMPRESSED_TENSORS
-from spon_plugin.weights.linears import is_linear, kind_of
+from spon_plugin.weights.linears import is_linear
+from spon_plugin.weights.scaled import ScaledWeight
+
+_NOT_MERGED = (
+    "Use `merge_adapter`, which keeps the adapter's layers, or another base: `spon quantize` makes one whose codes "
+    "lie by rows."
+)
 
 
 class SponModel(BaseTuner):
@@ -181,17 +186,20 @@ class SponModel(BaseTuner):
             or set(adapter_names or self.active_adapters)
         )
         name = SponLayer.only_one([n for n in names if n in self.peft_config])
+        quantizer = getattr(self.model, "hf_quantizer", None)
         for path, layer in layers.items():
             base = layer.get_base_layer()
             if name not in layer.spon_threshold:
                 continue
             weight = weight_of(base)
             plain = isinstance(weight, DenseWeight) and layer.quantization_backend is None
-            if not plain and kind_of(base) is not COMPRESSED_TENSORS:
+            if not plain and not isinstance(weight, ScaledWeight):
                 received = weight.reason if isinstance(weight, Opaque) else type(base).__name__
-                expected = "a floating-point linear, or one that compressed-tensors has packed"
-                remedy = "Use `merge_adapter`, which keeps the adapter's layers."
-                raise SponError.of(f"merge_and_unload: {path}", received, expected, remedy)
+                expected = "a floating-point linear, or codes by input rows, with scales (int8, int4 or FP8)"
+                raise SponError.of(f"merge_and_unload: {path}", received, expected, _NOT_MERGED)
+            if not plain and quantizer is not None and not quantizer.is_serializable():
+                received = f"a base of {type(quantizer).__name__}"
+                raise SponError.of("merge_and_unload", received, "one that transformers can save", _NOT_MERGED)
         return name if name is not None and injected_layers(self.model, name) else None
 
     @classmethod

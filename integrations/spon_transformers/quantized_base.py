@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from transformers.quantizers.base import HfQuantizer
 from spon_plugin.adapter.mask import CENTER, THRESHOLD
 from spon_plugin.adapter.merged import DENSE_BIAS
 from spon_plugin.layers.sparse_linear import SparseLayer
-from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
-from spon_plugin.weights.importers.torch_linear import is_plain_matrix
-from spon_plugin.weights.linears import linear_features
-from spon_transformers.merged_layers import check_files, finish_layers, layer_for, paths_in
+from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear, sparse_layer
+from spon_plugin.weights.linears import is_linear, linear_features, weight_of
+from spon_plugin.weights.scaled import ScaledWeight
+from spon_transformers.merged_layers import check_files, finish_layers, paths_in
 
 
 def around_base(config: Any, **kwargs: Any) -> HfQuantizer:
@@ -46,6 +47,19 @@ class _Around(HfQuantizer):
 
     spon_config: Any
     paths: dict[str, str]
+    host_runs: bool = True
+    """Whether the base's own linears run on this machine."""
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """See `HfQuantizer.validate_environment`; codes stay, where the base's quantizer would decode them all.
+
+        So it does with FP8 on a machine without a GPU.
+        """
+        config: Any = self.quantization_config
+        wanted = getattr(config, "dequantize", False)
+        super().validate_environment(*args, **kwargs)
+        if getattr(config, "dequantize", False) and not wanted:
+            config.dequantize, self.host_runs = False, False
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -54,28 +68,52 @@ class _Around(HfQuantizer):
         merged = self.spon_config.merged
         self.paths = paths_in(model, merged.masks)
         for path, entry in self.paths.items():
-            host = model.get_submodule(path)
-            if is_plain_matrix(getattr(host, "weight", None)):  # one that the base leaves in floating point
-                model.set_submodule(path, layer_for(merged, entry, host))
-            else:
-                _announce(host, merged.tensors(entry), model.dtype)
+            # Whatever it is by now: some quantizers put their tensors into the linears of torch, or leave some alone.
+            _announce(model.get_submodule(path), merged.tensors(entry), model.dtype)
         check_files(merged, self.paths, checkpoint_files or ())
         return result
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """Finish the model, as `HfQuantizer.postprocess_model`; its config is the merged checkpoint's."""
         result = super().postprocess_model(model, **kwargs)
+        keep_reversible(model)
         model.config.quantization_config = self.spon_config
         return result
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         result = super()._process_model_after_weight_loading(model, **kwargs)
         for path in self.paths:
-            host = model.get_submodule(path)
-            if not isinstance(host, SparseLayer):
-                model.set_submodule(path, SparseQuantizedLinear(host))
+            model.set_submodule(path, sparse_layer(model.get_submodule(path), path))
+        if not self.host_runs:
+            others = [path for path, module in model.named_modules() if is_quantized(module)]
+            for path in others:
+                model.set_submodule(path, SparseQuantizedLinear(model.get_submodule(path)))
         finish_layers(model, self.paths, self.spon_config.merged)
         return result
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether `module` is a linear of a host with codes by input rows, none of ours."""
+    return is_linear(module) and not isinstance(module, SparseLayer) and isinstance(weight_of(module), ScaledWeight)
+
+
+def keep_reversible(model: Any) -> None:
+    """Let `save_pretrained` write a loaded model whose base's quantizer makes its weights of several tensors.
+
+    transformers would undo what it did to the tensors of a file, and has no way to undo that. There is nothing to undo:
+    the state dict of such weights (bitsandbytes, torchao) has the tensors of the file.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [conversion for conversion in conversions if _is_reversible(conversion)]
+
+
+def _is_reversible(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def pack_again(model: nn.Module) -> None:
@@ -96,7 +134,7 @@ def pack_again(model: nn.Module) -> None:
 def _announce(host: nn.Module, tensors: Sequence[str], dtype: torch.dtype) -> None:
     """Make room in a quantized linear for what the file holds beside its own tensors."""
     in_features, out_features = linear_features(host)
-    device = next(host.parameters()).device
+    device = next(chain(host.parameters(), host.buffers())).device
     room: dict[str, torch.Tensor | None] = {name: None for name in (THRESHOLD, CENTER, DENSE_BIAS)}
     room[THRESHOLD] = torch.zeros(1, dtype=torch.float32, device=device)  # for all inputs, and the config says it
     for name in tensors:

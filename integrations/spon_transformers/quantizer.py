@@ -22,6 +22,7 @@ from spon_plugin.decoder.tokens import rule_of
 from spon_plugin.errors import SponError
 from spon_plugin.layers.sparse_linear import SparseLayer
 from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
+from spon_plugin.weights.importers.gptq import holds_zeros_less_one
 from spon_plugin.weights.linears import is_linear
 from spon_transformers.merged_layers import check_files, finish_layers, follow, layer_for, paths_in
 
@@ -158,6 +159,10 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
     follow(model, config.merged)
     saves: Any = model
     if isinstance(model, PreTrainedModel):
+        if config.base_quantization_config is not None:
+            from spon_transformers.quantized_base import keep_reversible
+
+            keep_reversible(model)
         saves.hf_quantizer = make_quantizer(config)
         saves.config.quantization_config = config
         saves.quantization_method = QUANT_METHOD
@@ -166,6 +171,12 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
 def _own_config(model: Any, layers: Mapping[str, SparseLayer]) -> dict[str, Any] | None:
     """`quantization_config` of a base whose quantized layers are in `layers`."""
     own = getattr(getattr(model, "config", None), "quantization_config", None)
-    if own is None or not any(isinstance(layer, SparseQuantizedLinear) for layer in layers.values()):
+    quantized = [layer for layer in layers.values() if isinstance(layer, SparseQuantizedLinear)]
+    if own is None or not quantized:
         return None
-    return dict(own if isinstance(own, dict) else own.to_dict())
+    stored = dict(own if isinstance(own, dict) else own.to_dict())
+    if stored.get("quant_method") == "gptq":
+        # Loading may have converted the zero points, and what is saved is what the layers hold.
+        held = "gptq" if holds_zeros_less_one(quantized[0].host) else "gptq_v2"
+        stored |= {"checkpoint_format": held, "format": held}
+    return stored

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from spon_plugin.errors import SponError
 from spon_plugin.kernels import sparse_linear
 from spon_plugin.kernels.table import Problem, choose
-from spon_plugin.layers.sparse_linear import SparseLayer
+from spon_plugin.layers.sparse_linear import SparseLayer, sparse_like
+from spon_plugin.weights import Opaque, RowWeight
+from spon_plugin.weights.dense import DenseWeight
 from spon_plugin.weights.linears import linear_features, weight_of
 from spon_plugin.weights.scaled import ScaledWeight
 
@@ -47,7 +49,7 @@ class SparseQuantizedLinear(SparseLayer):
         object.__setattr__(self, "host", host)
         self._parameters, self._buffers = host._parameters, host._buffers
         self._non_persistent_buffers_set = host._non_persistent_buffers_set
-        if "bias" not in self._parameters:
+        if "bias" not in self._parameters and "bias" not in self._buffers:
             self.register_parameter("bias", None)
         self._rows: ScaledWeight | None = None
         if "spon_threshold" not in self._buffers:
@@ -117,6 +119,27 @@ class SparseQuantizedLinear(SparseLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, host={type(self.host).__name__}"
 
 
+def sparse_layer(linear: nn.Module, name: str = "layer") -> SparseLayer:
+    """The sparse layer that takes the place of a linear of any kind, and takes over its tensors; the threshold is 0.
+
+    Args:
+        linear: floating-point, or quantized in a format with rows and scales; it must not be used on its own any more.
+        name: of the linear, for the error.
+
+    Raises:
+        SponError: it is neither.
+    """
+    weight = weight_of(linear, name=name)
+    if isinstance(weight, ScaledWeight):
+        return SparseQuantizedLinear(linear)
+    if not isinstance(weight, DenseWeight):
+        raise not_by_rows(name, weight)
+    layer = sparse_like(linear, "meta")
+    layer._parameters.update(linear._parameters)
+    layer._buffers.update(linear._buffers)
+    return layer
+
+
 def scaled_weight(module: nn.Module, name: str = "layer") -> ScaledWeight:
     """The weight of a quantized linear, if its rows of codes can be read.
 
@@ -125,6 +148,11 @@ def scaled_weight(module: nn.Module, name: str = "layer") -> ScaledWeight:
     """
     weight = weight_of(module, name=name)
     if not isinstance(weight, ScaledWeight):
-        received = getattr(weight, "reason", "") or weight.format  # type: ignore[union-attr]
-        raise SponError.of(name, received, "codes by input rows, with scales (int8, int4 or FP8)")
+        raise not_by_rows(name, weight)
     return weight
+
+
+def not_by_rows(name: str, weight: RowWeight | Opaque, remedy: str = "") -> SponError:
+    """The error for a quantized weight that no kernel of ours reads."""
+    received = weight.reason if isinstance(weight, Opaque) else weight.format
+    return SponError.of(name, received, "codes by input rows, with scales (int8, int4 or FP8)", remedy)

@@ -17,6 +17,7 @@ from spon_plugin.weights.importers.eight_bit import EIGHT_BIT
 from spon_plugin.weights.importers.gguf import GGUF
 from spon_plugin.weights.importers.gptq import GPTQ
 from spon_plugin.weights.importers.kind import Kind, named_features
+from spon_plugin.weights.importers.sparse_layer import SPARSE_QUANTIZED
 from spon_plugin.weights.importers.torch_linear import LINEAR
 from spon_plugin.weights.importers.torchao import TORCHAO
 from spon_plugin.weights.opaque import Opaque
@@ -26,6 +27,7 @@ from spon_plugin.weights.row_weight import RowWeight
 KINDS = (
     CONV1D,
     SPARSE_CONV1D,
+    SPARSE_QUANTIZED,
     BITSANDBYTES_8BIT,
     BITSANDBYTES_4BIT,
     TORCHAO,

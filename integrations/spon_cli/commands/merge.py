@@ -12,12 +12,10 @@ from spon_cli import options
 from spon_cli.adapter_summary import summary
 from spon_cli.command import command
 from spon_cli.loading import quiet
-from spon_cli.model_card import merged_card
 from spon_cli.output import note, show_json
 from spon_cli.progress import progress_bars
 from spon_plugin import read_adapter
-from spon_plugin.adapter.base import base_digest, base_of
-from spon_plugin.adapter.hub import CARD_NAME, adapter_directory
+from spon_plugin.adapter.directory import base_of
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new, new_directory
 
@@ -45,8 +43,7 @@ def merge_command(given: MergeOptions) -> None:
     [dim]spon merge spon50 -o model-spon50[/dim]
     """
     check_new(given.output)
-    directory = adapter_directory(given.adapter)
-    adapter = read_adapter(directory)
+    adapter = read_adapter(given.adapter)
     base = given.model or base_of(adapter.peft, given.adapter)
     from peft import PeftModel
 
@@ -55,14 +52,13 @@ def merge_command(given: MergeOptions) -> None:
     quiet()
     tokenizer = load_tokenizer(base, given.trust_remote_code)
     model = load_model(base, given.dtype, stored=True, trust_remote_code=given.trust_remote_code)
-    adapter.check_base(linear_inputs(model), base, base_digest(model))
-    with progress_bars() as stage, new_directory(given.output) as made:
+    adapter.check_base(linear_inputs(model), base)
+    with progress_bars() as stage, new_directory(given.output) as directory:
         advance = stage("Merging")
-        merged = PeftModel.from_pretrained(model, directory).merge_and_unload()
+        merged = PeftModel.from_pretrained(model, given.adapter).merge_and_unload()
         advance(1, 2)
-        merged.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        (made / CARD_NAME).write_text(merged_card(adapter, base), encoding="utf-8")
+        merged.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
         advance(2, 2)
     if given.json:
         show_json({"model": str(given.output), "base_model": base, **summary(adapter)})

@@ -54,12 +54,23 @@ def _matches(module: nn.Module) -> bool:
     )
 
 
+def holds_zeros_less_one(module: Any) -> bool:
+    """Whether a loaded layer holds its zero points less one, as files of the format "gptq" do.
+
+    AutoGPTQ's layers do. gptqmodel's kernels that require "gptq_v2" never do once they are loaded: files of the older
+    format are converted, which `qzero_format` tells, and those of the newer one are as they should be, which it does
+    not tell.
+    """
+    if getattr(module, "REQUIRES_FORMAT_V2", False):
+        return False
+    return not hasattr(module, "qzero_format") or module.qzero_format() == 1
+
+
 def _weight(module: Any) -> RowWeight | Unreadable:
     if getattr(module, "planar", False):
         return Unreadable("GPTQ codes in planes")
-    # gptqmodel says in which format the zero points are held, which it converts on loading; AutoGPTQ knows one.
-    told = module.qzero_format() if hasattr(module, "qzero_format") else 1
-    found = gptq_weight(module.qweight, module.qzeros, module.scales, module.g_idx, module.bits, told == 1)
+    less_one = holds_zeros_less_one(module)
+    found = gptq_weight(module.qweight, module.qzeros, module.scales, module.g_idx, module.bits, less_one)
     return found or Unreadable(f"GPTQ codes of {module.bits} bits, scales of shape {tuple(module.scales.shape)}")
 
 

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from packed_words import AWQ_ORDER, pack
 from torch import nn
 
 from spon_plugin import fold_alpha
@@ -11,19 +12,6 @@ from spon_plugin.weights.importers.awq import awq_weight
 from spon_plugin.weights.importers.gptq import gptq_weight
 
 IN, OUT, GROUP = 256, 96, 64
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-
-
-def to_int32(words):
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
-def pack(codes, bits, order=None):
-    """Codes ``[rows, columns]`` in words along the columns: place i of a word is at bit ``i * bits``."""
-    per_word = 32 // bits
-    words = codes.long().unflatten(1, (-1, per_word))
-    words = words if order is None else words[..., list(order)]
-    return to_int32((words << torch.arange(0, 32, bits)).sum(-1))
 
 
 class Quantized:
