@@ -113,3 +113,27 @@ def test_blocks_that_are_marked_run(workplace, page, language, body):
         assert program == "spon"
         code, _, err = run(*arguments)
         assert code == 0, err
+
+
+@pytest.mark.slow
+def test_the_page_of_models_is_what_its_script_writes():
+    from benchmarks.models import page
+
+    assert page() == (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+def test_the_notebook_runs_in_its_short_form(tiny_model_dir, tmp_path, monkeypatch, capsys):
+    """Its code, cell by cell; what only a notebook understands (``%pip``) left out."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPON_MODEL", str(tiny_model_dir))
+    monkeypatch.setenv("SPON_WINDOWS", "4")
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    names = {"__name__": "__main__"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            lines = [line for line in cell["source"] if not line.startswith("%")]
+            exec(compile("".join(lines), "quickstart.ipynb", "exec"), names)
+    out = capsys.readouterr().out
+    assert "spon perplexity" in out and "sparse:" in out
+    assert {path.name for path in (tmp_path / "spon-notebook").iterdir()} >= {"adapter", "merged"}
