@@ -117,7 +117,8 @@ def linear_rows(
             return hosts.dense(host, x, dense_bias)
         return sparse_linear(x, weight, threshold.new_zeros(1), dense_bias)
     x = _masked_input(x, threshold, center)
-    if host is not None and not shard_sizes and choose(Problem(x, weight)).name == DECODED:
+    tokens = x.shape[:-1].numel()
+    if host is not None and tokens > 1 and not shard_sizes and choose(Problem(x, weight)).name == DECODED:
         return (hosts.dense(host, sparsify(x, threshold), None).float() + sparse_bias).to(x.dtype)
     return sparse_linear(x, weight, threshold, sparse_bias, shard_sizes=shard_sizes or [weight.out_features])
 

@@ -22,6 +22,7 @@ from spon_plugin.kernels.cpu.scaled_layout import (
     SUM_INT4,
     SUM_INT8,
 )
+from spon_plugin.kernels.cpu.sources import fingerprint
 from spon_plugin.kernels.cpu.steps import (
     IN_FLIGHT,
     OPTIONS,
@@ -124,13 +125,14 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
         code: type of the codes, of `numba_types`.
     """
     # Numba keeps what it compiles by the values of these: no functions, whose values differ between processes.
-    n_fields = len(FIELDS)
+    n_fields, source = len(FIELDS), fingerprint()
     whole_bytes = kind in (SUM_INT8, SUM_FP8)
     rounds, vectors = kind in INTEGERS, kind == SUM_INT4
     per_byte = 1 if whole_bytes else 2
     most = RUN if rounds else 1 << 30
 
     def worker(words):  # type: ignore[no-untyped-def]
+        source  # noqa: B018 (part of the key in Numba's cache)
         fields = carray(words, n_fields)
         batch, in_features, out_features = fields[layout.BATCH], fields[layout.IN_FEATURES], fields[layout.OUT_FEATURES]
         tile, groups, per_channel = fields[layout.TILE], fields[layout.GROUPS], fields[layout.PER_CHANNEL]

@@ -11,6 +11,7 @@ from numba import carray, cfunc, njit, types
 from spon_plugin.kernels.cpu import layout
 from spon_plugin.kernels.cpu.layout import BIAS_ELEMENT, BIAS_FLOAT32, FIELDS
 from spon_plugin.kernels.cpu.numba_types import narrow, pointer, prefetch, widen
+from spon_plugin.kernels.cpu.sources import fingerprint
 from spon_plugin.kernels.cpu.steps import (
     IN_FLIGHT,
     OPTIONS,
@@ -78,9 +79,10 @@ def compile_worker(element: Any) -> Any:
     at, and narrow layers need no other split. Each thread sums into its own row of the scratch; after a barrier each
     finishes a range of outputs. The same number of threads gives the same bits.
     """
-    n_fields = len(FIELDS)
+    n_fields, source = len(FIELDS), fingerprint()
 
     def worker(words):  # type: ignore[no-untyped-def]
+        source  # noqa: B018 (part of the key in Numba's cache)
         fields = carray(words, n_fields)
         batch, in_features, out_features = fields[layout.BATCH], fields[layout.IN_FEATURES], fields[layout.OUT_FEATURES]
         row_stride, per_channel, kind = fields[layout.ROW_STRIDE], fields[layout.PER_CHANNEL], fields[layout.BIAS_KIND]
