@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from spon_plugin.kernels.arguments import Thresholds
+from spon_plugin.kernels.cpu import decode, scaled
 from spon_plugin.masking import sparsify
 from spon_plugin.weights.product import chunk_elements
 from spon_plugin.weights.row_weight import RowWeight
+from spon_plugin.weights.scaled import ScaledWeight
 
 
 @torch.no_grad()
@@ -41,10 +43,17 @@ def sparse_linear(
     y = torch.zeros((rows, weight.out_features), dtype=torch.float32, device=x.device)
     depth = max(1, chunk_elements(x.device) // max(1, weight.out_features))
     for first in range(0, weight.in_features, depth):
-        panel = weight.rows(slice(first, first + depth)).float()
+        panel = _rows(weight, first, first + depth)
         parts = zip(kept, y.split(thresholds.sizes, 1), panel.split(thresholds.sizes, 1), strict=True)
         for inputs, out, columns in parts:
             out.addmm_(inputs[:, first : first + depth], columns)
     if bias is not None:
         y += bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], weight.out_features)
+
+
+def _rows(weight: RowWeight, first: int, stop: int) -> Tensor:
+    """Rows of a weight in float32, by the CPU kernel where it reads them."""
+    if isinstance(weight, ScaledWeight) and not scaled.why_not(weight):
+        return decode.rows(weight, first, stop)
+    return weight.rows(slice(first, stop)).float()

@@ -16,6 +16,7 @@ from spon_plugin.kernels.cpu import kernel as cpu
 from spon_plugin.kernels.cpu import scaled_layout as layout
 from spon_plugin.kernels.cpu.scaled_layout import (
     CALL_FIELDS,
+    LAYER_FIELDS,
     SUM_FP8,
     SUM_INT4,
     SUM_INT4_EXACT,
@@ -37,6 +38,7 @@ _KINDS = {
 _TILE = 2048  # bytes of a row that are summed at once
 _LONGEST = 8192  # of one row of x, where the rows of codes in flight are read from end to end
 _CALL, _WEIGHT = struct.Struct(f"{len(CALL_FIELDS)}q"), struct.Struct(f"{len(WEIGHT_FIELDS)}q")
+_LAYER = struct.Struct(f"{len(LAYER_FIELDS)}q")
 
 
 def why_not(weight: ScaledWeight) -> str:
@@ -146,7 +148,6 @@ class Prepared:
         groups = weight.scales.shape[0]
         self._kind, self._unit, self._groups = kind, weight.unit, groups
         bias = None if bias is None else bias.contiguous()
-        ordered = groups > 1 and weight.group_of_row is not None
         thresholds = Thresholds.of(threshold, weight.codes, shard_sizes, self.out_features)
         taus = [tau.contiguous() for tau in thresholds.rows]
         self._copies = (taus, bias)  # where they were not contiguous
@@ -154,18 +155,8 @@ class Prepared:
         self._shards: list[tuple[int, int, bytes]] = []
         first = 0
         for tau, width in zip(taus, thresholds.sizes, strict=True):
-            words = _WEIGHT.pack(
-                *(weight.codes.data_ptr() + first // weight.unit, weight.codes.stride(0)),
-                *_part(weight.scales, first),
-                *_part(weight.zeros, first),
-                *_part(weight.offsets, first),
-                weight.group_of_row.data_ptr() if ordered and weight.group_of_row is not None else 0,
-                weight.group_size if groups > 1 else self.in_features,
-                groups,
-                *(tau.data_ptr(), int(tau.numel() > 1)),
-                *_part(bias, first)[:2],
-                *(self.out_features, self.in_features, width),
-            )
+            layer = _LAYER.pack(tau.data_ptr(), int(tau.numel() > 1), *_part(bias, first)[:2], self.out_features)
+            words = weight_words(weight, first, width) + layer
             self._shards.append((first, width, words))
             first += width
         self._settled: dict[int, list[tuple[int, bytes, int, int, int]]] = {}
@@ -194,6 +185,21 @@ class Prepared:
             settled.append((first, words, tile, batch * width, per_thread))
         self._settled[batch] = settled
         return settled
+
+
+def weight_words(weight: ScaledWeight, first: int, width: int) -> bytes:
+    """The words of `WEIGHT_FIELDS` for the outputs from `first` on, `width` of them."""
+    groups, order = weight.scales.shape[0], weight.group_of_row
+    several = groups > 1
+    return _WEIGHT.pack(
+        *(weight.codes.data_ptr() + first // weight.unit, weight.codes.stride(0)),
+        *_part(weight.scales, first),
+        *_part(weight.zeros, first),
+        *_part(weight.offsets, first),
+        order.data_ptr() if several and order is not None else 0,
+        weight.group_size if several else weight.in_features,
+        *(groups, weight.in_features, width),
+    )
 
 
 def _part(tensor: Tensor | None, first: int) -> tuple[int, int, int]:

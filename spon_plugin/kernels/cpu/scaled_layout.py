@@ -7,19 +7,22 @@ from spon_plugin.kernels.cpu.layout import BLOCK
 
 # The arguments of the compiled functions travel as one array of 64-bit words: those of a call, then those of a weight.
 # A `*_kind` says what lies at an address.
-CALL_FIELDS = ("x", "x_kind", "y", "batch", "tile", "thread_words", "scratch")
 WEIGHT_FIELDS = (
     "codes", "code_stride", "scales", "scale_kind", "scale_stride", "zeros", "zero_kind", "zero_stride",
-    "offsets", "offset_kind", "offset_stride", "group_of_row", "group_size", "groups", "threshold", "per_channel",
-    "bias", "bias_kind", "y_stride", "in_features", "out_features",
+    "offsets", "offset_kind", "offset_stride", "group_of_row", "group_size", "groups", "in_features", "out_features",
 )  # fmt: skip
-FIELDS = (*CALL_FIELDS, *WEIGHT_FIELDS)
+CALL_FIELDS = ("x", "x_kind", "y", "batch", "tile", "thread_words", "scratch")
+LAYER_FIELDS = ("threshold", "per_channel", "bias", "bias_kind", "y_stride")
+FIELDS = (*CALL_FIELDS, *WEIGHT_FIELDS, *LAYER_FIELDS)
 (
     X, X_KIND, Y, BATCH, TILE, THREAD_WORDS, SCRATCH,
     CODES, CODE_STRIDE, SCALES, SCALE_KIND, SCALE_STRIDE, ZEROS, ZERO_KIND, ZERO_STRIDE,
-    OFFSETS, OFFSET_KIND, OFFSET_STRIDE, GROUP_OF_ROW, GROUP_SIZE, GROUPS, THRESHOLD, PER_CHANNEL,
-    BIAS, BIAS_KIND, Y_STRIDE, IN_FEATURES, OUT_FEATURES,
+    OFFSETS, OFFSET_KIND, OFFSET_STRIDE, GROUP_OF_ROW, GROUP_SIZE, GROUPS, IN_FEATURES, OUT_FEATURES,
+    THRESHOLD, PER_CHANNEL, BIAS, BIAS_KIND, Y_STRIDE,
 ) = range(len(FIELDS))  # fmt: skip
+# To decode rows: where to, the first of them, how many, and as many words as a call has in all.
+DECODE_FIELDS = ("out", "first", "rows", "", "", "", "decode_scratch", *WEIGHT_FIELDS)
+OUT, FIRST_ROW, ROW_COUNT = range(3)
 
 # Kinds of elements.
 NOTHING, FLOAT32, BFLOAT16, FLOAT16, INT8, UINT8, INT16, INT32 = range(8)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from spon_plugin import SponError
-from spon_plugin.kernels import sparse_linear
-from spon_plugin.kernels.cpu import scaled
+from spon_plugin.kernels import decoded, sparse_linear
+from spon_plugin.kernels.cpu import decode, scaled
 from spon_plugin.kernels.cpu.kernel import is_available
 from spon_plugin.kernels.table import KERNELS, Problem, choose, reasons
 from spon_plugin.masking import keep_mask, sparsify
@@ -17,6 +17,7 @@ from spon_plugin.weights.fp8 import Fp8Weight
 from spon_plugin.weights.int4 import Int4Weight, pack_nibbles
 from spon_plugin.weights.int8 import Int8Weight
 
+decode_rows = decode.rows
 pytestmark = pytest.mark.skipif(not is_available(), reason="needs Numba and GNU's OpenMP")
 
 # Kind -> format, arguments, and how far an output may be off, in relation to all: float32 sums; inputs of eight bits,
@@ -70,6 +71,26 @@ def test_shapes_and_batches(kind, batch, shape):
     weight = make(format, shape)
     x, tau, bias = torch.randn(batch, shape[0]), torch.tensor([0.5]), torch.randn(shape[1])
     check(scaled.sparse_linear(x, weight, tau, bias, **options), truth(x, weight, [tau], bias), bound)
+
+
+@pytest.mark.parametrize("order", [False, True], ids=["runs", "act-order"])
+@pytest.mark.parametrize("offsets", [False, True], ids=["no offsets", "offsets"])
+@pytest.mark.parametrize("zeros", [False, True], ids=["no zeros", "zeros"])
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_are_decoded_as_the_weight_says(shape, format, zeros, offsets, order):
+    weight = make(format, shape, zeros=zeros, offsets=offsets, act_order=order, scale=torch.bfloat16)
+    for first, stop in ((0, shape[0]), (shape[0] // 3, shape[0] // 2 + 1), (shape[0] - 1, shape[0] + 9)):
+        expected = weight.rows(slice(first, stop)).float()
+        torch.testing.assert_close(decode.rows(weight, first, stop), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_many_rows_are_multiplied_with_what_the_kernel_decodes(monkeypatch):
+    weight, x, seen = make("int4", (300, 96)), torch.randn(20, 300), []
+    monkeypatch.setattr(decoded.decode, "rows", lambda *a: seen.append(a[1:]) or decode_rows(*a))
+    monkeypatch.setattr(decoded, "chunk_elements", lambda device: 96 * 128)
+    check(sparse_linear(x, weight, torch.tensor([0.5])), truth(x, weight, [torch.tensor([0.5])]), 1e-6)
+    assert seen == [(0, 128), (128, 256), (256, 384)]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
