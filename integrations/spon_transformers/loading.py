@@ -75,7 +75,12 @@ def user_path(name: str) -> Path:
 
 
 def load_model(
-    name: str, dtype: str = "auto", device: str | None = None, stored: bool = False, trust_remote_code: bool = False
+    name: str,
+    dtype: str = "auto",
+    device: str | None = None,
+    stored: bool = False,
+    trust_remote_code: bool = False,
+    blocks: bool = False,
 ) -> Any:
     """Load a causal language model for evaluation.
 
@@ -86,6 +91,7 @@ def load_model(
         device: where to put it; the first accelerator, else the CPU, by default.
         stored: ``auto`` is the checkpoint's own dtype, whatever the machine multiplies.
         trust_remote_code: run Python code that comes with the model.
+        blocks: keep the blocks of a `.gguf` file in the linears; see `spon_transformers.gguf`.
 
     Returns:
         A `PreTrainedModel` in eval mode, without gradients.
@@ -103,6 +109,10 @@ def load_model(
         raise refused(name, "a causal language model that transformers can load", error) from error
     if source.gguf_file:
         _forget_gguf(model)
+        if blocks:
+            from spon_transformers.gguf import keep_blocks
+
+            keep_blocks(model, Path(source.name, source.gguf_file))
     model = model.to(device or best_device()).eval().requires_grad_(False)  # type: ignore[arg-type]
     return follow_machine(model) if dtype == "auto" and not stored else model
 

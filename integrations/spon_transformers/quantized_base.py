@@ -19,6 +19,7 @@ from spon_plugin.layers.sparse_linear import SparseLayer
 from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear, sparse_layer
 from spon_plugin.weights.linears import is_linear, linear_features, weight_of
 from spon_plugin.weights.scaled import ScaledWeight
+from spon_transformers import gguf
 from spon_transformers.merged_layers import check_files, finish_layers, paths_in
 
 
@@ -29,8 +30,12 @@ def around_base(config: Any, **kwargs: Any) -> HfQuantizer:
         config: the checkpoint's `SponQuantizationConfig`.
         **kwargs: for the base's quantizer.
     """
-    own = AutoQuantizationConfig.from_dict(dict(config.base_quantization_config))
-    quantizer: Any = AutoHfQuantizer.from_config(own, **kwargs)
+    stored = dict(config.base_quantization_config)
+    quantizer: Any
+    if stored.get("quant_method") == gguf.METHOD:  # transformers knows it of `.gguf` files alone
+        quantizer = gguf.GgufBlocksQuantizer(gguf.GgufBlocksConfig(**stored), pre_quantized=True)
+    else:
+        quantizer = AutoHfQuantizer.from_config(AutoQuantizationConfig.from_dict(stored), **kwargs)
     cls: Any = type(quantizer)
     quantizer.__class__ = _class_around(cls)
     quantizer.spon_config = config

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.adapter.config import CENTER_MODULES, SponFields, short_names
-from spon_plugin.adapter.merged import BASE_QUANTIZATION, FIELD, QUANT_METHOD, MergedConfig, holds_dense_biases
+from spon_plugin.adapter.merged import BASE_QUANTIZATION, FIELD, HEAD, QUANT_METHOD, MergedConfig, holds_dense_biases
 from spon_plugin.decoder.tokens import rule_of
 from spon_plugin.errors import SponError
 from spon_plugin.layers.sparse_linear import SparseLayer
@@ -44,6 +44,7 @@ class SponQuantizationConfig(QuantizationConfigMixin):
         quant_method: always ``spon``.
         center_modules: which of the linears have a centre in the weights file; see `spon_plugin.Adapter`.
         base_quantization_config: that of the base model, if its weights are quantized; the tensors are as it says.
+        head: what the output head is rounded to once it is loaded; see `spon_transformers.head`.
 
     Raises:
         SponError: a field is missing, unknown or wrong.
@@ -60,6 +61,7 @@ class SponQuantizationConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         center_modules: str | list[str] | None = None,
         base_quantization_config: dict[str, Any] | None = None,
+        head: str | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -75,12 +77,13 @@ class SponQuantizationConfig(QuantizationConfigMixin):
         self.thresholds = thresholds
         self.center_modules = center_modules or []
         self.base_quantization_config = base_quantization_config
+        self.head = head
         self.merged = MergedConfig.of(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `config.json` says: `center_modules` where there are centres, the base's own config where it has one."""
+        """What `config.json` says, without the fields that say nothing."""
         stored: dict[str, Any] = super().to_dict()
-        left_out: tuple[tuple[str, Any], ...] = ((CENTER_MODULES, []), (BASE_QUANTIZATION, None))
+        left_out: tuple[tuple[str, Any], ...] = ((CENTER_MODULES, []), (BASE_QUANTIZATION, None), (HEAD, None))
         return {key: value for key, value in stored.items() if key != "merged" and (key, value) not in left_out}
 
 

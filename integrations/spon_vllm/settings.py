@@ -19,6 +19,7 @@ from spon_plugin.adapter.merged import (
     BASE_QUANTIZATION,
     DIGEST,
     FIELD,
+    HEAD,
     MASK_FIELDS,
     QUANT_METHOD,
     Announced,
@@ -45,7 +46,7 @@ _NAME_IT = (
     '\'{"quantization_config": {"quant_method": "spon", "adapter": "ADAPTER_DIR"}}\', or SPON_ADAPTER=ADAPTER_DIR, '
     "or serve a checkpoint that `spon merge` wrote."
 )
-_KNOWN = ("quant_method", "adapter", DIGEST, "token_mode", "max_sparse_tokens", "weights", BASE_QUANTIZATION)
+_KNOWN = ("quant_method", "adapter", DIGEST, "token_mode", "max_sparse_tokens", "weights", BASE_QUANTIZATION, HEAD)
 
 _served_adapter: ContextVar[str | None] = ContextVar("spon_served_adapter", default=None)
 

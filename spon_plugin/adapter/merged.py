@@ -30,6 +30,8 @@ DIGEST = "adapter_digest"
 """Its other fields."""
 BASE_QUANTIZATION = "base_quantization_config"
 """The field with the `quantization_config` of a quantized base, whose tensors the checkpoint has as they were."""
+HEAD, HEADS = "head", ("int8",)
+"""The field with what the output head is rounded to once it is loaded, and its values; the file has it as it was."""
 DENSE_BIAS = "spon_dense_bias"
 """The tensor of a linear's dense bias, of the model's dtype."""
 
@@ -100,11 +102,13 @@ class MergedConfig:
         fields: the adapter's that it keeps; the others have their defaults.
         masks: module path -> what it says about that linear's mask.
         digest: of the adapter that was merged; see `spon_plugin.Adapter`.
+        head: what the output head is rounded to, one of `HEADS`; None for the head as it is.
     """
 
     fields: SponFields
     masks: dict[str, Announced]
     digest: str | None = None
+    head: str | None = None
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> MergedConfig:
@@ -116,7 +120,10 @@ class MergedConfig:
         fields, thresholds = _fields(stored), _thresholds(stored.get("thresholds"))
         centered = _centered(stored.get(CENTER_MODULES), thresholds)
         masks = {path: Announced(value, path in centered) for path, value in thresholds.items()}
-        return cls(fields, masks, stored.get(DIGEST))
+        head = stored.get(HEAD)
+        if head not in (None, *HEADS):
+            raise SponError.of(f"{FIELD}: {HEAD}", head, "one of " + ", ".join(HEADS))
+        return cls(fields, masks, stored.get(DIGEST), head)
 
     @property
     def has_dense_biases(self) -> bool:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,12 +30,24 @@ class MergeOptions(options.JsonOptions):
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16, of the merged weights; auto is the base model's own.")
     ] = "auto"
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Write the values of a .gguf base in --dtype instead of its blocks.")
+    ] = False
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="int8: round the output head once it is loaded, in transformers; none: leave it.",
+            show_default="int8 where the base is quantized",
+        ),
+    ] = None
     trust_remote_code: options.TrustRemoteCode = False
 
 
 @command
 def merge_command(given: MergeOptions) -> None:
     """Fold the alphas into biases and write base and adapter as one checkpoint for transformers.
+
+    A quantized base stays quantized, and so does a .gguf file, whose blocks go into the checkpoint.
 
     It loads with AutoModelForCausalLM.from_pretrained where spon-plugin is installed. Where it is not, transformers
     warns of an unknown quantization method and runs the model dense with the biases in it: do not use it so.
@@ -47,15 +59,21 @@ def merge_command(given: MergeOptions) -> None:
     base = given.model or base_of(adapter.peft, given.adapter)
     from peft import PeftModel
 
-    from spon_transformers.loading import load_model, load_tokenizer
+    from spon_transformers.loading import load_model, load_tokenizer, model_source
 
     quiet()
     tokenizer = load_tokenizer(base, given.trust_remote_code)
-    model = load_model(base, given.dtype, stored=True, trust_remote_code=given.trust_remote_code)
+    blocks = not given.decode
+    model = load_model(base, given.dtype, stored=True, trust_remote_code=given.trust_remote_code, blocks=blocks)
     adapter.check_base(linear_inputs(model), base)
+    if blocks and model_source(base).gguf_file is not None:
+        kept = sum(type(model.get_submodule(path)).__name__ == "GgufBlockLinear" for path in adapter.masks)
+        others = f"; {len(adapter.masks) - kept} run on decoded values" if kept < len(adapter.masks) else ""
+        note(f"{kept} masked linears keep the blocks of {base}{others}")
     with progress_bars() as stage, new_directory(given.output) as directory:
         advance = stage("Merging")
         merged = PeftModel.from_pretrained(model, given.adapter).merge_and_unload()
+        _ask_for_head(merged, given.head)
         advance(1, 2)
         merged.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
@@ -64,3 +82,12 @@ def merge_command(given: MergeOptions) -> None:
         show_json({"model": str(given.output), "base_model": base, **summary(adapter)})
         return
     note(f"Merged model written to {given.output}")
+
+
+def _ask_for_head(merged: Any, head: str | None) -> None:
+    from spon_transformers.head import ask_for_head, can_round
+
+    if head is None:  # the base is quantized, but for a head that can be rounded
+        quantized = merged.config.quantization_config.base_quantization_config is not None
+        head = "int8" if quantized and can_round(merged.get_output_embeddings()) else "none"
+    ask_for_head(merged, None if head == "none" else head)
