@@ -6,13 +6,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 
 from spon_plugin.kernels.cpu import scaled_layout as layout
 from spon_plugin.kernels.cpu.elements import read_row
 from spon_plugin.kernels.cpu.numba_types import pointer, widen
 from spon_plugin.kernels.cpu.scaled_layout import DECODE_FIELDS, NOTHING
-from spon_plugin.kernels.cpu.steps import OPTIONS, thread_count, thread_number
+from spon_plugin.kernels.cpu.sources import fingerprint
+from spon_plugin.kernels.cpu.steps import OPTIONS, thread_count, thread_function, thread_number
 
 
 @njit(**OPTIONS)
@@ -47,10 +48,11 @@ def compile_decode_worker(code: Any, whole_bytes: bool) -> Any:
         code: type of the codes, of `numba_types`.
         whole_bytes: whether a code is a byte; otherwise two outputs share one.
     """
-    n_fields, middle = len(DECODE_FIELDS), np.float32(0 if whole_bytes else 8)
+    n_fields, source, middle = len(DECODE_FIELDS), fingerprint(), np.float32(0 if whole_bytes else 8)
     per_byte = 1 if whole_bytes else 2
 
     def worker(words):  # type: ignore[no-untyped-def]
+        source  # noqa: B018 (part of the key in Numba's cache)
         fields = carray(words, n_fields)
         first, rows, width = fields[layout.FIRST_ROW], fields[layout.ROW_COUNT], fields[layout.OUT_FEATURES]
         in_features, group_size = fields[layout.IN_FEATURES], fields[layout.GROUP_SIZE]
@@ -82,8 +84,4 @@ def compile_decode_worker(code: Any, whole_bytes: bool) -> Any:
             if fields[layout.OFFSET_KIND] != NOTHING:
                 _add(offset, out[k])
 
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        return cfunc(signature, cache=True, **OPTIONS)(worker)
-    except RuntimeError:  # no folder to cache in is writable: compile in every process
-        return cfunc(signature, **OPTIONS)(worker)
+    return thread_function(worker)

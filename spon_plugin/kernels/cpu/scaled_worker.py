@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 
 from spon_plugin.kernels.cpu import scaled_layout as layout
 from spon_plugin.kernels.cpu.elements import read_row, write_row
@@ -35,6 +35,7 @@ from spon_plugin.kernels.cpu.steps import (
     own_outputs,
     share,
     thread_count,
+    thread_function,
     thread_number,
 )
 
@@ -249,8 +250,4 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
                     total_row[j] += bias[j]
                 write_row(fields[layout.Y], fields[layout.X_KIND], b * fields[layout.Y_STRIDE] + begin, total_row)
 
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        return cfunc(signature, cache=True, **OPTIONS)(worker)
-    except RuntimeError:  # no folder to cache in is writable: compile in every process
-        return cfunc(signature, **OPTIONS)(worker)
+    return thread_function(worker)

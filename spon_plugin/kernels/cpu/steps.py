@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import cfunc, njit, types
 
 from spon_plugin.kernels.cpu.layout import BLOCK
 from spon_plugin.kernels.cpu.numba_types import widen
@@ -158,3 +158,12 @@ def own_outputs(out_features: int, thread: int, threads: int) -> Any:
     lines = (out_features + 63) // 64
     start = min(lines * thread // threads * 64, out_features)
     return start, min(lines * (thread + 1) // threads * 64, out_features)
+
+
+def thread_function(worker: Any) -> Any:
+    """`worker` as ``void (int64_t *fields)``, compiled, or loaded from Numba's cache."""
+    signature = types.void(types.CPointer(types.int64))
+    try:
+        return cfunc(signature, cache=True, **OPTIONS)(worker)
+    except RuntimeError:  # no folder to cache in is writable: compile in every process
+        return cfunc(signature, **OPTIONS)(worker)

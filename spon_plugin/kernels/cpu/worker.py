@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 
 from spon_plugin.kernels.cpu import layout
 from spon_plugin.kernels.cpu.layout import BIAS_ELEMENT, BIAS_FLOAT32, FIELDS
@@ -23,6 +23,7 @@ from spon_plugin.kernels.cpu.steps import (
     own_outputs,
     share,
     thread_count,
+    thread_function,
     thread_number,
 )
 
@@ -117,8 +118,4 @@ def compile_worker(element: Any) -> Any:
         bias_float = carray(pointer(fields[layout.BIAS], types.float32), (out_features,))
         _finish(partial, start, stop, bias_element, bias_float, kind, y)
 
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        return cfunc(signature, cache=True, **OPTIONS)(worker)
-    except RuntimeError:  # no folder to cache in is writable: compile in every process
-        return cfunc(signature, **OPTIONS)(worker)
+    return thread_function(worker)

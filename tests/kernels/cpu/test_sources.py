@@ -21,10 +21,12 @@ def test_every_file_counts(tmp_path):
 @pytest.mark.skipif(not kernel.is_available(), reason="Numba or GNU's OpenMP is missing")
 def test_numba_s_key_holds_it():
     from spon_plugin.kernels.cpu import numba_types, scaled_layout
+    from spon_plugin.kernels.cpu.decode_worker import compile_decode_worker
     from spon_plugin.kernels.cpu.scaled_worker import compile_scaled_worker
     from spon_plugin.kernels.cpu.worker import compile_worker
 
     whole = compile_scaled_worker(scaled_layout.SUM_INT8, numba_types.INT8)
-    for compiled in (compile_worker(numba_types.FLOAT32), whole):
+    decoding = compile_decode_worker(numba_types.INT8, True)
+    for compiled in (compile_worker(numba_types.FLOAT32), whole, decoding):
         # Numba hashes the values that a function closes over; see numba.core.caching.Cache._index_key.
         assert fingerprint() in [cell.cell_contents for cell in compiled._pyfunc.__closure__]
