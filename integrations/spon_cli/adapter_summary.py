@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spon_cli.output import percent, show_table
 from spon_plugin import Adapter
 from spon_plugin.adapter.config import SponFields
 from spon_plugin.sparsifiers.calibrate import method_of
+
+if TYPE_CHECKING:
+    from spon_plugin.layers.kernel_report import KernelRow
 
 
 def summary(adapter: Adapter) -> dict[str, Any]:
@@ -46,6 +49,18 @@ def show_sparsity(adapter: Adapter) -> None:
         f"Achieved sparsity on held-out tokens, target {percent(adapter.fields.sparsity)} ({method_of(adapter.fields)})"
     )
     show_table(title, ["site", "lowest block", "mean", "highest block"], rows)
+
+
+def show_kernels(rows: Sequence[KernelRow]) -> None:
+    """Print which kernel runs each kind of linear, and under the table why the faster ones do not."""
+    columns = ["linears", "number", "weight", "in x out", "inputs", "one token", "many tokens"]
+    cells = [
+        [r.linears, str(r.number), r.format, f"{r.in_features} x {r.out_features}", r.dtype, r.kernel, r.many]
+        for r in rows
+    ]
+    why = {f"{name}: {reason}": None for row in rows for name, reason in row.why_not.items()}
+    caption = "Faster kernels do not run because:\n" + "\n".join(why) if why else None
+    show_table("Kernels on this machine", columns, cells, caption)
 
 
 def _mean(values: Sequence[float]) -> float:

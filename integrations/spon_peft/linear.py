@@ -20,8 +20,8 @@ from spon_plugin.adapter.mask import Mask
 from spon_plugin.errors import SponError
 from spon_plugin.layers.sparse_quantized import sparse_layer
 from spon_plugin.masking import choose_rows, sparse_deviation
-from spon_plugin.weights import weight_of
 from spon_plugin.weights.importers.torch_linear import is_plain_matrix
+from spon_plugin.weights.kept import KeptWeight
 
 
 class SponLinear(nn.Module, SponLayer):
@@ -41,6 +41,7 @@ class SponLinear(nn.Module, SponLayer):
         super().__init__()
         SponLayer.__init__(self, base_layer, backend)
         self._active_adapter = adapter_name
+        self._weight = KeptWeight()
         self.update_layer(adapter_name, module_path, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -82,7 +83,7 @@ class SponLinear(nn.Module, SponLayer):
     def _constant(self, mask: Mask, dtype: torch.dtype) -> Tensor | None:
         """``W (center + alpha)``, ``[out_features]``, differentiable in alpha; None where there is neither."""
         total = mask.constant
-        return None if total is None else weight_of(self.get_base_layer(), dtype).product(total)
+        return None if total is None else self._weight.of(self.get_base_layer(), dtype).product(total)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold ``W (center + alpha)`` into the base layer's bias, made if there is none; the mask stays.

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import spon_plugin.adapter.directory as adapter_module
 from spon_plugin import Mask, read_adapter, sparse_inputs, write_adapter
+from spon_plugin.kernels.table import Problem, choose, reasons
 from spon_plugin.studies.evaluation import share_recovered
 from spon_plugin.training.recipe import preset
 
@@ -170,6 +171,18 @@ def test_inspect_shows_sites_thresholds_and_alphas(spon, trained):
             assert shown[f"{name.rpartition('.')[0]}.{path}"] == site["achieved_sparsity"]
     assert calibration["achieved_sparsity"] == pytest.approx(0.5, abs=0.05)
     assert "down_proj" in spon("inspect", trained)[1]
+
+
+def test_inspect_says_which_kernels_run_and_why_no_faster_ones(spon, trained):
+    shown = json.loads(spon("inspect", trained, "--kernels", "--dtype", "float32", "--json")[1])
+    rows = {row["linears"]: row for row in shown["kernels"]}
+    assert set(rows) == {path.rpartition(".")[2] for path in read_adapter(trained).masks}
+    assert all(row["number"] == 2 and row["format"] == "dense" for row in rows.values())
+    linear = torch.zeros(1, rows["down_proj"]["in_features"])
+    assert rows["down_proj"]["kernel"] == choose(Problem(linear)).name
+    assert rows["down_proj"]["why_not"] == reasons(Problem(linear))
+    table = spon("inspect", trained, "--kernels", "--dtype", "float32")[1]
+    assert all(f"{name}: {reason}" in table for name, reason in reasons(Problem(linear)).items())
 
 
 @pytest.fixture(scope="module")

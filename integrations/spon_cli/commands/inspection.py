@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
 
 from spon_cli import options
-from spon_cli.adapter_summary import summary
+from spon_cli.adapter_summary import show_kernels, summary
 from spon_cli.command import command
+from spon_cli.loading import quiet
 from spon_cli.output import percent, show, show_json, show_table
 from spon_plugin import Adapter, read_adapter
+from spon_plugin.adapter.directory import base_of
+from spon_plugin.decoder.sites import linear_inputs
+
+if TYPE_CHECKING:
+    from spon_plugin.layers.kernel_report import KernelRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +26,14 @@ class InspectOptions(options.JsonOptions):
     """Options of `spon inspect`."""
 
     adapter: options.AdapterDir
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Load the base and show which kernel runs each kind of linear here.")
+    ] = False
+    model: Annotated[str | None, typer.Option(help="The base model, if it is no longer where the adapter says.")] = None
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16, of the base; auto is what evaluation takes.")
+    ] = "auto"
+    trust_remote_code: options.TrustRemoteCode = False
 
 
 @command
@@ -25,13 +41,16 @@ def inspect_command(given: InspectOptions) -> None:
     """Show an adapter: its sites, thresholds, norms of centres and alphas, and achieved sparsity.
 
     [dim]spon inspect spon50[/dim]
+
+    [dim]spon inspect spon50 --kernels --model model-w4[/dim]
     """
     loaded = read_adapter(given.adapter)
     rows = module_rows(loaded)
+    kernels = _kernels(given, loaded) if given.kernels else []
     if given.json:
-        show_json(
-            {**summary(loaded), "calibration": loaded.fields.calibration, "modules": [row._asdict() for row in rows]}
-        )
+        shown = {**summary(loaded), "calibration": loaded.fields.calibration}
+        extra = {"kernels": [row._asdict() for row in kernels]} if given.kernels else {}
+        show_json({**shown, "modules": [row._asdict() for row in rows], **extra})
         return
     for key, value in summary(loaded).items():
         show(f"{key:>14}  {value}")
@@ -46,7 +65,21 @@ def inspect_command(given: InspectOptions) -> None:
         ]
         for row in rows
     ]
+    if kernels:
+        show_kernels(kernels)
     show_table("Sparsified linears", ["module", "threshold", *centers, "alpha norm", "achieved sparsity"], cells)
+
+
+def _kernels(given: InspectOptions, adapter: Adapter) -> list[KernelRow]:
+    """Of the adapter's linears in its base, merged."""
+    from spon_plugin.layers.kernel_report import kernel_rows
+    from spon_transformers.loading import load_model
+
+    quiet()
+    base = given.model or base_of(adapter.peft, given.adapter)
+    model = load_model(base, given.dtype, trust_remote_code=given.trust_remote_code, blocks=True)
+    adapter.check_base(linear_inputs(model), base)
+    return kernel_rows({path: model.get_submodule(path) for path in adapter.masks}, model.dtype)
 
 
 class ModuleRow(NamedTuple):

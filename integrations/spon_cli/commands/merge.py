@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from spon_cli import options
-from spon_cli.adapter_summary import summary
+from spon_cli.adapter_summary import show_kernels, summary
 from spon_cli.command import command
 from spon_cli.loading import quiet
 from spon_cli.output import note, show_json
@@ -59,6 +59,7 @@ def merge_command(given: MergeOptions) -> None:
     base = given.model or base_of(adapter.peft, given.adapter)
     from peft import PeftModel
 
+    from spon_plugin.layers.kernel_report import kernel_rows
     from spon_transformers.loading import load_model, load_tokenizer, model_source
 
     quiet()
@@ -78,9 +79,12 @@ def merge_command(given: MergeOptions) -> None:
         merged.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         advance(2, 2)
+    kernels = kernel_rows({path: merged.get_submodule(path) for path in adapter.masks}, merged.dtype)
     if given.json:
-        show_json({"model": str(given.output), "base_model": base, **summary(adapter)})
+        shown = {"model": str(given.output), "base_model": base, **summary(adapter)}
+        show_json({**shown, "kernels": [row._asdict() for row in kernels]})
         return
+    show_kernels(kernels)
     note(f"Merged model written to {given.output}")
 
 
