@@ -117,6 +117,8 @@ def test_the_command_rounds_the_head_of_a_quantized_base(tmp_path, rounded):
     for name, options in asked.items():
         code, _, err = run(*common, "-o", tmp_path / name, *options)
         assert code == 0, err
+        rounds = name == "int8" or (name == "default" and rounded)
+        assert ("output head in int8: 0.0 MB, instead of 0.0 MB" in err) == rounds
     stored = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in asked}
     heads = {name: config["quantization_config"].get("head") for name, config in stored.items()}
     assert heads == {"default": "int8" if rounded else None, "int8": "int8", "none": None}

@@ -95,3 +95,8 @@ def _ask_for_head(merged: Any, head: str | None) -> None:
         quantized = merged.config.quantization_config.base_quantization_config is not None
         head = "int8" if quantized and can_round(merged.get_output_embeddings()) else "none"
     ask_for_head(merged, None if head == "none" else head)
+    if head != "none":
+        weight = merged.get_output_embeddings().weight
+        tied = weight is merged.get_input_embeddings().weight
+        beside = "beside the embeddings" if tied else f"instead of {weight.nbytes / 1e6:.1f} MB"
+        note(f"transformers will run the output head in {head}: {weight.numel() / 1e6:.1f} MB, {beside}")
