@@ -21,25 +21,38 @@ INT8, FLOAT8 = types.int8, types.uint8
 _FLOAT, _I16, _I32 = ir.FloatType(), ir.IntType(16), ir.IntType(32)
 
 
+def widened(builder: Any, kind: Any, value: Any) -> Any:
+    """The instructions that make float32 of an element of the type `kind`, or of a vector of them, exactly."""
+    b, lanes = builder, getattr(value.type, "count", 0)
+
+    def of(scalar: Any) -> Any:
+        return ir.VectorType(scalar, lanes) if lanes else scalar
+
+    def constant(scalar: Any, number: float) -> Any:
+        return ir.Constant(of(scalar), [number] * lanes if lanes else number)
+
+    if kind == FLOAT32:
+        return value
+    if kind == FLOAT16:
+        return b.fpext(b.bitcast(value, of(ir.HalfType())), of(_FLOAT))
+    if kind == INT8:
+        return b.sitofp(value, of(_FLOAT))
+    if kind == FLOAT8:
+        # Sign, exponent and mantissa as those of a float16 have the value divided by 2 ** 8, subnormals too.
+        byte = b.zext(value, of(_I16))
+        rest = b.and_(byte, constant(_I16, 0x7F))
+        half = b.or_(b.shl(b.and_(byte, constant(_I16, 0x80)), constant(_I16, 8)), b.shl(rest, constant(_I16, 7)))
+        half = b.or_(half, b.sext(b.icmp_unsigned("==", rest, constant(_I16, 0x7F)), of(_I16)))  # NaN
+        return b.fmul(b.fpext(b.bitcast(half, of(ir.HalfType())), of(_FLOAT)), constant(_FLOAT, 256.0))
+    return b.bitcast(b.shl(b.zext(value, of(_I32)), constant(_I32, 16)), of(_FLOAT))
+
+
 @intrinsic
 def widen(_typing: Any, value: Any) -> Any:
     """An element as float32, exactly."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        if value == FLOAT32:
-            return args[0]
-        if value == FLOAT16:
-            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _FLOAT)
-        if value == INT8:
-            return builder.sitofp(args[0], _FLOAT)
-        if value == FLOAT8:
-            # Sign, exponent and mantissa as those of a float16 have the value divided by 2 ** 8, subnormals too.
-            byte = builder.zext(args[0], _I16)
-            rest = builder.and_(byte, _I16(0x7F))
-            half = builder.or_(builder.shl(builder.and_(byte, _I16(0x80)), _I16(8)), builder.shl(rest, _I16(7)))
-            half = builder.or_(half, builder.sext(builder.icmp_unsigned("==", rest, _I16(0x7F)), _I16))  # NaN
-            return builder.fmul(builder.fpext(builder.bitcast(half, ir.HalfType()), _FLOAT), _FLOAT(256.0))
-        return builder.bitcast(builder.shl(builder.zext(args[0], _I32), _I32(16)), _FLOAT)
+        return widened(builder, value, args[0])
 
     return types.float32(value), generate
 

@@ -78,11 +78,7 @@ def _sum_rows(codes: Any, index: Any, first: int, last: int, values: Any, start:
     clear(sums, stop - start)
     grouped = last - (last - first) % IN_FLIGHT
     for q in range(first, grouped, IN_FLIGHT):
-        for n in range(q + IN_FLIGHT, min(q + 2 * IN_FLIGHT, last)):
-            ahead = codes[index[n], start:stop]
-            for j in range(0, min(ahead.size, AHEAD), 64):
-                prefetch(ahead, j)
-        add_rows(codes, index, values, q, start, stop, sums, 0)
+        add_rows(codes, index, values, q, last, start, stop, sums, 0)
     for q in range(grouped, last):
         add_row(codes[index[q], start:stop], values, q, sums)
 

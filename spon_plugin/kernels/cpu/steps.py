@@ -10,6 +10,7 @@ from numba import cfunc, njit, types
 
 from spon_plugin.kernels.cpu.layout import BLOCK
 from spon_plugin.kernels.cpu.numba_types import widen
+from spon_plugin.kernels.cpu.rows_dot import ROWS, rows_dot
 
 # The threads are those of the OpenMP runtime that torch has loaded: one pool, so that kernels and torch's own operators
 # follow each other without two sets of threads fighting for the cores.
@@ -17,7 +18,7 @@ thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
 barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
-IN_FLIGHT = 8  # weight rows read at once; fewer leave memory waiting, more gain nothing
+IN_FLIGHT = ROWS  # weight rows read at once; fewer leave memory waiting, more gain nothing
 
 # "contract" lets a product and a sum fuse. Nothing else of fastmath: NaN must stay NaN, and sums keep their order.
 OPTIONS: dict[str, Any] = {"fastmath": {"contract"}, "boundscheck": False}
@@ -101,7 +102,9 @@ def add_to_four(outs: Any, values: Any, w0: Any, w1: Any, w2: Any, w3: Any, w4: 
 
 
 @njit(**OPTIONS)
-def add_rows(weight: Any, index: Any, values: Any, q: int, start: int, stop: int, sums: Any, at: int) -> None:
+def add_rows(
+    weight: Any, index: Any, values: Any, q: int, last: int, start: int, stop: int, sums: Any, at: int
+) -> None:
     """Add `IN_FLIGHT` rows of the weight, times their inputs, to sums.
 
     Rows of arrays are sliced here, from whole arrays: Numba takes a slice of a slice for one with gaps, and then uses
@@ -112,6 +115,7 @@ def add_rows(weight: Any, index: Any, values: Any, q: int, start: int, stop: int
         index: int32, the active inputs.
         values: float32 ``[batch, active inputs]``.
         q: place of the first input.
+        last: where the inputs end, up to which rows to come are asked for.
         start: first column.
         stop: where the columns end.
         sums: float32 ``[batch, columns]``; the first column's is number `at`.
@@ -131,7 +135,14 @@ def add_rows(weight: Any, index: Any, values: Any, q: int, start: int, stop: int
         )  # fmt: skip
         add_to_four(outs, four, w0, w1, w2, w3, w4, w5, w6, w7)
     for b in range(done, batch):
-        add_to_one(sums[b, at:end], values[b, q : q + IN_FLIGHT], w0, w1, w2, w3, w4, w5, w6, w7)
+        columns = rows_dot(weight, index, values, q, last, start, stop, sums, b, at)
+        first = start + columns
+        if first < stop:
+            w0, w1 = weight[index[q], first:stop], weight[index[q + 1], first:stop]
+            w2, w3 = weight[index[q + 2], first:stop], weight[index[q + 3], first:stop]
+            w4, w5 = weight[index[q + 4], first:stop], weight[index[q + 5], first:stop]
+            w6, w7 = weight[index[q + 6], first:stop], weight[index[q + 7], first:stop]
+            add_to_one(sums[b, at + columns : end], values[b, q : q + IN_FLIGHT], w0, w1, w2, w3, w4, w5, w6, w7)
 
 
 @njit(**OPTIONS)

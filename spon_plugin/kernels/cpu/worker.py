@@ -10,7 +10,7 @@ from numba import carray, njit, types
 
 from spon_plugin.kernels.cpu import layout
 from spon_plugin.kernels.cpu.layout import BIAS_ELEMENT, BIAS_FLOAT32, FIELDS
-from spon_plugin.kernels.cpu.numba_types import narrow, pointer, prefetch, widen
+from spon_plugin.kernels.cpu.numba_types import narrow, pointer, widen
 from spon_plugin.kernels.cpu.sources import fingerprint
 from spon_plugin.kernels.cpu.steps import (
     IN_FLIGHT,
@@ -28,7 +28,6 @@ from spon_plugin.kernels.cpu.steps import (
 )
 
 TILE = 2048  # outputs per pass of a batch: a tile of the rows in flight stays in the first cache
-AHEAD = 64  # elements at the start of a row that are asked for early
 
 _thread_parts = njit(layout.thread_parts)
 
@@ -40,14 +39,9 @@ def _accumulate(weight: Any, index: Any, values: Any, sums: Any) -> None:
     tile = out_features if batch == 1 else TILE
     grouped = index.size - index.size % IN_FLIGHT
     for q in range(0, grouped, IN_FLIGHT):
-        # The starts of the rows to come: their pages are looked up while these rows are read.
-        for n in range(q + IN_FLIGHT, min(q + 2 * IN_FLIGHT, index.size)):
-            ahead = weight[index[n], :out_features]
-            for j in range(0, min(AHEAD, out_features), 32):
-                prefetch(ahead, j)
         for start in range(0, out_features, tile):
             stop = min(start + tile, out_features)
-            add_rows(weight, index, values, q, start, stop, sums, start)
+            add_rows(weight, index, values, q, index.size, start, stop, sums, start)
     for q in range(grouped, index.size):
         add_row(weight[index[q], :out_features], values, q, sums)
 
