@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from inspect import signature
 from itertools import chain
 from typing import Any
 
@@ -133,7 +134,9 @@ def pack_again(model: nn.Module) -> None:
         for module in model.modules():
             if getattr(getattr(module, "quantization_status", None), "value", "") == "decompressed":
                 module.weight.data = module.weight.data.float()
-        compressor.compress_model(model, skip_compressed=True)
+        # compressed-tensors 0.17, which vLLM 0.32 asks for, has no such argument, and no layers to skip here.
+        skips = "skip_compressed" in signature(compressor.compress_model).parameters
+        compressor.compress_model(model, **({"skip_compressed": True} if skips else {}))
 
 
 def _announce(host: nn.Module, tensors: Sequence[str], dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -116,7 +117,8 @@ class SparseMethod(ABC):
                 for path in self.modules:
                     module: Any = model.get_submodule(path)
                     constant = _Constant(path, module, self.centers.get(path), alphas.get(path), biases.get(path))
-                    replaced = self.weight(path, module.weight)
+                    replaces = type(self).weight is not SparseMethod.weight  # packed weights have other names
+                    replaced = self.weight(path, module.weight) if replaces else None
                     if replaced is not None:
                         own.append((module, module.weight))
                         module.weight = nn.Parameter(replaced, requires_grad=False)
@@ -205,7 +207,8 @@ class _Constant:
     def __init__(
         self, path: str, module: nn.Module, center: Tensor | None, alpha: Tensor | None, bias: Tensor | None
     ) -> None:
-        weight: Any = module.weight
+        held: Any = getattr(module, "weight", None)  # a packed one has another name
+        device = (next(chain(module.parameters(), module.buffers())) if held is None else held).device
         in_features = linear_features(module, path)[0]
         if alpha is not None and tuple(alpha.shape) != (in_features,):
             expected = f"shape ({in_features},), the layer's in_features"
@@ -216,7 +219,6 @@ class _Constant:
         linear._parameters = dict(module._parameters)
         linear._forward_hooks, linear._forward_pre_hooks = OrderedDict(), OrderedDict()
         self._weight = weight_of(linear)
-        device = weight.device
         self._vectors = [vector.to(device) for vector in (center, alpha) if vector is not None]
         self._bias = None if bias is None else bias.to(device)
         self.exists = bool(self._vectors) or bias is not None
