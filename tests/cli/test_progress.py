@@ -106,7 +106,7 @@ def test_the_log_of_quickstart_has_a_line_at_least_every_half_minute(monkeypatch
     assert max(later - earlier for earlier, later in itertools.pairwise(times)) <= 30
     assert all(text for _, text in lines)
     said = "\n".join(text for _, text in lines)
-    for words in ("Working, 30 s so far", "Fetching the model", "Evaluating: 4 of ", "Next:"):
+    for words in ("Working, 25 s so far", "Fetching the model", "Evaluating: 4 of ", "Next:"):
         assert words in said
 
 
@@ -127,11 +127,11 @@ def test_bars_of_a_block_inside_are_gone_at_its_end(monkeypatch, clock):
     with progress.progress_bars() as outer:
         with progress.progress_bars() as inner:
             inner("Loading")
-            clock.advance(30)
-        clock.advance(30)
+            clock.advance(25)
+        clock.advance(25)
         outer("Reading")(1, 2)
-        clock.advance(30)
-    assert lines == ["Loading, 30 s so far", "Working, 1 min so far", "Reading: 1 of 2, 30 s so far, about 30 s left"]
+        clock.advance(25)
+    assert lines == ["Loading, 25 s so far", "Working, 50 s so far", "Reading: 1 of 2, 25 s so far, about 25 s left"]
 
 
 def test_a_terminal_has_one_display_of_bars(monkeypatch):
