@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+import yaml
 from commands import TEXT, run
 
 from spon_cli.main import app
@@ -41,6 +42,14 @@ def test_links_lead_somewhere(page):
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+YAML = [*(ROOT / ".github").rglob("*.yml"), *(ROOT / name for name in ("CITATION.cff", ".pre-commit-config.yaml"))]
+
+
+@pytest.mark.parametrize("file", YAML, ids=ids(YAML))
+def test_files_for_the_platform_are_yaml(file):
+    assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict)
 
 
 def test_the_readme_is_short():
