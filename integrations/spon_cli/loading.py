@@ -13,6 +13,7 @@ from torch import Tensor
 from spon_cli.output import note
 from spon_cli.progress import progress_bars
 from spon_plugin import Site, find_sites, machine
+from spon_plugin.adapter.hub import hub_id_of
 from spon_plugin.calibration.text import leading_windows, mixed_windows, opening_text
 from spon_plugin.decoder.left_dense import left_dense
 from spon_transformers.loading import user_path
@@ -123,6 +124,9 @@ def quiet() -> None:
 
 
 def base_name(model: str) -> str:
-    """What an adapter calls its base model: the absolute path of a local one, so that it is found from anywhere."""
+    """What an adapter calls its base model: its hub id where it has one, else its absolute path.
+
+    The digest beside the name (`SponFields.base_digest`) tells whether another copy is that model.
+    """
     path = user_path(model)
-    return str(path.absolute()) if path.exists() else model
+    return hub_id_of(path) or str(path.absolute()) if path.exists() else model

@@ -14,6 +14,7 @@ from spon_cli.commands.compare import compare_command
 from spon_cli.commands.evaluate import eval_command
 from spon_cli.commands.inspection import inspect_command
 from spon_cli.commands.merge import merge_command
+from spon_cli.commands.push import push_command
 from spon_cli.commands.quantize import quantize_command
 from spon_cli.commands.quickstart import quickstart_command
 from spon_cli.commands.report import report_command
@@ -37,6 +38,7 @@ app.command("eval")(eval_command)
 app.command("merge")(merge_command)
 app.command("quantize")(quantize_command)
 app.command("inspect")(inspect_command)
+app.command("push")(push_command)
 app.command("report")(report_command)
 app.command("compare")(compare_command)
 app.command("ablate")(ablate_command)

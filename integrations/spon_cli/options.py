@@ -14,12 +14,12 @@ from torch import Tensor
 from spon_cli.command import Between
 from spon_cli.loading import Loaded, load
 from spon_plugin import SponError
+from spon_plugin.adapter.base import weights_digest
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.files import check_new, claim
 from spon_plugin.sparsifiers.calibrate import METHODS
 from spon_plugin.sparsifiers.registry import adapter_methods, adapter_sparsifier
 from spon_plugin.studies.evaluation import ALL, LAST_HALF, PROTOCOLS
-from spon_plugin.studies.rows import weights_digest
 from spon_plugin.training.recipe import Recipe
 from spon_transformers.text_sources import TextSource, text_sources
 
@@ -38,8 +38,8 @@ def _claim(context: typer.Context, value: Path | None) -> Path | None:
 MANY = 2**31 - 1  # more than any text has tokens
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub name, or a .gguf file or directory.")]
-AdapterDir = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter directory.")]
-AdapterOption = Annotated[Path, typer.Option(help="The adapter directory.")]
+AdapterDir = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter directory, or one's id on the hub.")]
+AdapterOption = Annotated[Path, typer.Option(help="The adapter: a directory, or an id on the hub.")]
 Output = Annotated[Path, output_option("The directory to make; it must not exist.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")

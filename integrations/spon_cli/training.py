@@ -12,13 +12,16 @@ from pathlib import Path
 
 from spon_cli.calibration import HELD_OUT_WINDOWS, split_held_out
 from spon_cli.loading import Loaded
+from spon_cli.model_card import adapter_card
 from spon_cli.output import note
 from spon_cli.plots import COLORS, figure
 from spon_cli.progress import Stage
 from spon_plugin import Adapter, SponError
 from spon_plugin.adapter.directory import save_adapter_files
+from spon_plugin.adapter.hub import CARD_NAME
 from spon_plugin.files import new_directory
 from spon_plugin.sparsifiers.calibrate import settle
+from spon_plugin.studies.evaluation import Evaluation
 from spon_plugin.training.recipe import Recipe
 from spon_transformers.text_sources import TextSource
 
@@ -80,11 +83,17 @@ def train(
     return adapter, losses
 
 
-def save(adapter: Adapter, losses: Sequence[dict[str, float]], output: Path) -> None:
-    """Write the adapter with its loss curve, whole or not at all."""
+def save(
+    adapter: Adapter,
+    losses: Sequence[dict[str, float]],
+    output: Path,
+    evaluations: Sequence[tuple[TextSource, Evaluation]] = (),
+) -> None:
+    """Write the adapter with its loss curve and its model card, whole or not at all."""
     adapter.check()
     with new_directory(output) as directory:
         save_adapter_files(adapter, directory)
+        (directory / CARD_NAME).write_text(adapter_card(adapter, evaluations), encoding="utf-8")
         with (directory / "loss.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(losses[0]))
             writer.writeheader()

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from spon_plugin.adapter.adapter import Adapter
-from spon_plugin.adapter.directory import CONFIG_NAME, WEIGHTS_NAME, base_of, read_adapter
+from spon_plugin.adapter.base import base_of
+from spon_plugin.adapter.directory import read_adapter
+from spon_plugin.adapter.hub import adapter_directory
 from spon_plugin.errors import SponError
 from spon_plugin.masking import TOKEN_MODES
 
@@ -71,7 +73,7 @@ class SponArguments:
             raise SponError.of("model_args: alpha", alpha, "on, or off for the masks alone (TEAL)")
         if dense_prefix is not None and (type(dense_prefix) is not int or dense_prefix < 0):
             raise SponError.of("model_args: dense_prefix", dense_prefix, "a whole number >= 0")
-        directory = _directory(spon)
+        directory = adapter_directory(spon, "model_args: spon")
         adapter = read_adapter(directory)
         fields = adapter.fields
         return cls(
@@ -96,19 +98,3 @@ class SponArguments:
         config = self.adapter.config()
         calibration = {key: value for key, value in config["calibration"].items() if key != "sites"}
         return {**config, "calibration": calibration}
-
-
-def _directory(name: str) -> Path:
-    """The adapter's directory; one on the hub is brought into the cache."""
-    path = Path(name).expanduser()
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        expected = f"an adapter directory, or the id of one on the hub ({reason})"
-        raise SponError.of("model_args: spon", name, expected) from error

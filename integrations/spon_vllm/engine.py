@@ -11,7 +11,8 @@ import os
 from functools import wraps
 from typing import Any
 
-from spon_plugin.adapter.directory import base_of, is_adapter, read_config
+from spon_plugin.adapter.base import base_of
+from spon_plugin.adapter.directory import is_adapter_name, read_config
 from spon_plugin.adapter.merged import QUANT_METHOD
 from spon_plugin.errors import SponError
 from spon_vllm.settings import ADAPTER_VARIABLE, serving_adapter
@@ -51,7 +52,7 @@ def name_adapter(arguments: Any) -> str | None:
             something else.
     """
     model = arguments.model
-    served = isinstance(model, str) and is_adapter(model)
+    served = isinstance(model, str) and is_adapter_name(model)
     if not served and not os.environ.get(ADAPTER_VARIABLE):
         return None
     if arguments.quantization not in (None, QUANT_METHOD):

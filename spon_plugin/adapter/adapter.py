@@ -147,16 +147,17 @@ class Adapter:
                 expected = f"{'one' if announced else 'none'}, as {name} is {modules!r}"
                 raise SponError.of(f"{module}.{kind}", received, expected)
 
-    def check_base(self, in_features: Mapping[str, int], base: str = "the base model") -> None:
+    def check_base(self, in_features: Mapping[str, int], base: str = "the base model", digest: str = "") -> None:
         """Check that the adapter fits a base model.
 
         Args:
             in_features: module path -> in_features, of every linear in the model.
             base: the model's name, for the error.
+            digest: of its weights (`spon_plugin.adapter.base.base_digest`); empty where it is not known.
 
         Raises:
-            SponError: an alpha, a centre or a vector of thresholds has another length than its layer's input, or a
-                layer does not exist.
+            SponError: an alpha, a centre or a vector of thresholds has another length than its layer's input, a layer
+                does not exist, or the weights are others than those that the adapter was made for.
         """
         remedy = f"The adapter was made for {self.base_model!r}; load that model."
         for module, mask in self.masks.items():
@@ -167,6 +168,10 @@ class Adapter:
             raise SponError.of(
                 "adapter", f"{len(missing)} sparsified layers such as {missing[0]}", f"linears that {base} has", remedy
             )
+        known = self.fields.base_digest
+        if known and digest and known != digest:
+            expected = f"{known[:12]}, that of {self.base_model!r}, which the adapter was made for"
+            raise SponError.of("base_digest", f"{digest[:12]}, that of {base}", expected, "Load that model.")
 
 
 def masks_of(tensors: Mapping[str, Tensor]) -> dict[str, Mask]:

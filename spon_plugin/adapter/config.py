@@ -35,6 +35,7 @@ class SponFields:
         calibration: how thresholds and alphas were made: enough to make them again.
         alpha_scale: module path -> the unit of alpha's learning rate, a layer's magnitude as the method sees it; for
             the linears that carry an alpha. Empty where it is not known.
+        base_digest: of the base model's weights, see `adapter.base.base_digest`; empty where it is not known.
         format_version: of the directory; see `FORMAT_VERSION`.
 
     A field that came with a later version says so by ``metadata={"since": version}``: adapters of earlier ones are
@@ -48,6 +49,7 @@ class SponFields:
     alpha_modules: str | list[str] = "all"
     calibration: dict[str, Any] = field(default_factory=dict)
     alpha_scale: dict[str, float] = field(default_factory=dict, metadata={"since": 2})
+    base_digest: str = field(default="", metadata={"since": 2})
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -91,6 +93,8 @@ def check_fields(values: Mapping[str, Any]) -> None:
     check_modules("alpha_modules", values["alpha_modules"])
     if not isinstance(values["calibration"], dict):
         raise SponError.of("calibration", values["calibration"], "a JSON object")
+    if not isinstance(values["base_digest"], str):
+        raise SponError.of("base_digest", values["base_digest"], "a string")
     scales = values["alpha_scale"]
     if not isinstance(scales, dict):
         raise SponError.of("alpha_scale", scales, "a JSON object: module paths and numbers")

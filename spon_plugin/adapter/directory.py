@@ -18,7 +18,6 @@ each is written where there are such linears.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,32 +27,21 @@ from safetensors.torch import save_file
 
 from spon_plugin.adapter.adapter import Adapter, masks_of
 from spon_plugin.adapter.config import CENTER_MODULES, CHANNEL_MODULES, PEFT_TYPE, SponFields
+from spon_plugin.adapter.hub import CONFIG_NAME, WEIGHTS_NAME, adapter_directory, on_hub
 from spon_plugin.adapter.saved import saved_tensors
 from spon_plugin.errors import SponError
 from spon_plugin.files import new_directory
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-
-
-def base_of(peft: Mapping[str, Any], adapter: str | Path, remedy: str = "") -> str:
-    """The base model that an adapter names.
-
-    Args:
-        peft: PEFT's part of its config.
-        adapter: its name, for the error.
-        remedy: likewise.
-
-    Raises:
-        SponError: it names none, or a path that has moved.
-    """
-    base = peft.get("base_model_name_or_path")
-    field = f"{adapter}: base_model_name_or_path"
-    if not base:
-        raise SponError.of(field, base, "the base model's name or path", remedy)
-    if Path(base).expanduser().is_absolute() and not Path(base).expanduser().exists():
-        raise SponError.of(field, base, "a directory that exists", remedy)
-    return str(base)
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "is_adapter",
+    "is_adapter_name",
+    "read_adapter",
+    "read_config",
+    "save_adapter_files",
+    "write_adapter",
+]
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -65,8 +53,16 @@ def is_adapter(path: str | Path) -> bool:
     return isinstance(config, dict) and config.get("peft_type") == PEFT_TYPE
 
 
+def is_adapter_name(name: str) -> bool:
+    """Whether `name` is that of a SPON adapter: a directory, or an id on the hub, which is asked for its config."""
+    return is_adapter(name) or (on_hub(name) and is_adapter(adapter_directory(name)))
+
+
 def read_config(path: str | Path) -> tuple[SponFields, dict[str, Any]]:
     """Read and check `adapter_config.json`.
+
+    Args:
+        path: a directory, or an adapter's id on the hub.
 
     Returns:
         SPON's fields, and every other field as read.
@@ -74,7 +70,8 @@ def read_config(path: str | Path) -> tuple[SponFields, dict[str, Any]]:
     Raises:
         SponError: the file is missing, is not JSON, is of another PEFT type, or a field is wrong.
     """
-    file = Path(path) / CONFIG_NAME
+    path = adapter_directory(path)
+    file = path / CONFIG_NAME
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -97,14 +94,15 @@ def read_adapter(path: str | Path) -> Adapter:
     """Read an adapter directory and check everything that can be checked without the base model.
 
     Args:
-        path: a local directory.
+        path: a directory, or an adapter's id on the hub.
 
     Raises:
         SponError: a file is missing, truncated or malformed, a field is wrong, or a tensor is missing, extra, of a
             wrong shape or dtype, not finite, or a negative threshold. The message names it.
     """
+    path = adapter_directory(path)
     own, peft = read_config(path)
-    file = Path(path) / WEIGHTS_NAME
+    file = path / WEIGHTS_NAME
     if not file.is_file():
         raise SponError.of("adapter", str(path), f"a directory with {WEIGHTS_NAME} in it")
     try:

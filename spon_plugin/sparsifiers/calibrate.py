@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spon_plugin.adapter.adapter import Adapter
+from spon_plugin.adapter.base import base_digest
 from spon_plugin.adapter.config import SponFields, carries_alpha
 from spon_plugin.adapter.mask import Mask, with_alphas
 from spon_plugin.calibration.measurement import mean_alphas, measure_sparsity
@@ -74,6 +75,7 @@ def calibrate(
     if dense_prefix is not None:
         fields.dense_prefix = dense_prefix
     fields.check()
+    fields.base_digest = base_digest(model)
     prefix = fields.dense_prefix
     statistics = sparsifier.calibrate(model, sites, windows, prefix, stage("Calibrating"))
     fitted = sparsifier.at(model, statistics, sparsity, stage("Fitting"))

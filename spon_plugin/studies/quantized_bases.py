@@ -141,7 +141,7 @@ class QuantizedBases:
         return adapter
 
 
-def check_adapter(adapter: Adapter, inputs: Mapping[str, int], model: str, sparsity: float) -> None:
+def check_adapter(adapter: Adapter, inputs: Mapping[str, int], model: str, sparsity: float, digest: str = "") -> None:
     """Raise `SponError` unless an adapter fits the model, carries alphas and has the target of the study's own.
 
     Args:
@@ -149,9 +149,10 @@ def check_adapter(adapter: Adapter, inputs: Mapping[str, int], model: str, spars
         inputs: module path -> in_features of the model's linears.
         model: its name.
         sparsity: the study's.
+        digest: of the model's weights, see `Adapter.check_base`.
     """
     adapter.check_masks_alone("the study")
-    adapter.check_base(inputs, model)
+    adapter.check_base(inputs, model, digest)
     if not adapter.has_alpha:
         raise SponError.of("adapter", "one without alphas", "a trained one", "spon train it first.")
     if adapter.fields.sparsity != sparsity:

@@ -3,20 +3,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from spon_plugin.errors import SponError
 from spon_plugin.files import make_directory
 from spon_plugin.studies.tables import json_text
 
 SETTINGS = "settings.json"
-_HEAD = 64
 
 
 class RowStore:
@@ -97,12 +93,3 @@ def _write(file: Path, value: Any) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json_text(value), encoding="utf-8")
     temporary.replace(file)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the parameters' names, shapes and first numbers, to tell whether two runs had the same model."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        head = parameter.detach().flatten()[:_HEAD].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} ".encode() + head.numpy().tobytes())
-    return digest.hexdigest()

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 import spon_plugin.adapter.directory as adapter_module
 from spon_plugin import Adapter, Mask, SponError, SponFields, read_adapter, write_adapter
+from spon_plugin.adapter.base import base_of
 from spon_plugin.adapter.config import carries_alpha
-from spon_plugin.adapter.directory import CONFIG_NAME, WEIGHTS_NAME, base_of, is_adapter, read_config
+from spon_plugin.adapter.directory import CONFIG_NAME, WEIGHTS_NAME, is_adapter, read_config
 from spon_plugin.adapter.saved import KEY_PREFIX
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"

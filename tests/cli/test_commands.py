@@ -67,7 +67,7 @@ def test_calibrate_writes_plain_teal(spon, tiny_model_dir, text, tmp_path, alloc
 
 def test_train_is_reproducible_byte_for_byte(spon, trained, tiny_model_dir, text, tmp_path):
     assert spon("train", tiny_model_dir, "--text", text, *SMALL, "-o", tmp_path / "again")[0] == 0
-    assert names(trained) == ["adapter_config.json", "adapter_model.safetensors", "loss.csv", "loss.png"]
+    assert names(trained) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "loss.csv", "loss.png"]
     for name in names(trained):
         assert (trained / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     assert spon("train", tiny_model_dir, "--text", text, *SMALL, "--seed", "1", "-o", tmp_path / "other")[0] == 0

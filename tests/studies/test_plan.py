@@ -9,11 +9,12 @@ import torch
 from tiny_models import make_tiny_llama
 
 from spon_plugin import SponError, find_sites
+from spon_plugin.adapter.base import weights_digest
 from spon_plugin.studies.ablation import DENSE, Ablation, Trial, plan
 from spon_plugin.studies.evaluation import share_recovered
 from spon_plugin.studies.plan import STUDIES, Setup
 from spon_plugin.studies.plan_tables import markdown, records, recovered
-from spon_plugin.studies.rows import RowStore, weights_digest
+from spon_plugin.studies.rows import RowStore
 from spon_plugin.studies.tables import csv_text
 from spon_plugin.training.recipe import Recipe
 

@@ -18,6 +18,7 @@ from spon_cli.output import note, show_json, show_table
 from spon_cli.progress import row_bars
 from spon_cli.study_plots import plot_precisions, plot_study
 from spon_plugin import Adapter, SponError, read_adapter
+from spon_plugin.adapter.base import base_digest
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.masking import check_sparsity
@@ -111,7 +112,8 @@ def ablate_command(given: AblateOptions) -> None:
     sources, held_out = given.sources("train"), given.tests()
     loaded = given.load()
     if start is not None:
-        quantized_bases.check_adapter(start, linear_inputs(loaded.model), given.model, given.sparsity)
+        inputs, digest = linear_inputs(loaded.model), base_digest(loaded.model)
+        quantized_bases.check_adapter(start, inputs, given.model, given.sparsity, digest)
     setup = Setup(
         loaded.sites, tuple(source.name for source in sources), given.sparsity, given.calibration_tokens, recipe
     )

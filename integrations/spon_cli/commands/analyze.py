@@ -19,6 +19,7 @@ from spon_cli.output import note, show_json, show_table
 from spon_cli.progress import progress_bars
 from spon_cli.study_plots import plot_points, plot_shift
 from spon_plugin import Adapter, SponError, read_adapter, sparse_inputs
+from spon_plugin.adapter.base import base_digest
 from spon_plugin.calibration.streaming import SINKS
 from spon_plugin.calibration.text import opening, read_text, token_ids
 from spon_plugin.decoder.sites import linear_inputs
@@ -99,7 +100,7 @@ def analyze_command(given: AnalyzeOptions) -> None:
     sources = [] if given.prompts is not None else given.sources("test")
     lines = [] if given.prompts is None else [line for line in read_text(given.prompts).splitlines() if line.strip()]
     loaded = given.load()
-    adapter.check_base(linear_inputs(loaded.model), given.model)
+    adapter.check_base(linear_inputs(loaded.model), given.model, base_digest(loaded.model))
     ids = given.ids(loaded, sources, lines)
     skip = max(SINKS, adapter.fields.dense_prefix)
     check_prompts(ids, skip)

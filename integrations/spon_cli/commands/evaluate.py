@@ -12,9 +12,13 @@ import typer
 from spon_cli import options
 from spon_cli.command import Between, command
 from spon_cli.evaluation_tables import as_json, show_baselines, show_evaluations
+from spon_cli.model_card import put_evaluations
 from spon_cli.output import show_json
 from spon_cli.progress import progress_bars
-from spon_plugin import read_adapter
+from spon_plugin import SponError, read_adapter
+from spon_plugin.adapter.base import base_digest
+from spon_plugin.adapter.directory import is_adapter
+from spon_plugin.adapter.hub import CARD_NAME
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.studies.evaluation import ALL, PROTOCOLS, evaluate_variants
 from spon_transformers.precision import QUANTIZED, check_precision
@@ -36,6 +40,9 @@ class EvalOptions(options.ModelOptions, options.TextOptions, options.JsonOptions
         str, typer.Option(help="all: as the adapter has it; last-half: TEAL's, first half of each window dense.")
     ] = ALL
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass."), Between(1, options.MANY)] = 4
+    card: Annotated[
+        bool, typer.Option("--card", help="Put the table into the model card (README.md) of the adapter, too.")
+    ] = False
     precision: Annotated[
         str | None, typer.Option(help="Quantize the linears: " + ", ".join(QUANTIZED) + "; the rest is in --dtype.")
     ] = None
@@ -57,6 +64,8 @@ def eval_command(given: EvalOptions) -> None:
     if given.precision is not None:
         options.check_choice("precision", given.precision, QUANTIZED)
         check_precision(given.precision)
+    if given.card and not is_adapter(given.adapter):
+        raise SponError.of("adapter", str(given.adapter), "with --card, a directory")
     adapter = read_adapter(given.adapter)
     adapter.check_masks_alone("spon eval")
     yardstick = None if given.baseline is None else read_adapter(given.baseline).without_alpha()
@@ -64,7 +73,7 @@ def eval_command(given: EvalOptions) -> None:
     loaded = given.load(precision=given.precision)
     for tried in (adapter, yardstick):
         if tried is not None:
-            tried.check_base(linear_inputs(loaded.model), given.model)
+            tried.check_base(linear_inputs(loaded.model), given.model, base_digest(loaded.model))
     results, baselines = [], []
     with progress_bars() as stage:
         for source in sources:
@@ -75,6 +84,8 @@ def eval_command(given: EvalOptions) -> None:
             if yardstick is not None:
                 known, bar = {"dense": result.perplexity["dense"]}, stage(f"{source.name}, baseline")
                 baselines.append(evaluate_variants(loaded.model, yardstick, *common, bar, known))
+    if given.card:
+        put_evaluations(given.adapter / CARD_NAME, adapter, list(zip(sources, results, strict=True)))
     if given.json:
         values = as_json(sources, results, loaded.opening, baselines)
         show_json(values[0] if len(values) == 1 else {"texts": values})

@@ -14,7 +14,7 @@ from spon_cli.command import command
 from spon_cli.loading import quiet
 from spon_cli.output import percent, show, show_json, show_table
 from spon_plugin import Adapter, read_adapter
-from spon_plugin.adapter.directory import base_of
+from spon_plugin.adapter.base import base_of
 from spon_plugin.decoder.sites import linear_inputs
 
 if TYPE_CHECKING:

@@ -12,10 +12,12 @@ from spon_cli import options
 from spon_cli.adapter_summary import show_kernels, summary
 from spon_cli.command import command
 from spon_cli.loading import quiet
+from spon_cli.model_card import merged_card
 from spon_cli.output import note, show_json
 from spon_cli.progress import progress_bars
 from spon_plugin import read_adapter
-from spon_plugin.adapter.directory import base_of
+from spon_plugin.adapter.base import base_digest, base_of
+from spon_plugin.adapter.hub import CARD_NAME, adapter_directory
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new, new_directory
 
@@ -55,7 +57,8 @@ def merge_command(given: MergeOptions) -> None:
     [dim]spon merge spon50 -o model-spon50[/dim]
     """
     check_new(given.output)
-    adapter = read_adapter(given.adapter)
+    directory = adapter_directory(given.adapter)
+    adapter = read_adapter(directory)
     base = given.model or base_of(adapter.peft, given.adapter)
     from peft import PeftModel
 
@@ -66,18 +69,19 @@ def merge_command(given: MergeOptions) -> None:
     tokenizer = load_tokenizer(base, given.trust_remote_code)
     blocks = not given.decode
     model = load_model(base, given.dtype, stored=True, trust_remote_code=given.trust_remote_code, blocks=blocks)
-    adapter.check_base(linear_inputs(model), base)
+    adapter.check_base(linear_inputs(model), base, base_digest(model))
     if blocks and model_source(base).gguf_file is not None:
         kept = sum(type(model.get_submodule(path)).__name__ == "GgufBlockLinear" for path in adapter.masks)
         others = f"; {len(adapter.masks) - kept} run on decoded values" if kept < len(adapter.masks) else ""
         note(f"{kept} masked linears keep the blocks of {base}{others}")
-    with progress_bars() as stage, new_directory(given.output) as directory:
+    with progress_bars() as stage, new_directory(given.output) as made:
         advance = stage("Merging")
-        merged = PeftModel.from_pretrained(model, given.adapter).merge_and_unload()
+        merged = PeftModel.from_pretrained(model, directory).merge_and_unload()
         _ask_for_head(merged, given.head)
         advance(1, 2)
-        merged.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        merged.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        (made / CARD_NAME).write_text(merged_card(adapter, base), encoding="utf-8")
         advance(2, 2)
     kernels = kernel_rows({path: merged.get_submodule(path) for path in adapter.masks}, merged.dtype)
     if given.json:

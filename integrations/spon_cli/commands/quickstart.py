@@ -76,9 +76,9 @@ def quickstart_command(given: QuickstartOptions) -> None:
         adapter.peft["base_model_name_or_path"] = str(model_directory.absolute())
         adapter, losses = train(loaded, adapter, sources, recipe, directory / "training", given.seed, False, stage)
         shutil.rmtree(directory / "training")
-        save(adapter, losses, directory / "adapter")
         evaluation_windows = loaded.leading_windows(test, 512, EVALUATION_TOKENS)
         result = evaluate_variants(loaded.model, adapter, evaluation_windows, progress=stage("Evaluating"))
+        save(adapter, losses, directory / "adapter", [(test, result)])
     if given.json:
         files = {"model": str(model_directory), "adapter": str(adapter_directory), "next": _next(given.output)}
         show_json({**files, **summary(adapter), "evaluation": as_json([test], [result], loaded.opening)[0]})

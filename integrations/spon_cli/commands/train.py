@@ -20,8 +20,9 @@ from spon_cli.output import note, show_json
 from spon_cli.progress import progress_bars
 from spon_cli.training import checkpoints_in, save, train, work_directory
 from spon_plugin import Adapter, SponError, read_adapter
+from spon_plugin.adapter.base import base_digest, base_of
 from spon_plugin.adapter.config import carries_alpha
-from spon_plugin.adapter.directory import base_of, is_adapter
+from spon_plugin.adapter.directory import is_adapter_name
 from spon_plugin.adapter.mask import with_alphas
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new
@@ -121,7 +122,7 @@ def train_command(given: TrainOptions) -> None:
     """
     check_new(given.output)
     recipe, settings = given.recipe(), given.settings()
-    start = read_adapter(given.model) if is_adapter(given.model) else None
+    start = read_adapter(given.model) if is_adapter_name(given.model) else None
     if start is not None:
         start.check_masks_alone("spon train")
         _check_continued(start, given)
@@ -138,7 +139,7 @@ def train_command(given: TrainOptions) -> None:
             if start is None:
                 adapter = calibrated(loaded, sources, settings, stage)
             else:
-                start.check_base(linear_inputs(loaded.model), base)
+                start.check_base(linear_inputs(loaded.model), base, base_digest(loaded.model))
                 adapter = _with_alphas(start, loaded, settings.alpha_modules)
                 adapter.fields.calibration["matched"] = given.match or bool(start.fields.calibration.get("matched"))
             adapter, losses = train(
