@@ -266,7 +266,10 @@ class SponLinearMethod(LinearMethodBase):
         if self.layout is not None:
             parts = (layer.spon_codes, layer.spon_scales, layer.spon_zeros, layer.spon_group_of_row)
             way = (self.layout.group_size, self.layout.format, layer.spon_host)
-            return torch.ops.spon_vllm.linear_rows(x, *parts, *way, threshold, folded, bias, sizes, limit, center)
+            exact = self.settings.exact
+            return torch.ops.spon_vllm.linear_rows(
+                x, *parts, *way, threshold, folded, bias, sizes, limit, center, exact
+            )
         if self.shard_sizes is None:
             y = self.inner.apply(layer, torch.ops.spon_vllm.mask(x, threshold, limit, center), bias)
         else:

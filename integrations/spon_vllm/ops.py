@@ -28,7 +28,7 @@ _LIBRARY.define(
 _LIBRARY.define(
     "linear_rows(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? group_of_row, int group_size, "
     "str format, Tensor? host, Tensor threshold, Tensor sparse_bias, Tensor? dense_bias, int[]? shard_sizes, "
-    "int limit, Tensor? center=None) -> Tensor"
+    "int limit, Tensor? center=None, bool exact=False) -> Tensor"
 )
 _LIBRARY.define("mask(Tensor x, Tensor threshold, int limit, Tensor? center=None) -> Tensor")
 _LIBRARY.define("add_bias(Tensor y, Tensor extra, int limit) -> Tensor")
@@ -85,6 +85,7 @@ def linear_rows(
     shard_sizes: list[int] | None,
     limit: int,
     center: Tensor | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """`linear` for a weight with scales.
 
@@ -106,6 +107,7 @@ def linear_rows(
         shard_sizes: likewise.
         limit: likewise.
         center: likewise.
+        exact: see `sparse_linear`.
 
     Returns:
         ``[..., out_features]`` in `x.dtype`.
@@ -115,12 +117,13 @@ def linear_rows(
         metrics.COUNTERS.count_dense(x, threshold)
         if host is not None:
             return hosts.dense(host, x, dense_bias)
-        return sparse_linear(x, weight, threshold.new_zeros(1), dense_bias)
+        return sparse_linear(x, weight, threshold.new_zeros(1), dense_bias, exact=exact)
     x = _masked_input(x, threshold, center)
     tokens = x.shape[:-1].numel()
     if host is not None and tokens > 1 and not shard_sizes and choose(Problem(x, weight)).name == DECODED:
         return (hosts.dense(host, sparsify(x, threshold), None).float() + sparse_bias).to(x.dtype)
-    return sparse_linear(x, weight, threshold, sparse_bias, shard_sizes=shard_sizes or [weight.out_features])
+    sizes = shard_sizes or [weight.out_features]
+    return sparse_linear(x, weight, threshold, sparse_bias, shard_sizes=sizes, exact=exact)
 
 
 def _masked_input(x: Tensor, threshold: Tensor, center: Tensor | None) -> Tensor:

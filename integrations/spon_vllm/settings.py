@@ -32,8 +32,8 @@ from spon_plugin.masking import TOKEN_MODES
 ADAPTER_VARIABLE = "SPON_ADAPTER"
 TOKEN_MODE_VARIABLE = "SPON_TOKEN_MODE"
 MAX_SPARSE_TOKENS_VARIABLE = "SPON_MAX_SPARSE_TOKENS"
-
 WEIGHTS_VARIABLE = "SPON_WEIGHTS"
+EXACT_VARIABLE = "SPON_EXACT"
 
 DEFAULT_TOKEN_MODE = "decode"
 AUTO, ROWS, BESIDE = "auto", "rows", "beside"
@@ -46,7 +46,17 @@ _NAME_IT = (
     '\'{"quantization_config": {"quant_method": "spon", "adapter": "ADAPTER_DIR"}}\', or SPON_ADAPTER=ADAPTER_DIR, '
     "or serve a checkpoint that `spon merge` wrote."
 )
-_KNOWN = ("quant_method", "adapter", DIGEST, "token_mode", "max_sparse_tokens", "weights", BASE_QUANTIZATION, HEAD)
+_KNOWN = (
+    "quant_method",
+    "adapter",
+    DIGEST,
+    "token_mode",
+    "max_sparse_tokens",
+    "weights",
+    "exact",
+    BASE_QUANTIZATION,
+    HEAD,
+)
 
 _served_adapter: ContextVar[str | None] = ContextVar("spon_served_adapter", default=None)
 
@@ -79,6 +89,7 @@ class Settings:
         weights: of a quantized base: ``rows``, one copy, which our kernels read; ``beside``, a copy for our kernels
             beside the base's own method, which then runs large and dense steps; ``auto``, beside where the base's own
             method can run here.
+        exact: whether four-bit weights are multiplied by inputs as they are; see `spon_plugin.kernels.sparse_linear`.
     """
 
     adapter: str | None = None
@@ -91,6 +102,7 @@ class Settings:
     max_sparse_tokens: int = 1
     base_quantization: Mapping[str, Any] | None = None
     weights: str = AUTO
+    exact: bool = False
 
     @property
     def merged(self) -> bool:
@@ -119,6 +131,7 @@ class Settings:
             config["adapter"] = self.adapter
         if self.base_quantization is not None:
             config["weights"] = self.weights
+            config["exact"] = self.exact
             config[BASE_QUANTIZATION] = dict(self.base_quantization)
         return config
 
@@ -138,7 +151,9 @@ def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -
             checkpoint for what it does not hold.
     """
     given, base, merged = _split(given, stored)
-    settings = Settings(token_mode=_token_mode(given), base_quantization=base, weights=_weights(given))
+    settings = Settings(
+        token_mode=_token_mode(given), base_quantization=base, weights=_weights(given), exact=_exact(given)
+    )
     limit = _max_sparse_tokens(given)
     adapter = given.get("adapter") or _served_adapter.get() or os.environ.get(ADAPTER_VARIABLE)
     if merged is None:
@@ -208,6 +223,17 @@ def _weights(given: Mapping[str, Any]) -> str:
     if weights not in (AUTO, ROWS, BESIDE):
         raise SponError.of("weights", weights, f"one of {AUTO}, {ROWS}, {BESIDE}")
     return str(weights)
+
+
+def _exact(given: Mapping[str, Any]) -> bool:
+    exact: Any = given.get("exact")
+    if exact is None:
+        exact = {"": False, "0": False, "1": True}.get(
+            os.environ.get(EXACT_VARIABLE, ""), os.environ.get(EXACT_VARIABLE)
+        )
+    if not isinstance(exact, bool):
+        raise SponError.of("exact", exact, f"true or false, or {EXACT_VARIABLE} 0 or 1")
+    return exact
 
 
 def _max_sparse_tokens(given: Mapping[str, Any]) -> int | None:

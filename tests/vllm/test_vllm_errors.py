@@ -138,6 +138,7 @@ def test_layer_that_is_not_linear(llama, tmp_path):
         pytest.param({"max_sparse_tokens": 0}, "max_sparse_tokens: got 0", id="no tokens"),
         pytest.param({"max_sparse_tokens": "many"}, "max_sparse_tokens: got 'many'", id="words"),
         pytest.param({"weights": "columns"}, "weights: got 'columns'.*auto, rows, beside", id="weights"),
+        pytest.param({"exact": "yes"}, "exact: got 'yes'.*true or false", id="exact"),
         pytest.param({"tau": 1}, "tau.*fields among", id="unknown field"),
     ],
 )

@@ -89,6 +89,13 @@ def test_rows_are_the_sparse_layer(name, kind):
     close(finish(model)(many)[0], expected(many, meant, masks, bias)[0], False)
 
 
+@pytest.mark.parametrize("name", ["compressed-tensors int4", "AWQ"])
+def test_four_bits_are_multiplied_by_inputs_as_they_are_on_request(name):
+    model, meant = make(name, masks := masks_of("two masks"), token_mode="all", exact=True)
+    layer, x = finish(model), random(2, IN, seed=7)
+    close(layer(x)[0], expected(x, meant, masks)[0], False)
+
+
 def test_inputs_that_are_skipped_are_not_read():
     model, meant = make("FP8 by output", masks := masks_of("one mask"), token_mode="all")
     layer, x = finish(model), random(1, IN, seed=7)
