@@ -60,8 +60,13 @@ def base_digest(model: nn.Module) -> str:
         coarser than bfloat16's), and those that are offloaded.
     """
     weights = [module.weight for module in model.modules() if is_linear(module)]
-    plain = all(isinstance(weight, torch.Tensor) and weight.dtype in _SAME_ROUNDED for weight in weights)
-    parameters = list(model.parameters())
-    if not plain or any(p.is_meta or p.dtype not in _SAME_ROUNDED for p in parameters):
-        return ""
-    return weights_digest(model, torch.bfloat16)
+    if all(_has_numbers(tensor) for tensor in (*weights, *model.parameters())):
+        return weights_digest(model, torch.bfloat16)
+    return ""
+
+
+def _has_numbers(tensor: Any) -> bool:
+    """Whether a tensor's own numbers are the weight's: torchao's, in a class of its own, say a dtype and hold codes."""
+    if not isinstance(tensor, torch.Tensor) or type(tensor.data) is not torch.Tensor:
+        return False
+    return tensor.dtype in _SAME_ROUNDED and not tensor.is_meta
