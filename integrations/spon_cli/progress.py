@@ -105,7 +105,6 @@ def progress_bars() -> Iterator[Stage]:
 def _drawn() -> Iterator[Progress]:
     """The one display of bars that a terminal can have."""
     global _bars
-    global _bars
     if _bars is not None:
         yield _bars
         return

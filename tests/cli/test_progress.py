@@ -136,7 +136,7 @@ def test_bars_of_a_block_inside_are_gone_at_its_end(monkeypatch, clock):
 
 def test_a_terminal_has_one_display_of_bars(monkeypatch):
     monkeypatch.setattr(type(progress.err), "is_terminal", True)
-    monkeypatch.setattr(progress.err, "file", io.StringIO())
+    monkeypatch.setattr(progress.err, "_file", io.StringIO())  # None before, and again: `file` is then sys.stderr
     with progress.progress_bars() as outer:
         outer("Whole")(1, 2)
         with progress.progress_bars() as inner:
