@@ -59,7 +59,7 @@ def base_digest(model: nn.Module) -> str:
         The digest; empty where the numbers at hand do not tell: a quantized model's, float16's (whose small numbers are
         coarser than bfloat16's), and those that are offloaded.
     """
-    weights = [module.weight for module in model.modules() if is_linear(module)]
+    weights = [getattr(module, "weight", None) for module in model.modules() if is_linear(module)]
     if all(_has_numbers(tensor) for tensor in (*weights, *model.parameters())):
         return weights_digest(model, torch.bfloat16)
     return ""
