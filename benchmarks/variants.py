@@ -19,6 +19,7 @@ from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
 from spon_plugin.masking import keep_mask
 from spon_plugin.weights.fold import fold_alpha
 from spon_plugin.weights.scaled import ScaledWeight
+from spon_transformers.head import Int8Head, round_head
 from spon_transformers.quantize import Rounding, quantize
 
 Step = Callable[[], object]
@@ -91,9 +92,9 @@ def _bytes(model: Any, ids: Tensor) -> tuple[float, int]:
     read, held = 0.0, 0
     embeddings = model.get_input_embeddings().weight
     for path, module in model.named_modules():
-        if isinstance(module, SparseQuantizedLinear):
+        if isinstance(module, SparseQuantizedLinear | Int8Head):
             rows = module.row_weight
-            read += rows.in_features * rows.row_bytes * (1 - skipped[path]) + _scale_bytes(rows)
+            read += rows.in_features * rows.row_bytes * (1 - skipped.get(path, 0)) + _scale_bytes(rows)
             held += rows.in_features * rows.row_bytes + _scale_bytes(rows)
             continue
         for parameter in module.parameters(recurse=False):
@@ -164,31 +165,15 @@ def with_biases(sparse: nn.Module, biases: Mapping[str, Tensor]) -> nn.Module:
     return other
 
 
-class EightBits(nn.Module):
-    """A linear rounded to eight bits, with a scale for each output, as importers know one."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        scale = linear.weight.detach().float().abs().amax(1, keepdim=True) / 127
-        codes = (linear.weight.detach() / scale).round().to(torch.int8)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
-
-
 @torch.no_grad()
 def rounded_copy(model: Any, bits: int, group: int | None) -> Any:
     """`model` with its linears in `bits` bits and its head in eight, on our kernels, nothing masked."""
     rounded = copy.deepcopy(model)
-    hosts: dict[str, nn.Module] = {}
-    head = next(path for path, module in rounded.named_modules() if module is rounded.get_output_embeddings())
-    hosts[head] = EightBits(rounded.get_submodule(head))  # type: ignore[arg-type]
     for path in quantize(rounded, Rounding(bits, group)):
-        hosts[path] = rounded.get_submodule(path)
-    for path, host in hosts.items():
-        layer = SparseQuantizedLinear(host)
+        layer = SparseQuantizedLinear(rounded.get_submodule(path))
         layer.arrange_for_kernels()
         rounded.set_submodule(path, layer)
+    round_head(rounded, "int8")
     return rounded.requires_grad_(False)
 
 

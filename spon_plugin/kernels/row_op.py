@@ -11,8 +11,7 @@ from torch import Tensor
 
 from spon_plugin.errors import SponError
 from spon_plugin.kernels.arguments import Thresholds, check_threshold
-from spon_plugin.kernels.cpu import scaled
-from spon_plugin.kernels.cpu.known_calls import recall, remember
+from spon_plugin.kernels.cpu.known_calls import recall
 from spon_plugin.kernels.table import Problem, choose
 from spon_plugin.masking import keep_mask
 from spon_plugin.weights.formats import SCALED
@@ -54,15 +53,20 @@ def run(
         SponError: arguments that do not fit each other.
     """
     known = recall(x, weight, threshold, bias, shard_sizes, exact)
-    if known is not None:
-        return known(x)
+    return _choose_and_run(x, weight, threshold, bias, shard_sizes, exact) if known is None else known(x)
+
+
+def _choose_and_run(
+    x: Tensor,
+    weight: ScaledWeight,
+    threshold: Tensor,
+    bias: Tensor | None,
+    shard_sizes: Sequence[int] | None,
+    exact: bool,
+) -> Tensor:
     _check(x, weight, threshold, bias, shard_sizes)
     kernel = choose(Problem(x, weight, shard_sizes))
-    if kernel.run is not scaled.sparse_linear:
-        return kernel.run(x, weight, threshold, bias, shard_sizes=shard_sizes, exact=exact)
-    call = scaled.Prepared(weight, threshold, bias, shard_sizes=shard_sizes, exact=exact)
-    remember(x, weight, threshold, bias, shard_sizes, exact, call)
-    return call(x)
+    return kernel.run(x, weight, threshold, bias, shard_sizes=shard_sizes, exact=exact)
 
 
 def _check(
@@ -122,10 +126,9 @@ class _Arguments(NamedTuple):
 
 def _run(*arguments: Any) -> Tensor:
     given = _Arguments(*arguments)
-    known = recall(given.x, given, given.threshold, given.bias, given.shard_sizes, given.exact)
-    if known is not None:
-        return known(given.x)  # a weight made of the tensors would cost as much as a small layer's work
-    return run(given.x, given.weight, given.threshold, given.bias, given.shard_sizes, given.exact)
+    rest = (given.threshold, given.bias, given.shard_sizes, given.exact)
+    known = recall(given.x, given, *rest)  # a weight made of the tensors would cost as much as a small layer's work
+    return _choose_and_run(given.x, given.weight, *rest) if known is None else known(given.x)
 
 
 def _fake(*arguments: Any) -> Tensor:

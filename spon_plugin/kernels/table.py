@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spon_plugin.kernels import decoded, gemm
 from spon_plugin.kernels.cpu import kernel as cpu
-from spon_plugin.kernels.cpu import scaled
+from spon_plugin.kernels.cpu import known_calls, scaled
 from spon_plugin.kernels.few_rows import CPU_ROWS, GPU_ROWS
 from spon_plugin.kernels.triton import launch as cuda
 from spon_plugin.machine import DTYPES
@@ -129,7 +129,7 @@ KERNELS = (
     Kernel("cuda", "cuda", (DENSE,), None, _nothing, cuda.sparse_linear),
     Kernel("cuda scaled", "cuda", _SCALED, GPU_ROWS, _cuda_scaled, cuda.sparse_linear_scaled),
     Kernel("cpu", "cpu", (DENSE,), CPU_ROWS, _cpu, cpu.sparse_linear),
-    Kernel("cpu scaled", "cpu", _SCALED, CPU_ROWS, _cpu_scaled, scaled.sparse_linear),
+    Kernel("cpu scaled", "cpu", _SCALED, CPU_ROWS, _cpu_scaled, known_calls.sparse_linear),
     Kernel("gemm", ANY, (DENSE,), None, _nothing, gemm.sparse_linear),
     Kernel(DECODED, ANY, _SCALED, None, _nothing, decoded.sparse_linear),
 )

@@ -10,11 +10,11 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from spon_plugin.kernels.cpu.scaled import Prepared
 from spon_plugin.kernels.few_rows import CPU_ROWS
+from spon_plugin.weights.scaled import ScaledWeight
 
 
 class _Known(NamedTuple):
@@ -30,7 +30,7 @@ _known: dict[int, _Known] = {}
 def recall(
     x: Tensor, parts: Any, threshold: Tensor, bias: Tensor | None, shard_sizes: Sequence[int] | None, exact: bool
 ) -> Prepared | None:
-    """What `remember` was given for the same arguments and another x; None if it was not, or x needs other ways.
+    """The call that `sparse_linear` made for the same arguments and another x; None where there is none for such an x.
 
     Args:
         x: has 1 to `CPU_ROWS` rows, if it is to be computed so.
@@ -49,15 +49,22 @@ def recall(
     return call if known.signature == _signature(x, parts, threshold, bias, shard_sizes, exact) else None
 
 
-def remember(
-    x: Tensor, parts: Any, threshold: Tensor, bias: Tensor | None, shard_sizes: Sequence[int] | None, exact: bool,
-    call: Prepared,
-) -> None:  # fmt: skip
-    """Keep a call whose arguments, those of `recall`, have been checked."""
+def sparse_linear(
+    x: Tensor,
+    weight: ScaledWeight,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shard_sizes: Sequence[int] | None = None,
+    exact: bool = False,
+) -> Tensor:
+    """`scaled.sparse_linear`, whose arguments have been checked; `recall` finds the call the next time."""
+    call = Prepared(weight, threshold, bias, shard_sizes=shard_sizes, exact=exact)
     if threshold.is_contiguous() and (bias is None or bias.is_contiguous()):  # else it reads copies, which grow old
-        key = id(parts.codes)
-        reference = weakref.ref(parts.codes, lambda _: _known.pop(key, None))
-        _known[key] = _Known(reference, _signature(x, parts, threshold, bias, shard_sizes, exact), call)
+        key = id(weight.codes)
+        reference = weakref.ref(weight.codes, lambda _: _known.pop(key, None))
+        _known[key] = _Known(reference, _signature(x, weight, threshold, bias, shard_sizes, exact), call)
+    return call(x)
 
 
 def _signature(
@@ -83,5 +90,4 @@ def _signature(
         shard_sizes and tuple(shard_sizes),
         exact,
         x.dtype,
-        torch.get_num_threads(),
     )

@@ -102,6 +102,17 @@ def add_to_four(outs: Any, values: Any, w0: Any, w1: Any, w2: Any, w3: Any, w4: 
 
 
 @njit(**OPTIONS)
+def _eight(weight: Any, index: Any, q: int, start: int, stop: int) -> Any:
+    """Columns of the rows from ``index[q]`` on."""
+    return (
+        weight[index[q], start:stop], weight[index[q + 1], start:stop],
+        weight[index[q + 2], start:stop], weight[index[q + 3], start:stop],
+        weight[index[q + 4], start:stop], weight[index[q + 5], start:stop],
+        weight[index[q + 6], start:stop], weight[index[q + 7], start:stop],
+    )  # fmt: skip
+
+
+@njit(**OPTIONS)
 def add_rows(
     weight: Any, index: Any, values: Any, q: int, last: int, start: int, stop: int, sums: Any, at: int
 ) -> None:
@@ -121,28 +132,22 @@ def add_rows(
         sums: float32 ``[batch, columns]``; the first column's is number `at`.
         at: see there.
     """
-    w0, w1 = weight[index[q], start:stop], weight[index[q + 1], start:stop]
-    w2, w3 = weight[index[q + 2], start:stop], weight[index[q + 3], start:stop]
-    w4, w5 = weight[index[q + 4], start:stop], weight[index[q + 5], start:stop]
-    w6, w7 = weight[index[q + 6], start:stop], weight[index[q + 7], start:stop]
     batch, end = values.shape[0], at + stop - start
     done = batch - batch % 4
-    for b in range(0, done, 4):
-        outs = (sums[b, at:end], sums[b + 1, at:end], sums[b + 2, at:end], sums[b + 3, at:end])
-        four = (
-            values[b, q : q + IN_FLIGHT], values[b + 1, q : q + IN_FLIGHT],
-            values[b + 2, q : q + IN_FLIGHT], values[b + 3, q : q + IN_FLIGHT],
-        )  # fmt: skip
-        add_to_four(outs, four, w0, w1, w2, w3, w4, w5, w6, w7)
+    if done:
+        rows = _eight(weight, index, q, start, stop)
+        for b in range(0, done, 4):
+            outs = (sums[b, at:end], sums[b + 1, at:end], sums[b + 2, at:end], sums[b + 3, at:end])
+            four = (
+                values[b, q : q + IN_FLIGHT], values[b + 1, q : q + IN_FLIGHT],
+                values[b + 2, q : q + IN_FLIGHT], values[b + 3, q : q + IN_FLIGHT],
+            )  # fmt: skip
+            add_to_four(outs, four, *rows)
     for b in range(done, batch):
         columns = rows_dot(weight, index, values, q, last, start, stop, sums, b, at)
-        first = start + columns
-        if first < stop:
-            w0, w1 = weight[index[q], first:stop], weight[index[q + 1], first:stop]
-            w2, w3 = weight[index[q + 2], first:stop], weight[index[q + 3], first:stop]
-            w4, w5 = weight[index[q + 4], first:stop], weight[index[q + 5], first:stop]
-            w6, w7 = weight[index[q + 6], first:stop], weight[index[q + 7], first:stop]
-            add_to_one(sums[b, at + columns : end], values[b, q : q + IN_FLIGHT], w0, w1, w2, w3, w4, w5, w6, w7)
+        if start + columns < stop:
+            rest = _eight(weight, index, q, start + columns, stop)
+            add_to_one(sums[b, at + columns : end], values[b, q : q + IN_FLIGHT], *rest)
 
 
 @njit(**OPTIONS)
