@@ -20,6 +20,9 @@ from spon_plugin.masking import deviation, sparsify
 from spon_plugin.weights.formats import SCALED
 from spon_vllm import hosts, metrics, steps
 
+# A threshold of dense steps: the same tensor every time, by which the CPU kernel knows a call again.
+_NOTHING = torch.zeros(1, device="cpu")
+
 _LIBRARY = torch.library.Library("spon_vllm", "DEF")
 _LIBRARY.define(
     "linear(Tensor x, Tensor weight, Tensor threshold, Tensor sparse_bias, Tensor? dense_bias, int[]? shard_sizes, "
@@ -117,7 +120,8 @@ def linear_rows(
         metrics.COUNTERS.count_dense(x, threshold)
         if host is not None:
             return hosts.dense(host, x, dense_bias)
-        return sparse_linear(x, weight, threshold.new_zeros(1), dense_bias, exact=exact)
+        nothing = _NOTHING if x.is_cpu else threshold.new_zeros(1)
+        return sparse_linear(x, weight, nothing, dense_bias, exact=exact)
     x = _masked_input(x, threshold, center)
     tokens = x.shape[:-1].numel()
     if host is not None and tokens > 1 and not shard_sizes and choose(Problem(x, weight)).name == DECODED:

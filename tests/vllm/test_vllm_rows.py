@@ -9,6 +9,7 @@ from layers import load, make_layer, one_process
 from quantized import FORMATS, int8
 
 from spon_plugin import Mask, SponError
+from spon_plugin.kernels import row_op
 from spon_plugin.kernels.few_rows import CPU_ROWS
 from spon_vllm import hosts
 from spon_vllm.settings import AUTO, BESIDE, ROWS
@@ -94,6 +95,17 @@ def test_four_bits_are_multiplied_by_inputs_as_they_are_on_request(name):
     model, meant = make(name, masks := masks_of("two masks"), token_mode="all", exact=True)
     layer, x = finish(model), random(2, IN, seed=7)
     close(layer(x)[0], expected(x, meant, masks)[0], False)
+
+
+@pytest.mark.parametrize("tokens", [1, CPU_ROWS - 1], ids=["sparse", "dense"])
+def test_the_kernel_of_a_step_is_chosen_once(tokens, monkeypatch):
+    layer = finish(make("AWQ", masks_of("one mask"), token_mode="decode", max_sparse_tokens=1)[0])
+    chosen, choose = [], row_op.choose
+    monkeypatch.setattr(row_op, "choose", lambda problem: chosen.append(1) or choose(problem))
+    with torch.inference_mode():
+        for seed in range(3):
+            layer(random(tokens, IN, seed=seed))
+    assert len(chosen) == 1
 
 
 def test_inputs_that_are_skipped_are_not_read():
