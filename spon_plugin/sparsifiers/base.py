@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,6 +44,17 @@ class Statistics:
     histograms: dict[str, MagnitudeHistogram]
     own: dict[str, Any] = field(default_factory=dict)
     static: bool = False
+
+
+def linear_by_linear(statistics: Statistics) -> Statistics:
+    """The same statistics, with a site for every linear, named after it: for methods that share no mask."""
+    alone = [
+        (site, replace(site, name=path, modules=(path,), module_weights=(weights,)))
+        for site in statistics.sites
+        for path, weights in zip(site.modules, site.module_weights, strict=True)
+    ]
+    histograms = {own.name: statistics.histograms[site.name] for site, own in alone}
+    return replace(statistics, sites=[own for _, own in alone], histograms=histograms)
 
 
 class Sparsifier(ABC):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,19 +36,24 @@ class GatedMLP:
     activation: Callable[[Tensor], Tensor]
 
 
-def gated_mlps(model: nn.Module, sites: Sequence[Site]) -> list[GatedMLP]:
+def gated_mlps(model: nn.Module, sites: Sequence[Site], method: str) -> list[GatedMLP]:
     """Find the gated MLPs of a decoder, and prove each on random input.
+
+    Args:
+        model: the dense decoder.
+        sites: of `find_sites`.
+        method: who asks, for the error.
 
     Raises:
         SponError: a block's MLP is not ``down(activation(gate(x)) * up(x))`` of separate linears.
     """
-    found = [_gated_mlp(model, site, sites) for site in sites if site.role == "mlp_out"]
+    found = [_gated_mlp(model, site, sites, method) for site in sites if site.role == "mlp_out"]
     if not found:
-        raise SponError.of("method", "cats", "a method for this model: its blocks have no gated MLP")
+        raise SponError.of("method", method, "a method for this model: its blocks have no gated MLP")
     return found
 
 
-def _gated_mlp(model: nn.Module, down_site: Site, sites: Sequence[Site]) -> GatedMLP:
+def _gated_mlp(model: nn.Module, down_site: Site, sites: Sequence[Site], method: str) -> GatedMLP:
     down = down_site.modules[-1]
     parent = model.get_submodule(down.rpartition(".")[0])
     activation: Any = next((getattr(parent, name) for name in _ACTIVATIONS if hasattr(parent, name)), None)
@@ -58,7 +63,7 @@ def _gated_mlp(model: nn.Module, down_site: Site, sites: Sequence[Site]) -> Gate
             if _is_gated(model, parent, gate, up, down, activation):
                 return GatedMLP(gate, up, down, down_site.name, activation)
     raise SponError.of(
-        "method", "cats", f"a method for this model: the MLP of {down_site.block} is not down(act(gate(x)) * up(x))"
+        "method", method, f"a method for this model: the MLP of {down_site.block} is not down(act(gate(x)) * up(x))"
     )
 
 
@@ -76,7 +81,7 @@ class CatsFitted(Fitted):
 
     Attributes:
         mlps: the gated MLPs.
-        thresholds: path of the gate -> float32 ``[1]``.
+        thresholds: path of the gate -> float32 ``[1]``, or ``[neurons]`` for one per channel.
     """
 
     def __init__(
@@ -89,7 +94,7 @@ class CatsFitted(Fitted):
     ) -> None:
         super().__init__(name, statistics, sparsity)
         self.mlps, self.thresholds = mlps, thresholds
-        self.modules = tuple(path for mlp in mlps for path in (mlp.up, mlp.down))
+        self.modules = tuple(neurons(mlps))
         self._keep: dict[str, Tensor] = {}
 
     def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -118,12 +123,12 @@ class CatsFitted(Fitted):
     def drops(self, counter: SparsityCounter) -> dict[str, float]:
         """See `Fitted.drops`: a neuron that is off is a row of `up` and a column of `down`."""
         counted = counter.per_module()
-        return {path: counted.get(mlp.down, 0.0) for mlp in self.mlps for path in (mlp.up, mlp.down)}
+        return {path: counted.get(mlp.down, 0.0) for mlp in self.mlps for path in neurons([mlp])}
 
     @property
     def mask_bytes(self) -> int:
-        """A threshold per MLP."""
-        return 4 * len(self.thresholds)
+        """Of the thresholds."""
+        return 4 * sum(threshold.numel() for threshold in self.thresholds.values())
 
 
 class Cats(Sparsifier):
@@ -139,7 +144,7 @@ class Cats(Sparsifier):
     def output_observers(self, model: nn.Module, statistics: Statistics) -> dict[str, Observe]:
         """See `Sparsifier.output_observers`."""
         observers: dict[str, Observe] = {}
-        for mlp in gated_mlps(model, statistics.sites):
+        for mlp in gated_mlps(model, statistics.sites, self.name):
             histogram = MagnitudeHistogram()
             statistics.own[mlp.gate] = (mlp, histogram)
             observers[mlp.gate] = _activated(mlp, histogram)
@@ -150,16 +155,37 @@ class Cats(Sparsifier):
     ) -> CatsFitted:
         """See `Sparsifier.at`."""
         mlps = [mlp for mlp, _ in statistics.own.values()]
-        weights = module_weights(statistics.sites)
-        reachable = sum(weights[mlp.up] + weights[mlp.down] for mlp in mlps) / sum(weights.values())
-        if sparsity > MOST_NEURONS * reachable:
-            expected = f"at most {MOST_NEURONS * reachable:.3f}, as cats leaves attention and gates dense"
-            raise SponError.of("sparsity", sparsity, expected)
+        share = share_of(self.name, statistics.sites, neurons(mlps), sparsity, "attention and gates")
         thresholds = {
-            gate: torch.tensor([histogram.quantile(sparsity / reachable)])
-            for gate, (_, histogram) in statistics.own.items()
+            gate: torch.tensor([histogram.quantile(share)]) for gate, (_, histogram) in statistics.own.items()
         }
         return CatsFitted(self.name, statistics, sparsity, mlps, thresholds)
+
+
+def neurons(mlps: Iterable[GatedMLP]) -> list[str]:
+    """The linears that a gate's mask spares: a neuron that is off is a row of `up` and a column of `down`."""
+    return [path for mlp in mlps for path in (mlp.up, mlp.down)]
+
+
+def share_of(name: str, sites: Iterable[Site], covered: Iterable[str], sparsity: float, dense: str) -> float:
+    """The share that the linears which a method covers must drop for the model to have the target.
+
+    Args:
+        name: of the method, for the error.
+        sites: of the whole model.
+        covered: paths of the linears.
+        sparsity: the target.
+        dense: in words, what the method leaves dense.
+
+    Raises:
+        SponError: the target is beyond reach.
+    """
+    weights = module_weights(sites)
+    reachable = sum(weights[path] for path in covered) / sum(weights.values())
+    if sparsity > MOST_NEURONS * reachable:
+        expected = f"at most {MOST_NEURONS * reachable:.3f}, as {name} leaves {dense} dense"
+        raise SponError.of("sparsity", sparsity, expected)
+    return sparsity / reachable
 
 
 def _activated(mlp: GatedMLP, histogram: MagnitudeHistogram) -> Observe:

@@ -10,11 +10,14 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 
 from spon_plugin.errors import SponError
+from spon_plugin.sparsifiers.acttail import ActTail
 from spon_plugin.sparsifiers.base import Sparsifier
 from spon_plugin.sparsifiers.cats import Cats
+from spon_plugin.sparsifiers.chess import Chess
 from spon_plugin.sparsifiers.fixed_neuron import FixedNeuron
 from spon_plugin.sparsifiers.larosa import Larosa
 from spon_plugin.sparsifiers.rsparse import RSparse
+from spon_plugin.sparsifiers.sats import Sats
 from spon_plugin.sparsifiers.scap import Scap
 from spon_plugin.sparsifiers.sensitivity import Sensitivity
 from spon_plugin.sparsifiers.teal import Teal, TealGreedy
@@ -34,7 +37,10 @@ SPARSIFIERS: dict[str, type[Sparsifier]] = {
         Wina,
         Scap,
         Cats,
+        Sats,
+        Chess,
         TopK,
+        ActTail,
         Larosa,
         RSparse,
         Wanda,

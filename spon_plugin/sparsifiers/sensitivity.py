@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import nn
 
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.sensitivity import RATE, RowSample, collect_fisher, match_sparsity, solve
 from spon_plugin.decoder.sites import Site
 from spon_plugin.progress import Progress, no_progress
-from spon_plugin.sparsifiers.base import Statistics
+from spon_plugin.sparsifiers.base import Statistics, linear_by_linear
 from spon_plugin.sparsifiers.thresholds import ThresholdFitted, ThresholdSparsifier
 
 
@@ -49,16 +47,4 @@ class Sensitivity(ThresholdSparsifier):
         sites, windows, prefix = statistics.sites, statistics.windows, statistics.dense_prefix
         samples = [statistics.own[site.name] for site in sites]
         masks = match_sparsity(model, sites, solve(samples, sparsity), windows, sparsity, prefix)
-        alone = _linear_by_linear(statistics)
-        return SensitivityFitted(self.name, alone, sparsity, masks, "sensitivity", matched=True)
-
-
-def _linear_by_linear(statistics: Statistics) -> Statistics:
-    """The same statistics, with a site for every linear, named after it."""
-    alone = [
-        (site, replace(site, name=path, modules=(path,), module_weights=(weights,)))
-        for site in statistics.sites
-        for path, weights in zip(site.modules, site.module_weights, strict=True)
-    ]
-    histograms = {own.name: statistics.histograms[site.name] for site, own in alone}
-    return replace(statistics, sites=[own for _, own in alone], histograms=histograms)
+        return SensitivityFitted(self.name, linear_by_linear(statistics), sparsity, masks, "sensitivity", matched=True)

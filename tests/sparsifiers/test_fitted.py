@@ -19,7 +19,9 @@ from spon_plugin.weights.linears import linear_features
 
 WINDOWS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
 LAST = "model.layers.1.mlp.down_proj"
-TARGET = {"cats": 0.3}
+TARGET = {"cats": 0.3, "sats": 0.3, "chess": 0.3}
+GATED = ("cats", "sats")
+"""Methods that leave attention dense and mask the MLP's last linear."""
 ADAPTERS = ("teal", "teal-greedy", "sensitivity", "wina", "scap", "rsparse")
 ALLOCATION = {"teal-greedy": "greedy", "sensitivity": "sensitivity"}
 
@@ -112,12 +114,12 @@ def test_alphas_gradient_is_that_of_a_bias_through_the_dense_weight(model, fits,
 @pytest.mark.parametrize("method", SPARSIFIERS)
 def test_the_mean_bias_is_what_the_output_misses(model, fits, method):
     biases = mean_biases(model, fits[method], WINDOWS)
-    path = next(iter(fits[method].modules)) if method != "cats" else "model.layers.0.mlp.down_proj"
+    path = next(iter(fits[method].modules)) if method not in GATED else "model.layers.0.mlp.down_proj"
     start = fits[method].skip
     dense, _ = outputs_of(model, path)
     with fits[method].attach(model, biases={path: biases[path]}):
         sparse, _ = outputs_of(model, path)
-    # Up to this linear everything but itself (and, for CATS, attention) is dense.
+    # Up to this linear everything but itself (and, for `GATED`, attention) is dense.
     torch.testing.assert_close(sparse[:, start:].mean((0, 1)), dense[:, start:].mean((0, 1)), rtol=1e-3, atol=2e-4)
     assert (biases[path]).abs().max() > 1e-3
 
@@ -176,7 +178,7 @@ def test_alphas_for_linears_that_stay_dense_are_refused(model, fits, kind, given
         pass
 
 
-@pytest.mark.parametrize("method", [name for name in SPARSIFIERS if name != "cats"])
+@pytest.mark.parametrize("method", [name for name, cls in SPARSIFIERS.items() if cls.universal])
 def test_conv1d(method):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=256, n_embd=48, n_layer=2, n_head=4, initializer_range=0.2)
@@ -219,7 +221,7 @@ def test_packed_weights_take_alphas_and_biases_and_refuse_methods_that_read_them
     torch.testing.assert_close(added - without, (weight @ alpha).expand_as(added), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(alpha.grad, weight.sum(0) * added.shape[:2].numel(), rtol=1e-3, atol=1e-3)
     assert mean_biases(model, fitted, WINDOWS)[LAST].abs().max() > 1e-3
-    for method in ("wina", "rsparse", "wanda"):
+    for method in ("wina", "rsparse", "wanda", "sats", "acttail"):
         with pytest.raises(SponError, match="down_proj: weight: got .*torch.int8.*expected one whose values"):
             get_sparsifier(method).fit(model, sites, WINDOWS, 0.5)
 
@@ -234,6 +236,8 @@ def test_extra_bytes_are_counted(model, fits):
     assert fits["scap"].extra_bytes(model) == fits["scap"].extra_bytes(model, [LAST]) == 4 * sites + 4 * outputs
     inputs = sum(linear_features(model.get_submodule(path))[0] for path in fits["teal"].modules)
     assert fits["sensitivity"].extra_bytes(model) == 2 * 4 * inputs + 4 * outputs
+    assert fits["cats"].extra_bytes(model) == fits["sats"].extra_bytes(model) == 4 * 2
+    assert fits["chess"].extra_bytes(model) == 4 * 2 * (96 + 2)
     assert fits["larosa"].extra_bytes(model) == 4 * 2 * 48 * 48
     counter = SparsityCounter()
     with fits["larosa"].attach(model, counter=counter):
