@@ -8,6 +8,15 @@ from typing import Any
 
 from spon_cli.output import percent, show_table
 from spon_plugin.studies.evaluation import Evaluation, share_recovered
+from spon_plugin.studies.quality import COMPARED
+from spon_plugin.studies.quality_tables import (
+    HEADINGS,
+    NOTES,
+    UNCERTAIN,
+    change_cells,
+    change_record,
+    quality_cells,
+)
 from spon_transformers.text_sources import TextSource
 
 
@@ -43,8 +52,17 @@ def as_json(
     results: Sequence[Evaluation],
     opening: str | None,
     baselines: Sequence[Evaluation] = (),
+    reference: str = "dense",
 ) -> list[dict[str, Any]]:
-    """One JSON object per text, with what its windows begin with and what its baseline gave if there is one."""
+    """One JSON object per text, with what its windows begin with and what its baseline gave if there is one.
+
+    Args:
+        sources: the texts.
+        results: of each.
+        opening: what their windows begin with.
+        baselines: of each, if there are any.
+        reference: what the results were compared with.
+    """
     values: list[dict[str, Any]] = [
         {
             "text": source.name,
@@ -55,6 +73,9 @@ def as_json(
             "window": result.window,
             "windows_begin_with": opening,
             "tokens": result.tokens,
+            "reference": reference,
+            "quality": {variant: found.figures() for variant, found in result.quality.items()},
+            "changes": {name: change_record(change) for name, change in result.changes().items()},
         }
         for source, result in zip(sources, results, strict=True)
     ]
@@ -73,7 +94,7 @@ def show_evaluations(sources: Sequence[TextSource], results: Sequence[Evaluation
         [
             source.name,
             *(result.perplexity.get(variant) for variant in ("dense", "teal", "spon")),
-            percent(result.recovered),
+            recovered(result),
             percent(result.sparsity["achieved"]),
             str(result.tokens),
         ]
@@ -87,3 +108,24 @@ def show_evaluations(sources: Sequence[TextSource], results: Sequence[Evaluation
         rows,
         caption="recovered = (TEAL - SPON) / (TEAL - dense)",
     )
+
+
+def recovered(result: Evaluation) -> str | None:
+    """The share that alpha recovers, unless its difference to the masks alone is not certain."""
+    change = result.changes().get("perplexity")
+    return percent(result.recovered) if change is None or change.certain else UNCERTAIN
+
+
+def show_quality(
+    sources: Sequence[TextSource], results: Sequence[Evaluation], reference: str = "the dense model"
+) -> None:
+    """Print how far every model is from the reference, and what alpha changes of it; one row per text and model."""
+    names = ("perplexity", *COMPARED)
+    rows = []
+    for source, result in zip(sources, results, strict=True):
+        for variant, quality in result.quality.items():
+            shown = quality_cells(quality.figures(), names)
+            rows.append([source.name, variant if variant == "dense" else variant.upper(), *shown])
+        if result.changes():
+            rows.append([source.name, "alpha's change", *change_cells(result.changes(), names)])
+    show_table(f"Beside {reference}", ["text", "model", "perplexity", *HEADINGS], rows, caption=NOTES)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ class OutputHead:
         config = model.config.get_text_config(decoder=True)
         self.factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self.cap = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weight is."""
+        return next(chain(self.linear.parameters(), self.linear.buffers())).device
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Compute the logits; no gradient reaches the linear's parameters in `kl_divergence`."""

@@ -16,6 +16,7 @@ from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers import Fitted, Statistics, get_sparsifier
 from spon_plugin.studies.evaluation import ALL, evaluate
+from spon_plugin.studies.quality import Reference
 from spon_plugin.training.loop import Losses, Teacher, train_alphas
 from spon_plugin.training.recipe import Recipe
 
@@ -44,6 +45,7 @@ class Bench:
     _statistics: dict[tuple[str, str], tuple[Statistics | SponError, float]] = field(default_factory=dict, init=False)
     _fitted: tuple[tuple[str, str, float], Fitted, float] | None = field(default=None, init=False)
     _teacher: tuple[str, Teacher] | None = field(default=None, init=False)
+    _references: dict[str, Reference] = field(default_factory=dict, init=False)
 
     def fit(self, method: str, windows: Tensor, sparsity: float) -> tuple[Fitted, float]:
         """A method at a sparsity. Each text is read once for each method; the statistics of the last one are kept.
@@ -100,10 +102,19 @@ class Bench:
         return train_alphas(self.model, fitted, teacher, recipe, alpha_modules, self.seed, progress)
 
     def evaluate(self, fitted: Fitted | None, label: str, **added: Any) -> dict[str, dict[str, Any]]:
-        """Test -> figures of `evaluation.evaluate`; the dense model's for None. `label` says what is evaluated."""
-        return {
-            name: evaluate(
-                self.model, fitted, windows, self.protocol, progress=self.stage(f"{label}: evaluating"), **added
-            ).figures()
-            for name, windows in self.tests.items()
-        }
+        """Test -> figures of `evaluation.evaluate`; the dense model's for None. `label` says what is evaluated.
+
+        They are compared with the dense model's.
+        """
+        figures = {}
+        for name, windows in self.tests.items():
+            given = {"reference": self.reference(name), "progress": self.stage(f"{label}: evaluating"), **added}
+            figures[name] = evaluate(self.model, fitted, windows, self.protocol, **given).figures()
+        return figures
+
+    def reference(self, test: str) -> Reference:
+        """The dense model on the windows of a test."""
+        if test not in self._references:
+            progress = self.stage("Dense model on the test text")
+            self._references[test] = Reference(self.model, self.tests[test], progress=progress)
+        return self._references[test]

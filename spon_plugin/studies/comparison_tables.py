@@ -7,9 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from spon_plugin.sparsifiers import get_sparsifier
+from spon_plugin.studies.bootstrap import excludes_zero, interval
 from spon_plugin.studies.comparison import DENSE, MEAN, OFF, ON, Key, by_key
 from spon_plugin.studies.evaluation import share_recovered
+from spon_plugin.studies.quality import COMPARED, changes
+from spon_plugin.studies.quality_tables import HEADINGS, UNCERTAIN, flat_record, quality_cells
+from spon_plugin.studies.quality_tables import NOTES as QUALITY_NOTES
 from spon_plugin.studies.tables import markdown_table, number
 
 Row = Mapping[str, Any]
@@ -38,9 +45,8 @@ def recovered(row: Row, rows: Sequence[Row], text: str) -> float | None:
     Returns:
         None where there is no TEAL row, no gap, or the row is TEAL's.
     """
-    dense = next((r for r in rows if r["method"] == DENSE), None)
-    teal = next((r for k, r in by_key(rows) if (k.method, k.sparsity, k.alpha) == ("teal", row["sparsity"], OFF)), None)
-    if dense is None or teal is None or teal is row:
+    dense, teal = _dense(rows), _teal(row, rows)
+    if dense is None or teal is None:
         return None
     return share_recovered(*(r["texts"][text]["perplexity"] for r in (dense, teal, row)))
 
@@ -56,23 +62,85 @@ def recovered_at_equal_bytes(row: Row, rows: Sequence[Row], text: str) -> float 
     Returns:
         None where TEAL has fewer than two rows, saves less than this row in all of them, or has no gap.
     """
-    dense = next((r["texts"][text]["perplexity"] for r in rows if r["method"] == DENSE), None)
-    results = [r["texts"][text] for k, r in by_key(rows) if (k.method, k.alpha) == ("teal", OFF)]
-    points = sorted(
-        (math.log(r["saved"]), math.log(math.log(r["perplexity"] / dense)))
-        for r in results
-        if dense and r["perplexity"] and r["perplexity"] > dense and r["saved"] > 0
+    between = _between(row, rows, text)
+    if between is None:
+        return None
+    dense, first, second, place = between
+    low, high = (math.log(math.log(result["perplexity"] / dense["perplexity"])) for result in (first, second))
+    loss = math.exp(low + (high - low) * place)
+    own = row["texts"][text]["perplexity"]
+    return share_recovered(dense["perplexity"], dense["perplexity"] * math.exp(loss), own)
+
+
+def share_cells(row: Row, rows: Sequence[Row], text: str) -> list[str]:
+    """Both shares, where the difference in perplexity that they are of is certain."""
+    shares = recovered(row, rows, text), recovered_at_equal_bytes(row, rows, text)
+    certain = certain_change(row, rows, text), certain_at_equal_bytes(row, rows, text)
+    return [
+        "" if share is None else UNCERTAIN if sure is False else f"{share:.2f}"
+        for share, sure in zip(shares, certain, strict=True)
+    ]
+
+
+def certain_change(row: Row, rows: Sequence[Row], text: str) -> bool | None:
+    """Whether the row's perplexity differs from TEAL's at its target; None where rows do not say it (`changes`)."""
+    teal = _teal(row, rows)
+    if teal is None:
+        return None
+    before, after = (r["texts"][text].get("windows") or {} for r in (teal, row))
+    change = changes(before, after).get("perplexity")
+    return None if change is None else change.certain
+
+
+def certain_at_equal_bytes(row: Row, rows: Sequence[Row], text: str) -> bool | None:
+    """The same of what TEAL would have where it saves as many bytes, its two rows and the dense one drawn along."""
+    between = _between(row, rows, text)
+    if between is None:
+        return None
+    results, place = [*between[:3], row["texts"][text]], between[3]
+    columns = [(result.get("windows") or {}).get("nll") for result in results]
+    if not all(column and None not in column for column in columns):
+        return None
+
+    def difference(mean: Tensor) -> Tensor:
+        dense, first, second, own = mean
+        loss = torch.exp((1 - place) * (first - dense).log() + place * (second - dense).log())
+        return own - dense - loss
+
+    return excludes_zero(interval(torch.tensor(columns, dtype=torch.float64), difference))
+
+
+def _dense(rows: Sequence[Row]) -> Row | None:
+    return next((row for row in rows if row["method"] == DENSE), None)
+
+
+def _teal(row: Row, rows: Sequence[Row]) -> Row | None:
+    """TEAL's row without alpha at the target of another row; None for that row itself."""
+    found = next(
+        (r for k, r in by_key(rows) if (k.method, k.sparsity, k.alpha) == ("teal", row["sparsity"], OFF)), None
     )
+    return None if found is row else found
+
+
+def _between(row: Row, rows: Sequence[Row], text: str) -> tuple[Row, Row, Row, float] | None:
+    """The results of the dense model and of the two TEAL rows around this one, and its place between their logarithms.
+
+    Returns:
+        None as `recovered_at_equal_bytes`; the place is negative for a row that saves less than the first.
+    """
+    dense = (_dense(rows) or {"texts": {text: {"perplexity": None}}})["texts"][text]
     own = row["texts"][text]
-    if dense is None or (row["method"], row["alpha"]) == ("teal", OFF) or len(points) < 2 or own["saved"] <= 0:
+    if not dense["perplexity"] or (row["method"], row["alpha"]) == ("teal", OFF) or own["saved"] <= 0:
         return None
-    at = math.log(own["saved"])
-    if at > points[-1][0]:
+    results = [r["texts"][text] for k, r in by_key(rows) if (k.method, k.alpha) == ("teal", OFF)]
+    above = [r for r in results if r["perplexity"] and r["perplexity"] > dense["perplexity"] and r["saved"] > 0]
+    above.sort(key=lambda result: result["saved"])
+    if len(above) < 2 or own["saved"] > above[-1]["saved"]:
         return None
-    index = next(i for i in range(1, len(points)) if at <= points[i][0])
-    (x0, y0), (x1, y1) = points[index - 1], points[index]
-    loss = math.exp(y0 + (y1 - y0) * (at - x0) / (x1 - x0))
-    return share_recovered(dense, dense * math.exp(loss), own["perplexity"])
+    index = next(i for i in range(1, len(above)) if own["saved"] <= above[i]["saved"])
+    first, second = above[index - 1], above[index]
+    start, end = math.log(first["saved"]), math.log(second["saved"])
+    return dense, first, second, (math.log(own["saved"]) - start) / (end - start)
 
 
 def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -86,9 +154,11 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "sparsity": key.sparsity,
                     "alpha": key.alpha,
                     "text": text,
-                    "perplexity": result["perplexity"],
+                    **flat_record(result),
                     "of_teals_gap": recovered(row, rows, text),
+                    "of_teals_gap_certain": certain_change(row, rows, text),
                     "of_teals_gap_at_equal_bytes": recovered_at_equal_bytes(row, rows, text),
+                    "of_teals_gap_at_equal_bytes_certain": certain_at_equal_bytes(row, rows, text),
                     "masked": result["masked"],
                     "bytes_saved": result["saved"],
                     "extra_bytes_per_layer": row["extra_bytes_per_layer"],
@@ -119,15 +189,39 @@ def markdown(rows: Sequence[Row]) -> str:
         if "skipped" in row
     )
     missing = ["", "No row for:", "", *skipped] if skipped else []
-    return "\n".join([*lines, "", f"{protocol} {NOTES}", *missing]) + "\n"
+    beside = [
+        "## Beside the dense model",
+        "",
+        *markdown_table(quality_columns(names), [quality_line(key, row, names) for key, row in ordered], text=3),
+        "",
+        QUALITY_NOTES,
+    ]
+    return "\n".join([*lines, "", f"{protocol} {NOTES}", *missing, "", *beside]) + "\n"
+
+
+def quality_columns(names: Sequence[str]) -> list[str]:
+    """Headings of the table of divergences."""
+    return [
+        "sparsity",
+        "method",
+        "alpha",
+        *(f"{name}: {title}" for name in names for title in ("perplexity", *HEADINGS)),
+    ]
+
+
+def quality_line(key: Key, row: Row, names: Sequence[str]) -> list[str]:
+    """A line of it."""
+    line = [f"{key.sparsity:.0%}", get_sparsifier(key.method).title, alpha_title(key.alpha)]
+    for name in names:
+        line += quality_cells(row["texts"][name], ("perplexity", *COMPARED))
+    return line
 
 
 def cells(key: Key, row: Row, rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     """A line of the table."""
     line = [f"{key.sparsity:.0%}", get_sparsifier(key.method).title, alpha_title(key.alpha)]
     for name in names:
-        shares = recovered(row, rows, name), recovered_at_equal_bytes(row, rows, name)
-        line += [number(row["texts"][name]["perplexity"]), *("" if s is None else f"{s:.2f}" for s in shares)]
+        line += [number(row["texts"][name]["perplexity"]), *share_cells(row, rows, name)]
     for field in ("masked", "saved"):
         line.append(f"{mean(result[field] for result in row['texts'].values()):.1%}")
     line.append(f"{row['extra_bytes_per_layer'] / 1000:.1f}")

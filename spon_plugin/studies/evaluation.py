@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.decoder.attachment import SparseMethod
 from spon_plugin.decoder.masked_linears import MaskedLinears
-from spon_plugin.decoder.positions import whole_windows
 from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
+from spon_plugin.studies.quality import Change, Quality, Reference, changes, score
 
 ALL, LAST_HALF, ALL_BUT_FIRST = "all", "last-half", "all-but-first"
 PROTOCOLS = (ALL, LAST_HALF, ALL_BUT_FIRST)
@@ -41,7 +38,6 @@ def dense_prefix_of(protocol: str, window: int, own: int = 0) -> int:
     return {ALL: own, LAST_HALF: window // 2, ALL_BUT_FIRST: 1}[protocol]
 
 
-@torch.no_grad()
 def perplexity(
     model: nn.Module,
     windows: Tensor,
@@ -49,10 +45,22 @@ def perplexity(
     batch_size: int = 4,
     progress: Progress = no_progress,
 ) -> float:
-    """Perplexity over independent windows.
+    """Perplexity over independent windows: `quality`'s, for whoever wants nothing else."""
+    return quality(model, windows, protocol, batch_size, progress).perplexity
+
+
+def quality(
+    model: nn.Module,
+    windows: Tensor,
+    protocol: str = ALL,
+    batch_size: int = 4,
+    progress: Progress = no_progress,
+    reference: Reference | None = None,
+) -> Quality:
+    """Perplexity over independent windows, and how far the predictions are from a reference's.
 
     All predictions within a window count; under ``last-half`` those that sparse positions make. Windows do not overlap
-    and carry no context, so the figure depends on the window: say it with the number.
+    and carry no context, so the figures depend on the window: say it with the number.
 
     Args:
         model: anything that maps ``input_ids=`` to an object with ``logits`` ``[batch, length, vocabulary]``.
@@ -60,6 +68,7 @@ def perplexity(
         protocol: one of `PROTOCOLS`; says which predictions count, not which positions are masked.
         batch_size: windows per forward pass.
         progress: called after each pass.
+        reference: to compare with, made on the same windows.
 
     Raises:
         SponError: no window has a prediction.
@@ -69,20 +78,7 @@ def perplexity(
     first = dense_prefix_of(protocol, windows.shape[1]) if protocol == LAST_HALF else 0
     if windows.shape[1] < first + 2:
         raise SponError.of("windows", tuple(windows.shape), f"windows of at least {first + 2} tokens for {protocol}")
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for start in range(0, len(windows), batch_size):
-        ids = windows[start : start + batch_size].to(device)
-        with whole_windows():
-            logits = model(input_ids=ids).logits[:, first:-1]
-        for row, target in zip(logits, ids[:, first + 1 :], strict=True):  # row by row: one window's float32 logits
-            total += F.cross_entropy(row.float(), target, reduction="sum").item()
-        count += ids[:, first + 1 :].numel()
-        progress(start + len(ids), len(windows))
-    try:
-        return math.exp(total / count)
-    except OverflowError:  # more than 709 nats a token
-        return math.inf
+    return score(model, windows, first, batch_size, progress, reference).quality()
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ class Measurement:
     """What `evaluate` measured on one text.
 
     Attributes:
-        perplexity: over the windows.
+        quality: perplexity, and what was compared with a reference.
         window: tokens per window.
         tokens: tokens in all windows.
         masked: the share of the model's weights that go unused; None for the dense model.
@@ -98,16 +94,21 @@ class Measurement:
         per_module: achieved sparsity of every sparsified linear.
     """
 
-    perplexity: float
+    quality: Quality
     window: int
     tokens: int
     masked: float | None = None
     saved: float | None = None
     per_module: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def perplexity(self) -> float:
+        """Over the windows."""
+        return self.quality.perplexity
+
     def figures(self) -> dict[str, Any]:
         """For a study's row; without `masked` and `saved` where there are none."""
-        row = {"tokens": self.tokens, "window": self.window, "perplexity": self.perplexity}
+        row = {"tokens": self.tokens, "window": self.window, **self.quality.figures()}
         return row if self.masked is None else {**row, "masked": self.masked, "saved": self.saved}
 
 
@@ -117,6 +118,7 @@ class Evaluation:
 
     Attributes:
         perplexity: ``dense``, ``teal`` and ``spon``; the last is missing for an adapter without alphas.
+        quality: all figures of those that were measured here, compared with the dense model or another reference.
         sparsity: ``target``, and ``achieved`` in the sparse model on this text.
         per_module: achieved sparsity of every sparsified linear.
         protocol: one of `PROTOCOLS`.
@@ -130,6 +132,13 @@ class Evaluation:
     window: int
     tokens: int
     per_module: dict[str, float] = field(default_factory=dict)
+    quality: dict[str, Quality] = field(default_factory=dict)
+
+    def changes(self) -> dict[str, Change]:
+        """What alpha changes of the masks' figures; empty without alphas."""
+        if not {"teal", "spon"} <= self.quality.keys():
+            return {}
+        return changes(self.quality["teal"].windows, self.quality["spon"].windows)
 
     @property
     def recovered(self) -> float | None:
@@ -157,9 +166,10 @@ def evaluate(
     protocol: str = ALL,
     batch_size: int = 4,
     progress: Progress = no_progress,
+    reference: Reference | None = None,
     **added: Any,
 ) -> Measurement:
-    """Perplexity of `model` run sparsely, and how much goes unused on this text.
+    """Perplexity of `model` run sparsely, how far it is from a reference, and how much goes unused on this text.
 
     Args:
         model: the dense model.
@@ -168,6 +178,7 @@ def evaluate(
         protocol: see `dense_prefix_of`. A static method masks every position under any.
         batch_size: windows per forward pass.
         progress: called after each pass.
+        reference: to compare with, made on the same windows.
         added: ``alphas=`` or ``biases=`` of `SparseMethod.attach`.
 
     Raises:
@@ -176,10 +187,10 @@ def evaluate(
     prefix = dense_prefix_of(protocol, windows.shape[-1], 0 if method is None else method.dense_prefix)
     size = int(windows.shape[-1]), int(windows.numel())
     if method is None:
-        return Measurement(perplexity(model, windows, protocol, batch_size, progress), *size)
+        return Measurement(quality(model, windows, protocol, batch_size, progress, reference), *size)
     counter = SparsityCounter()
     with method.attach(model, counter=counter, dense_prefix=None if method.static else prefix, **added):
-        measured = perplexity(model, windows, protocol, batch_size, progress)
+        measured = quality(model, windows, protocol, batch_size, progress, reference)
     masked, saved = method.masked_share(counter), 1 - method.read_share(counter)
     return Measurement(measured, *size, masked, saved, counter.per_module())
 
@@ -192,6 +203,7 @@ def evaluate_variants(
     batch_size: int = 4,
     progress: Progress = no_progress,
     known: Mapping[str, float] | None = None,
+    reference: Reference | None = None,
 ) -> Evaluation:
     """`evaluate` of `model` dense, under the adapter's masks (TEAL), and under masks and alphas (SPON).
 
@@ -203,6 +215,8 @@ def evaluate_variants(
         batch_size: windows per forward pass.
         progress: called after each pass, over all three models.
         known: perplexities of these windows that were measured before, by variant; they are not measured again.
+        reference: what to compare with, made on these windows, such as the model before it was quantized; by default
+            the dense model.
 
     Raises:
         SponError: the adapter does not fit or brings whole modules, the protocol is unknown, or the windows are empty.
@@ -214,16 +228,19 @@ def evaluate_variants(
     )
     possible = ("dense", "teal", "spon") if adapter.has_alpha else ("dense", "teal")
     variants = [variant for variant in possible if variant not in result.perplexity]
-    steps = len(variants) * len(windows)
+    before = len(windows) if reference is None else 0
+    steps = before + len(variants) * len(windows)
+    if reference is None:
+        reference = Reference(model, windows, batch_size, lambda done, _total: progress(done, steps))
     for index, variant in enumerate(variants):
 
         def advance(done: int, _total: int, index: int = index) -> None:
-            progress(index * len(windows) + done, steps)
+            progress(before + index * len(windows) + done, steps)
 
         tried, alphas = None if variant == "dense" else method, method.alphas if variant == "spon" else None
         added = {} if tried is None else {"alphas": alphas}
-        measured = evaluate(model, tried, windows, protocol, batch_size, advance, **added)
-        result.perplexity[variant] = measured.perplexity
+        measured = evaluate(model, tried, windows, protocol, batch_size, advance, reference, **added)
+        result.perplexity[variant], result.quality[variant] = measured.quality.perplexity, measured.quality
         if measured.masked is not None:
             result.sparsity["achieved"], result.per_module = measured.masked, measured.per_module
     return result

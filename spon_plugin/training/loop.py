@@ -56,6 +56,11 @@ class Teacher:
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
         return logits
 
+    def logits(self, row: int, tokens: slice) -> Tensor:
+        """The dense model's, for some tokens of a window: ``[tokens, vocabulary]``, where its head is."""
+        states = self.states[row, tokens]
+        return states if self.head is None else self.head(states.to(self.head.device))
+
     def first(self, count: int) -> Teacher:
         """The same for the first `count` windows, sharing the states."""
         part = copy.copy(self)

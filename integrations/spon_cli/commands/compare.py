@@ -25,7 +25,17 @@ from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.sites import target_names
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier, method_names
 from spon_plugin.studies.comparison import DENSE, MEAN, OFF, ON, QUICK, Comparison, Key, by_key, keys
-from spon_plugin.studies.comparison_tables import SHARES, alpha_title, cells, markdown, mean, records
+from spon_plugin.studies.comparison_tables import (
+    SHARES,
+    alpha_title,
+    cells,
+    markdown,
+    mean,
+    quality_columns,
+    quality_line,
+    records,
+)
+from spon_plugin.studies.quality_tables import NOTES as QUALITY_NOTES
 from spon_plugin.studies.rows import SETTINGS, RowStore
 from spon_plugin.studies.tables import csv_text, json_text, number
 from spon_plugin.training.recipe import Recipe
@@ -167,6 +177,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     columns += ["masked", "bytes saved", "extra kB", "calib. s", "train s"]
     ordered = sorted(by_key(rows), key=lambda item: item[0].sparsity)
     show_table("Perplexity", columns, [cells(key, row, rows, names) for key, row in ordered])
+    lines = [quality_line(key, row, names) for key, row in ordered]
+    show_table("Beside the dense model", quality_columns(names), lines, caption=QUALITY_NOTES)
     for row in (row for row in rows if "skipped" in row):
         note(f"no row for {row['method']} at {row['sparsity']:.0%}, alpha {row['alpha']}: {row['skipped']}")
 

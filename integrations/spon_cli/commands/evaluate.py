@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from spon_cli import options
 from spon_cli.command import Between, command
-from spon_cli.evaluation_tables import as_json, show_baselines, show_evaluations
+from spon_cli.evaluation_tables import as_json, show_baselines, show_evaluations, show_quality
 from spon_cli.model_card import put_evaluations
 from spon_cli.output import show_json
 from spon_cli.progress import progress_bars
@@ -21,7 +23,9 @@ from spon_plugin.adapter.directory import is_adapter
 from spon_plugin.adapter.hub import CARD_NAME
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.studies.evaluation import ALL, PROTOCOLS, evaluate_variants
+from spon_plugin.studies.quality import Reference
 from spon_transformers.precision import QUANTIZED, check_precision
+from spon_transformers.text_sources import TextSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,14 @@ class EvalOptions(options.ModelOptions, options.TextOptions, options.JsonOptions
     adapter: options.AdapterOption
     baseline: Annotated[
         Path | None, typer.Option(help="Another adapter, whose masks alone are the yardstick: plain TEAL, say.")
+    ] = None
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Another MODEL with the same tokenizer, from which KL and the like are measured, as the one before "
+            "quantization.",
+            show_default="the dense model",
+        ),
     ] = None
     window: options.Window = 512
     max_tokens: Annotated[
@@ -52,13 +64,17 @@ class EvalOptions(options.ModelOptions, options.TextOptions, options.JsonOptions
 def eval_command(given: EvalOptions) -> None:
     """Measure the perplexity of the dense model, of its masks alone (TEAL) and with alpha (SPON).
 
+    And how far from the dense model's their predictions are, in the terms of llama.cpp: mean and 99th-percentile KL,
+    share of the same top token, root mean square of the change of the right token's probability; with confidence
+    intervals.
+
     With several texts, each is measured for itself: report in-domain and out-of-domain side by side.
 
     [dim]spon eval ./model --adapter spon50 --text wiki.test.txt --window 512 --max-tokens 16384[/dim]
 
     [dim]spon eval ./model --adapter sensitivity50 --baseline teal50 --text wiki.test.txt[/dim]
 
-    [dim]spon eval ./model --adapter spon50 --precision int4 --text wiki.test.txt[/dim]
+    [dim]spon eval ./model --adapter spon50 --precision int4 --reference ./model --text wiki.test.txt[/dim]
     """
     options.check_choice("protocol", given.protocol, PROTOCOLS)
     if given.precision is not None:
@@ -70,6 +86,7 @@ def eval_command(given: EvalOptions) -> None:
     adapter.check_masks_alone("spon eval")
     yardstick = None if given.baseline is None else read_adapter(given.baseline).without_alpha()
     sources = given.sources("test")
+    references = _references(given, sources)
     loaded = given.load(precision=given.precision)
     for tried in (adapter, yardstick):
         if tried is not None:
@@ -79,17 +96,34 @@ def eval_command(given: EvalOptions) -> None:
         for source in sources:
             windows = loaded.leading_windows(source, given.window, given.max_tokens)
             common = windows, given.protocol, given.batch_size
-            result = evaluate_variants(loaded.model, adapter, *common, stage(source.name))
+            reference = references.get(source.name)
+            if reference is not None and not torch.equal(reference.windows, windows):
+                raise SponError.of("reference", given.reference, "a model with the same tokenizer")
+            result = evaluate_variants(loaded.model, adapter, *common, stage(source.name), reference=reference)
             results.append(result)
             if yardstick is not None:
                 known, bar = {"dense": result.perplexity["dense"]}, stage(f"{source.name}, baseline")
-                baselines.append(evaluate_variants(loaded.model, yardstick, *common, bar, known))
+                baselines.append(evaluate_variants(loaded.model, yardstick, *common, bar, known, reference))
     if given.card:
         put_evaluations(given.adapter / CARD_NAME, adapter, list(zip(sources, results, strict=True)))
     if given.json:
-        values = as_json(sources, results, loaded.opening, baselines)
+        values = as_json(sources, results, loaded.opening, baselines, given.reference or "dense")
         show_json(values[0] if len(values) == 1 else {"texts": values})
         return
     show_evaluations(sources, results, loaded.opening)
+    show_quality(sources, results, given.reference or "the dense model")
     if baselines:
         show_baselines(sources, results, baselines)
+
+
+def _references(given: EvalOptions, sources: Sequence[TextSource]) -> dict[str, Reference]:
+    """What the reference model, if another one was named, makes of each text; the model itself is not kept."""
+    if given.reference is None:
+        return {}
+    loaded = given.load(base=given.reference)
+    found = {}
+    with progress_bars() as stage:
+        for source in sources:
+            windows = loaded.leading_windows(source, given.window, given.max_tokens)
+            found[source.name] = Reference(loaded.model, windows, given.batch_size, stage(f"{source.name}, reference"))
+    return found
