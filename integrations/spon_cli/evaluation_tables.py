@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spon_cli.output import percent, show_table
 from spon_plugin.studies.evaluation import Evaluation, share_recovered
+from spon_plugin.studies.last_word import LastWords, change
 from spon_plugin.studies.quality import COMPARED
 from spon_plugin.studies.quality_tables import (
     HEADINGS,
     NOTES,
     UNCERTAIN,
+    change_cell,
     change_cells,
     change_record,
     quality_cells,
+    with_interval,
 )
 from spon_transformers.text_sources import TextSource
 
@@ -129,3 +132,13 @@ def show_quality(
         if result.changes():
             rows.append([source.name, "alpha's change", *change_cells(result.changes(), names)])
     show_table(f"Beside {reference}", ["text", "model", "perplexity", *HEADINGS], rows, caption=NOTES)
+
+
+def show_last_words(guessed: Mapping[str, LastWords]) -> None:
+    """Print the share of last words that every model gets right, and whether alpha changes it."""
+    shares = {name: with_interval("same_top", found.accuracy, found.ends) for name, found in guessed.items()}
+    rows = [[name if name == "dense" else name.upper(), shown] for name, shown in shares.items()]
+    if "spon" in guessed:
+        rows.append(["alpha's change", change_cell("same_top", change(guessed["teal"].right, guessed["spon"].right))])
+    count = len(guessed["dense"].right)
+    show_table("LAMBADA", ["model", "accuracy"], rows, caption=f"Last words of {count} passages, greedy.")

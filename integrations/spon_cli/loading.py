@@ -16,6 +16,7 @@ from spon_plugin import Site, find_sites, machine
 from spon_plugin.adapter.hub import hub_id_of
 from spon_plugin.calibration.text import leading_windows, mixed_windows, opening_text
 from spon_plugin.decoder.left_dense import left_dense
+from spon_plugin.studies.last_word import Passage, encode
 from spon_transformers.loading import user_path
 from spon_transformers.text_sources import TextSource
 from spon_transformers.windows import check_ids, check_length
@@ -69,6 +70,18 @@ class Loaded:
         """
         check_ids(self.model, ids)
         return ids
+
+    def encoded(self, texts: Sequence[str]) -> list[Passage]:
+        """Passages whose last words are to be guessed; see `last_word.encode`.
+
+        Raises:
+            SponError: the model cannot read one of them.
+        """
+        passages = encode(self.tokenizer, texts)
+        for passage in passages:
+            check_length(self.model, len(passage.ids))
+            self.checked(passage.ids)
+        return passages
 
     @property
     def opening(self) -> str | None:

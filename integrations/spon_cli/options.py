@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from spon_plugin.files import check_new, claim
 from spon_plugin.sparsifiers.calibrate import METHODS
 from spon_plugin.sparsifiers.registry import adapter_methods, adapter_sparsifier
 from spon_plugin.studies.evaluation import ALL, LAST_HALF, PROTOCOLS
+from spon_plugin.studies.last_word import read_passages
 from spon_plugin.training.recipe import Recipe
 from spon_transformers.text_sources import TextSource, text_sources
 
@@ -113,6 +115,25 @@ class TextOptions:
     def sources(self, part: str = "all") -> list[TextSource]:
         """Read the texts; see `text_sources`."""
         return text_sources(self.text, self.dataset, part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastWordOptions:
+    """For commands that ask for the last words of passages."""
+
+    lambada: Annotated[
+        Path | None,
+        typer.Option(help='LAMBADA, JSON lines with a "text" each: how many last words are guessed right, too.'),
+    ] = None
+    passages: Annotated[int, typer.Option(help="How many of its passages, from the first."), Between(1, MANY)] = 200
+
+    def last_word_texts(self) -> list[str]:
+        """Read the passages; see `read_passages`."""
+        return [] if self.lambada is None else read_passages(self.lambada, self.passages)
+
+    def last_word_settings(self, texts: Sequence[str]) -> dict[str, Any]:
+        """What rows with last words must agree in; see `RowStore`."""
+        return {"last_words": sha256("\n".join(texts).encode()).hexdigest() if texts else None}
 
 
 @dataclass(frozen=True, kw_only=True)

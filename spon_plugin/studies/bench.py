@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers import Fitted, Statistics, get_sparsifier
 from spon_plugin.studies.evaluation import ALL, evaluate
+from spon_plugin.studies.last_word import Passage, last_words
 from spon_plugin.studies.quality import Reference
 from spon_plugin.training.loop import Losses, Teacher, train_alphas
 from spon_plugin.training.recipe import Recipe
@@ -29,6 +31,7 @@ class Bench:
         model: the dense model.
         sites: from `find_sites`.
         tests: name -> token ids ``[count, length]`` to evaluate on.
+        passages: whose last words are to be guessed; see `last_word`.
         protocol: see `evaluation.dense_prefix_of`.
         seed: of the order of the training windows.
         stage: gives the progress callback of each piece of work by its name.
@@ -38,6 +41,7 @@ class Bench:
     model: nn.Module
     sites: list[Site]
     tests: Mapping[str, Tensor]
+    passages: Sequence[Passage] = ()
     protocol: str = ALL
     seed: int = 0
     stage: Callable[[str], Progress] = lambda _name: no_progress
@@ -111,6 +115,14 @@ class Bench:
             given = {"reference": self.reference(name), "progress": self.stage(f"{label}: evaluating"), **added}
             figures[name] = evaluate(self.model, fitted, windows, self.protocol, **given).figures()
         return figures
+
+    def last_words(self, fitted: Fitted | None, label: str, **added: Any) -> dict[str, Any]:
+        """``last_word`` of a row: `LastWords.figures`; nothing without passages."""
+        if not self.passages:
+            return {}
+        with nullcontext() if fitted is None else fitted.attach(self.model, **added):
+            found = last_words(self.model, self.passages, progress=self.stage(f"{label}: last words"))
+        return {"last_word": found.figures()}
 
     def reference(self, test: str) -> Reference:
         """The dense model on the windows of a test."""

@@ -93,7 +93,7 @@ class Comparison(Bench):
             SponError: an alpha names no linear, or there is less text than the recipe takes; before any work.
         """
         self.check(wanted)
-        rows = [store.kept(DENSE, lambda: {"method": DENSE, "texts": self.evaluate(None, DENSE)}, self.done)]
+        rows = [store.kept(DENSE, self._dense, self.done)]
         for method in dict.fromkeys(key.method for key in wanted):
             mine = [key for key in wanted if key.method == method]
             rows += [store.kept(key.name, partial(self._measure, key), self.done) for key in mine]
@@ -111,6 +111,9 @@ class Comparison(Bench):
             remedy = "Use more text, or fewer windows, but not fewer than a step's."
             raise SponError.of("training windows", len(self.training), f"at least {least}", remedy)
 
+    def _dense(self) -> dict[str, Any]:
+        return {"method": DENSE, "texts": self.evaluate(None, DENSE), **self.last_words(None, DENSE)}
+
     def _measure(self, key: Key) -> dict[str, Any]:
         row: dict[str, Any] = {"method": key.method, "sparsity": key.sparsity, "alpha": key.alpha}
         label = f"{key.method} {key.sparsity:.0%}"
@@ -125,6 +128,7 @@ class Comparison(Bench):
             seconds["mean" if key.alpha == MEAN else "training"] = time.perf_counter() - start
         start = time.perf_counter()
         row["texts"] = self.evaluate(fitted, f"{label}, alpha {key.alpha}", **added)
+        row |= self.last_words(fitted, f"{label}, alpha {key.alpha}", **added)
         seconds["evaluation"] = time.perf_counter() - start
         blocks = len(decoder_blocks(self.model))
         carriers = {path for vectors in added.values() for path in vectors}

@@ -15,7 +15,14 @@ from spon_plugin.studies.bootstrap import excludes_zero, interval
 from spon_plugin.studies.comparison import DENSE, MEAN, OFF, ON, Key, by_key
 from spon_plugin.studies.evaluation import share_recovered
 from spon_plugin.studies.quality import COMPARED, changes
-from spon_plugin.studies.quality_tables import HEADINGS, UNCERTAIN, flat_record, quality_cells
+from spon_plugin.studies.quality_tables import (
+    HEADINGS,
+    UNCERTAIN,
+    flat_record,
+    last_word_cells,
+    last_word_columns,
+    quality_cells,
+)
 from spon_plugin.studies.quality_tables import NOTES as QUALITY_NOTES
 from spon_plugin.studies.tables import markdown_table, number
 
@@ -164,6 +171,7 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "extra_bytes_per_layer": row["extra_bytes_per_layer"],
                     "calibration_seconds": row["seconds"]["calibration"],
                     "training_seconds": row["seconds"].get("training"),
+                    "lambada": row["last_word"]["accuracy"] if "last_word" in row else None,
                     "tokens": result["tokens"],
                     "window": result["window"],
                 }
@@ -192,21 +200,18 @@ def markdown(rows: Sequence[Row]) -> str:
     beside = [
         "## Beside the dense model",
         "",
-        *markdown_table(quality_columns(names), [quality_line(key, row, names) for key, row in ordered], text=3),
+        *markdown_table(quality_columns(rows), [quality_line(key, row, names) for key, row in ordered], text=3),
         "",
         QUALITY_NOTES,
     ]
     return "\n".join([*lines, "", f"{protocol} {NOTES}", *missing, "", *beside]) + "\n"
 
 
-def quality_columns(names: Sequence[str]) -> list[str]:
+def quality_columns(rows: Sequence[Row]) -> list[str]:
     """Headings of the table of divergences."""
-    return [
-        "sparsity",
-        "method",
-        "alpha",
-        *(f"{name}: {title}" for name in names for title in ("perplexity", *HEADINGS)),
-    ]
+    dense = next(row for row in rows if row["method"] == DENSE)
+    columns = [f"{name}: {title}" for name in dense["texts"] for title in ("perplexity", *HEADINGS)]
+    return ["sparsity", "method", "alpha", *columns, *last_word_columns(dense)]
 
 
 def quality_line(key: Key, row: Row, names: Sequence[str]) -> list[str]:
@@ -214,7 +219,7 @@ def quality_line(key: Key, row: Row, names: Sequence[str]) -> list[str]:
     line = [f"{key.sparsity:.0%}", get_sparsifier(key.method).title, alpha_title(key.alpha)]
     for name in names:
         line += quality_cells(row["texts"][name], ("perplexity", *COMPARED))
-    return line
+    return [*line, *last_word_cells(row)]
 
 
 def cells(key: Key, row: Row, rows: Sequence[Row], names: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from spon_plugin.decoder.masked_linears import MaskedLinears
 from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
+from spon_plugin.studies.last_word import LastWords, Passage, last_words
 from spon_plugin.studies.quality import Change, Quality, Reference, changes, score
 
 ALL, LAST_HALF, ALL_BUT_FIRST = "all", "last-half", "all-but-first"
@@ -119,6 +120,7 @@ class Evaluation:
     Attributes:
         perplexity: ``dense``, ``teal`` and ``spon``; the last is missing for an adapter without alphas.
         quality: all figures of those that were measured here, compared with the dense model or another reference.
+        last_words: of the same, where `evaluate_last_words` has put them in.
         sparsity: ``target``, and ``achieved`` in the sparse model on this text.
         per_module: achieved sparsity of every sparsified linear.
         protocol: one of `PROTOCOLS`.
@@ -133,6 +135,7 @@ class Evaluation:
     tokens: int
     per_module: dict[str, float] = field(default_factory=dict)
     quality: dict[str, Quality] = field(default_factory=dict)
+    last_words: dict[str, LastWords] = field(default_factory=dict)
 
     def changes(self) -> dict[str, Change]:
         """What alpha changes of the masks' figures; empty without alphas."""
@@ -244,3 +247,31 @@ def evaluate_variants(
         if measured.masked is not None:
             result.sparsity["achieved"], result.per_module = measured.masked, measured.per_module
     return result
+
+
+def evaluate_last_words(
+    model: nn.Module,
+    adapter: Adapter,
+    passages: Sequence[Passage],
+    batch_size: int = 8,
+    stage: Callable[[str], Progress] = lambda _name: no_progress,
+) -> dict[str, LastWords]:
+    """Guess the last words of passages with `model` dense, under an adapter's masks, and under masks and alphas.
+
+    Args:
+        model: the dense base model.
+        adapter: checked against the model; it brings no whole modules.
+        passages: from `last_word.encode`.
+        batch_size: passages per forward pass.
+        stage: gives the progress callback of each model.
+
+    Returns:
+        As `Evaluation.last_words`.
+    """
+    method = MaskedLinears.of(model, adapter.masks, adapter.fields.dense_prefix)
+    found = {"dense": last_words(model, passages, batch_size, stage("dense: last words"))}
+    for variant, alphas in (("teal", None), ("spon", method.alphas if adapter.has_alpha else None)):
+        if variant == "teal" or alphas:
+            with method.attach(model, alphas):
+                found[variant] = last_words(model, passages, batch_size, stage(f"{variant}: last words"))
+    return found

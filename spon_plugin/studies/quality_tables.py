@@ -49,6 +49,17 @@ def change_cell(name: str, change: Change) -> str:
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
+def last_word_columns(dense: Mapping[str, Any]) -> list[str]:
+    """The heading over `last_word_cells`, with what the dense model's row has; none where it has none."""
+    return [f"LAMBADA (dense {last_word_cells(dense)[0]})"] if "last_word" in dense else []
+
+
+def last_word_cells(row: Mapping[str, Any]) -> list[str]:
+    """The share of last words that a row's model gets right, with its interval; nothing where it was not asked."""
+    found = row.get("last_word")
+    return [] if found is None else [with_interval("same_top", found["accuracy"], found["interval"])]
+
+
 def change_record(change: Change | None) -> dict[str, Any] | None:
     """A difference for JSON; None for none."""
     if change is None:

@@ -20,8 +20,11 @@ def texts(tmp_path):
 def test_compare_writes_tables_resumes_and_refuses_other_settings(tiny_model_dir, texts, tmp_path):
     out = tmp_path / "compare"
     arguments = ["compare", tiny_model_dir, "-o", out, *texts, *SMALL, "--methods", "teal,cats", "--alpha", "off,on"]
+    (tmp_path / "l.jsonl").write_text("\n".join(f'{{"text": "some {i} words"}}' for i in range(9)))
+    arguments += ["--lambada", tmp_path / "l.jsonl"]
     code, printed, err = run(*arguments, "--sparsity", "0.3")
     assert code == 0, err
+    assert "Beside the dense model" in printed and "LAMBADA" in (out / "table.md").read_text()
     assert "TEAL" in printed and "teal 30%, alpha on" in err
     assert {path.name for path in out.iterdir()} >= {"table.md", "table.csv", "table.json", "plot.png", "settings.json"}
     before = {path.name: path.read_bytes() for path in (out / "rows").iterdir()}
@@ -36,9 +39,9 @@ def test_compare_writes_tables_resumes_and_refuses_other_settings(tiny_model_dir
     assert code == 2 and "Choose another --output" in err
     code, _, err = run(*arguments, "--sparsity", "0.3", "--learning-rate", "0.5")
     assert code == 2 and "recipe" in err
-    for other in (["--window", "32"], ["--target-modules", "down_proj"]):
+    for other in (["--window", "32"], ["--target-modules", "down_proj"], ["--passages", "8"]):
         code, _, err = run(*arguments, "--sparsity", "0.3", *other)
-        assert code == 2 and other[0][2:].replace("-", "_") + ": got" in err
+        assert code == 2 and {"--passages": "last_words"}.get(other[0], other[0][2:].replace("-", "_")) + ": got" in err
 
 
 def test_compare_refuses_rows_of_another_model(tiny_model_dir, texts, tmp_path):

@@ -9,6 +9,7 @@ from commands import run
 from tiny_models import make_byte_tokenizer, make_tiny_llama
 
 WINDOWS = ["--window", "32", "--max-tokens", "320"]
+VARIANTS = ("dense", "teal", "spon")
 
 
 @pytest.fixture
@@ -23,10 +24,12 @@ def far(tmp_path):
 
 
 def test_eval_compares_with_the_dense_model_or_with_a_reference(tiny_model_dir, adapter, text, far):
+    (far / "passages.jsonl").write_text("\n".join(json.dumps({"text": f"{i} quick brown foxes"}) for i in range(20)))
     call = ["eval", tiny_model_dir, "--adapter", adapter, "--text", text, *WINDOWS]
-    code, out, err = run(*call, "--json")
+    code, out, err = run(*call, "--json", "--lambada", far / "passages.jsonl", "--passages", "9")
     assert code == 0, err
     own = json.loads(out)
+    assert {name: found["passages"] for name, found in own["last_word"].items()} == dict.fromkeys(VARIANTS, 9)
     assert own["reference"] == "dense" and own["quality"]["dense"]["kl"] == pytest.approx(0, abs=1e-6)
     assert own["quality"]["spon"]["kl"] > 1e-4 and len(own["quality"]["spon"]["windows"]["kl"]) == 10
     low, high = own["quality"]["teal"]["intervals"]["kl_99"]
@@ -36,7 +39,8 @@ def test_eval_compares_with_the_dense_model_or_with_a_reference(tiny_model_dir, 
     assert code == 0, err
     other = json.loads(out)
     assert other["perplexity"] == own["perplexity"] and other["quality"]["dense"]["kl"] > 0.01
-    code, out, err = run(*call, "--reference", far)
+    code, out, err = run(*call, "--reference", far, "--lambada", far / "passages.jsonl")
+    assert "LAMBADA" in out and "Last words of 20 passages" in out
     assert code == 0 and f"Beside {far}" in out and "alpha's change" in out and "same top" in out
 
 

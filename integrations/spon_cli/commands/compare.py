@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json as json_module
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +47,7 @@ HIGHEST = 6  # times the dense perplexity, at the top of the plot
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(options.StudyOptions):
+class CompareOptions(options.StudyOptions, options.LastWordOptions):
     """Options of `spon compare`."""
 
     methods: Annotated[str, typer.Option(help="Comma-separated: " + ", ".join(SPARSIFIERS) + ".")] = ",".join(
@@ -95,12 +95,13 @@ def compare_command(given: CompareOptions) -> None:
     wanted, recipe = given.keys(), given.recipe()
     given.check(recipe)
     announce(f"This measures {len(wanted) + 1} rows, less those that {given.output} has")
-    sources, tests = given.sources("train"), given.tests()
+    sources, tests, last_words = given.sources("train"), given.tests(), given.last_word_texts()
     loaded = given.load(options.split_names(given.target_modules))
     calibration, training = _windows(loaded, sources, given, recipe)
     evaluated = given.test_windows(loaded, tests)
     settings = {
         **given.common(loaded, evaluated, recipe),
+        **given.last_word_settings(last_words),
         "target_modules": target_names(loaded.sites, loaded.model),
         "texts": [source.name for source in sources],
         "training_windows": windows_digest(training),
@@ -108,11 +109,13 @@ def compare_command(given: CompareOptions) -> None:
     }
     bench = Comparison(
         model=loaded.model, sites=loaded.sites, tests=evaluated, protocol=given.protocol, seed=given.seed,
-        calibration=calibration, training=training, recipe=recipe,
+        calibration=calibration, training=training, recipe=recipe, passages=loaded.encoded(last_words),
     )  # fmt: skip
     bench.check(wanted)
     store = RowStore(given.output, settings)
-    announce_time(loaded.model, _passes([key for key in wanted if not store.has(key.name)], given, recipe, evaluated))
+    new = [key for key in wanted if not store.has(key.name)]
+    read = sum(windows.numel() for windows in evaluated.values()) + sum(len(each.ids) for each in bench.passages)
+    announce_time(loaded.model, _passes(new, given, recipe, read))
     with row_bars(len(wanted) + 1, _line) as (bench.stage, bench.done):
         bench.run(wanted, store)
     rows = store.all()  # with the rows of earlier runs
@@ -137,14 +140,14 @@ def _windows(
     return calibration, loaded.mixed_windows(sources, recipe.window, recipe.windows, given.seed)
 
 
-def _passes(new: Sequence[Key], given: CompareOptions, recipe: Recipe, tests: Mapping[str, Tensor]) -> int:
-    """Passes of tokens through the model that these rows take."""
+def _passes(new: Sequence[Key], given: CompareOptions, recipe: Recipe, read: int) -> int:
+    """Passes of tokens through the model that these rows take, each of which is evaluated on `read` tokens."""
     methods = {key.method for key in new}
     trained = sum(key.alpha not in (OFF, MEAN) for key in new)
     return (
         sum(calibration_passes(method, given.calibration_tokens) for method in methods)
         + trained * training_passes(recipe)
-        + READ * len(new) * sum(windows.numel() for windows in tests.values())
+        + READ * len(new) * read
     )
 
 
@@ -178,7 +181,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     ordered = sorted(by_key(rows), key=lambda item: item[0].sparsity)
     show_table("Perplexity", columns, [cells(key, row, rows, names) for key, row in ordered])
     lines = [quality_line(key, row, names) for key, row in ordered]
-    show_table("Beside the dense model", quality_columns(names), lines, caption=QUALITY_NOTES)
+    show_table("Beside the dense model", quality_columns(rows), lines, caption=QUALITY_NOTES)
     for row in (row for row in rows if "skipped" in row):
         note(f"no row for {row['method']} at {row['sparsity']:.0%}, alpha {row['alpha']}: {row['skipped']}")
 

@@ -13,7 +13,7 @@ import typer
 
 from spon_cli import options
 from spon_cli.command import Between, command
-from spon_cli.evaluation_tables import as_json, show_baselines, show_evaluations, show_quality
+from spon_cli.evaluation_tables import as_json, show_baselines, show_evaluations, show_last_words, show_quality
 from spon_cli.model_card import put_evaluations
 from spon_cli.output import show_json
 from spon_cli.progress import progress_bars
@@ -22,14 +22,14 @@ from spon_plugin.adapter.base import base_digest
 from spon_plugin.adapter.directory import is_adapter
 from spon_plugin.adapter.hub import CARD_NAME
 from spon_plugin.decoder.sites import linear_inputs
-from spon_plugin.studies.evaluation import ALL, PROTOCOLS, evaluate_variants
+from spon_plugin.studies.evaluation import ALL, PROTOCOLS, evaluate_last_words, evaluate_variants
 from spon_plugin.studies.quality import Reference
 from spon_transformers.precision import QUANTIZED, check_precision
 from spon_transformers.text_sources import TextSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(options.ModelOptions, options.TextOptions, options.JsonOptions):
+class EvalOptions(options.ModelOptions, options.TextOptions, options.LastWordOptions, options.JsonOptions):
     """Options of `spon eval`."""
 
     adapter: options.AdapterOption
@@ -85,7 +85,7 @@ def eval_command(given: EvalOptions) -> None:
     adapter = read_adapter(given.adapter)
     adapter.check_masks_alone("spon eval")
     yardstick = None if given.baseline is None else read_adapter(given.baseline).without_alpha()
-    sources = given.sources("test")
+    sources, passages = given.sources("test"), given.last_word_texts()
     references = _references(given, sources)
     loaded = given.load(precision=given.precision)
     for tried in (adapter, yardstick):
@@ -104,14 +104,18 @@ def eval_command(given: EvalOptions) -> None:
             if yardstick is not None:
                 known, bar = {"dense": result.perplexity["dense"]}, stage(f"{source.name}, baseline")
                 baselines.append(evaluate_variants(loaded.model, yardstick, *common, bar, known, reference))
+        guessed = evaluate_last_words(loaded.model, adapter, loaded.encoded(passages), stage=stage) if passages else {}
     if given.card:
         put_evaluations(given.adapter / CARD_NAME, adapter, list(zip(sources, results, strict=True)))
     if given.json:
         values = as_json(sources, results, loaded.opening, baselines, given.reference or "dense")
-        show_json(values[0] if len(values) == 1 else {"texts": values})
+        words = {"last_word": {name: found.figures() for name, found in guessed.items()}} if guessed else {}
+        show_json({**(values[0] if len(values) == 1 else {"texts": values}), **words})
         return
     show_evaluations(sources, results, loaded.opening)
     show_quality(sources, results, given.reference or "the dense model")
+    if guessed:
+        show_last_words(guessed)
     if baselines:
         show_baselines(sources, results, baselines)
 
