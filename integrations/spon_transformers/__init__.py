@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merged SPON models in transformers: `save_pretrained` writes them, `from_pretrained` builds them again.
 
+`sparse_view` and `dense_view` make two models of one copy of the weights, the sparse one of which drafts for the other.
+
 Importing this package imports neither torch nor transformers.
 """
 
@@ -12,8 +14,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from spon_plugin.adapter.adapter import Adapter
+    from spon_transformers.lossless import dense_view, sparse_view
 
-__all__ = ["mark_merged", "register"]
+__all__ = ["dense_view", "mark_merged", "register", "sparse_view"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("dense_view", "sparse_view"):
+        from spon_transformers import lossless
+
+        return getattr(lossless, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register() -> None:

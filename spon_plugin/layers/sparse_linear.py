@@ -91,7 +91,7 @@ class SparseLayer(nn.Module):
     def _masked(self, x: Tensor) -> Tensor | None:
         """The output, the mask in the kernel; None where no kernel of ours is to compute it."""
         if not torch.compiler.is_compiling():
-            y = self._few_rows(self, x)
+            y = self._few_rows(self, x, self._buffers["spon_threshold"])  # type: ignore[arg-type]
             if y is not None:
                 return y
         weight_t = self.weight_t

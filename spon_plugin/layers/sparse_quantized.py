@@ -18,12 +18,22 @@ from spon_plugin.weights.linears import linear_features, weight_of
 from spon_plugin.weights.scaled import ScaledWeight
 
 
-class SparseQuantizedLinear(SparseLayer):
-    """``y = W S(x) + bias`` on the codes of a quantized linear, whose tensors it takes over by their own names.
+class KeptRows:
+    """A host's codes as the kernels read them; layers over one host's tensors share it, and so the copy.
 
-    What is saved is therefore the host's format, with the folded bias and the mask's tensors beside it. Next to the
-    host's codes, packed as the host likes them, it holds a copy that lies by inputs, so that a masked input's codes
-    stay unread; `arrange_for_kernels` makes it, or the first use.
+    Attributes:
+        weight: None before they are first asked for, and after the tensors have changed.
+    """
+
+    def __init__(self) -> None:
+        self.weight: ScaledWeight | None = None
+
+
+class QuantizedLayer(nn.Module):
+    """What sparse and dense layers over a quantized linear share: its tensors, and the codes by input rows.
+
+    What is saved is the host's format. Next to the host's codes, packed as the host likes them, lies a copy by inputs,
+    so that a masked input's codes stay unread; `arrange_for_kernels` makes it, or the first use.
 
     Args:
         host: the quantized linear; it must not be used on its own any more.
@@ -32,7 +42,6 @@ class SparseQuantizedLinear(SparseLayer):
         in_features: length of an input.
         out_features: length of an output.
         bias: ``[out_features]``, or None.
-        spon_threshold: as in `SparseLinear`, like the other buffers.
         exact: whether four-bit weights are multiplied by inputs as they are; see `kernels.sparse_linear`.
 
     Raises:
@@ -40,6 +49,7 @@ class SparseQuantizedLinear(SparseLayer):
     """
 
     host: nn.Module
+    bias: Any
     exact: bool = False
 
     def __init__(self, host: nn.Module) -> None:
@@ -51,9 +61,7 @@ class SparseQuantizedLinear(SparseLayer):
         self._non_persistent_buffers_set = host._non_persistent_buffers_set
         if "bias" not in self._parameters and "bias" not in self._buffers:
             self.register_parameter("bias", None)
-        self._rows: ScaledWeight | None = None
-        if "spon_threshold" not in self._buffers:
-            self._register_spon_buffers(self._device)
+        self.rows = KeptRows()
         self.train(host.training)
 
     @property
@@ -65,10 +73,55 @@ class SparseQuantizedLinear(SparseLayer):
     @property
     def row_weight(self) -> ScaledWeight:
         """The weight as the kernels read it."""
-        if self._rows is None or self._rows.codes.device != self._device:
+        weight = self.rows.weight
+        if weight is None or weight.codes.device != self._device:
             with torch.no_grad():
-                self._rows = scaled_weight(self.host).arranged()
-        return self._rows
+                weight = self.rows.weight = scaled_weight(self.host).arranged()
+        return weight
+
+    def arrange_for_kernels(self) -> None:
+        """Make the copy that the kernels read, unless the weight has no values yet."""
+        if self._device.type != "meta":
+            self.rows.weight = None
+            self.row_weight  # noqa: B018
+
+    def _product(self, x: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None and bias.dtype not in (torch.float32, x.dtype):
+            bias = bias.float()
+        return sparse_linear(x, self.row_weight, threshold, bias, exact=self.exact)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.rows.weight = None
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.host._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.rows.weight = None
+        self.host._load_from_state_dict(*args)
+
+    def extra_repr(self) -> str:
+        """Show the features, and the host's class."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, host={type(self.host).__name__}"
+
+
+class SparseQuantizedLinear(QuantizedLayer, SparseLayer):
+    """``y = W S(x) + bias`` on the codes of a quantized linear, whose tensors it takes over by their own names.
+
+    What is saved is therefore the host's format, with the folded bias and the mask's tensors beside it.
+
+    Args:
+        host: as in `QuantizedLayer`.
+
+    Attributes:
+        spon_threshold: as in `SparseLinear`, like the other buffers.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__(host)
+        if "spon_threshold" not in self._buffers:
+            self._register_spon_buffers(self._device)
 
     def keep_dense_bias(self, bias: Tensor | None = None) -> None:
         """See `SparseLayer.keep_dense_bias`."""
@@ -85,38 +138,11 @@ class SparseQuantizedLinear(SparseLayer):
     def _output_dtype(self) -> torch.dtype:
         return self.bias.dtype if self.bias is not None else torch.get_default_dtype()
 
-    def arrange_for_kernels(self) -> None:
-        """Make the copy that the kernels read, unless the weight has no values yet."""
-        if self._device.type != "meta":
-            self._rows = None
-            self.row_weight  # noqa: B018
-
     def _masked(self, x: Tensor) -> Tensor:
         return self._product(x, self.spon_threshold, self.bias)
 
     def _dense(self, kept: Tensor, bias: Tensor | None) -> Tensor:
         return self._product(kept, torch.zeros_like(self.spon_threshold[:1]), bias)
-
-    def _product(self, x: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is not None and bias.dtype not in (torch.float32, x.dtype):
-            bias = bias.float()
-        return sparse_linear(x, self.row_weight, threshold, bias, exact=self.exact)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SparseQuantizedLinear:
-        self._rows = None
-        super()._apply(fn, recurse)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.host._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._rows = None
-        self.host._load_from_state_dict(*args)
-
-    def extra_repr(self) -> str:
-        """Show the features, and the host's class."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, host={type(self.host).__name__}"
 
 
 def sparse_layer(linear: nn.Module, name: str = "layer") -> SparseLayer:

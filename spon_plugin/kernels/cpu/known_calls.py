@@ -23,8 +23,9 @@ class _Known(NamedTuple):
     call: Prepared
 
 
-# One call for each weight, under the identity of its codes, as long as they live.
-_known: dict[int, _Known] = {}
+# One call for each weight and `exact`, under the identity of its codes, as long as they live: a draft and the model
+# that verifies it take turns on one weight.
+_known: dict[tuple[int, bool], _Known] = {}
 
 
 def recall(
@@ -40,7 +41,7 @@ def recall(
         shard_sizes: likewise.
         exact: likewise.
     """
-    known = _known.get(id(parts.codes))
+    known = _known.get((id(parts.codes), exact))
     if known is None or known.codes() is not parts.codes or not x.is_cpu:
         return None
     call = known.call
@@ -61,7 +62,7 @@ def sparse_linear(
     """`scaled.sparse_linear`, whose arguments have been checked; `recall` finds the call the next time."""
     call = Prepared(weight, threshold, bias, shard_sizes=shard_sizes, exact=exact)
     if threshold.is_contiguous() and (bias is None or bias.is_contiguous()):  # else it reads copies, which grow old
-        key = id(weight.codes)
+        key = id(weight.codes), exact
         reference = weakref.ref(weight.codes, lambda _: _known.pop(key, None))
         _known[key] = _Known(reference, _signature(x, weight, threshold, bias, shard_sizes, exact), call)
     return call(x)

@@ -31,17 +31,18 @@ class LayerCall:
     def __reduce__(self) -> tuple[type[LayerCall], tuple[()]]:
         return LayerCall, ()
 
-    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+    def __call__(self, layer: nn.Module, x: Tensor, threshold: Tensor) -> Tensor | None:
         """The output of `layer` for `x` ``[..., in_features]``; None where `sparse_linear` itself has to be called.
 
         Args:
-            layer: has a `weight_t` ``[in_features, out_features]``, a `bias` or None, and a `spon_threshold`.
+            layer: has a `weight_t` ``[in_features, out_features]``, and a `bias` or None.
             x: its input.
+            threshold: see `kernels.sparse_linear`.
         """
         # Past the lookups of `nn.Module`, each of which takes half a microsecond.
         parameters = layer._parameters
-        weight, bias, threshold = parameters["weight"], parameters["bias"], layer._buffers["spon_threshold"]
-        assert weight is not None and threshold is not None
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
         if not is_plain(x, weight, bias) or torch.is_autocast_enabled("cpu"):
             return None
         addresses = (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), threshold.data_ptr())

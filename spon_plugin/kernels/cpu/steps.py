@@ -78,11 +78,14 @@ def gather_values(x: Any, threshold: Any, per_channel: int, index: Any, values: 
 
 @njit(**OPTIONS)
 def add_to_one(out: Any, v: Any, w0: Any, w1: Any, w2: Any, w3: Any, w4: Any, w5: Any, w6: Any, w7: Any) -> None:
-    """``out += sum over k of v[k] * wk``, elements of any format."""
+    """``out += sum over k of v[k] * wk``, elements of any format, in the order of `rows_dot`, as `add_to_four`.
+
+    A row of a batch thus has the bits that it has by itself.
+    """
     v0, v1, v2, v3, v4, v5, v6, v7 = v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]
     for j in range(out.size):
-        out[j] += (
-            v0 * widen(w0[j]) + v1 * widen(w1[j]) + v2 * widen(w2[j]) + v3 * widen(w3[j])
+        out[j] = (
+            out[j] + v0 * widen(w0[j]) + v1 * widen(w1[j]) + v2 * widen(w2[j]) + v3 * widen(w3[j])
             + v4 * widen(w4[j]) + v5 * widen(w5[j]) + v6 * widen(w6[j]) + v7 * widen(w7[j])
         )  # fmt: skip
 
@@ -95,10 +98,22 @@ def add_to_four(outs: Any, values: Any, w0: Any, w1: Any, w2: Any, w3: Any, w4: 
     for j in range(a.size):
         x0, x1, x2, x3 = widen(w0[j]), widen(w1[j]), widen(w2[j]), widen(w3[j])
         x4, x5, x6, x7 = widen(w4[j]), widen(w5[j]), widen(w6[j]), widen(w7[j])
-        a[j] += p[0] * x0 + p[1] * x1 + p[2] * x2 + p[3] * x3 + p[4] * x4 + p[5] * x5 + p[6] * x6 + p[7] * x7
-        b[j] += q[0] * x0 + q[1] * x1 + q[2] * x2 + q[3] * x3 + q[4] * x4 + q[5] * x5 + q[6] * x6 + q[7] * x7
-        c[j] += r[0] * x0 + r[1] * x1 + r[2] * x2 + r[3] * x3 + r[4] * x4 + r[5] * x5 + r[6] * x6 + r[7] * x7
-        d[j] += s[0] * x0 + s[1] * x1 + s[2] * x2 + s[3] * x3 + s[4] * x4 + s[5] * x5 + s[6] * x6 + s[7] * x7
+        a[j] = (
+            a[j] + p[0] * x0 + p[1] * x1 + p[2] * x2 + p[3] * x3
+            + p[4] * x4 + p[5] * x5 + p[6] * x6 + p[7] * x7
+        )  # fmt: skip
+        b[j] = (
+            b[j] + q[0] * x0 + q[1] * x1 + q[2] * x2 + q[3] * x3
+            + q[4] * x4 + q[5] * x5 + q[6] * x6 + q[7] * x7
+        )  # fmt: skip
+        c[j] = (
+            c[j] + r[0] * x0 + r[1] * x1 + r[2] * x2 + r[3] * x3
+            + r[4] * x4 + r[5] * x5 + r[6] * x6 + r[7] * x7
+        )  # fmt: skip
+        d[j] = (
+            d[j] + s[0] * x0 + s[1] * x1 + s[2] * x2 + s[3] * x3
+            + s[4] * x4 + s[5] * x5 + s[6] * x6 + s[7] * x7
+        )  # fmt: skip
 
 
 @njit(**OPTIONS)

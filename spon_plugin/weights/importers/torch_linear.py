@@ -60,7 +60,7 @@ def _weight(module: Any) -> RowWeight | Unreadable:
 @torch.no_grad()
 def _multiplies_as_it_is(module: Any) -> bool:
     """Whether a layer computes ``x W^T + b``; one with a forward of its own is asked, once."""
-    if type(module).forward is nn.Linear.forward or type(module).__name__ == "SparseLinear":
+    if type(module).forward is nn.Linear.forward or type(module).__name__ in ("SparseLinear", "RowLinear"):
         return True
     if module.weight.is_meta:
         return False

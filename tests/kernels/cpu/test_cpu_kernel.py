@@ -132,6 +132,17 @@ def test_same_bits_again(rows: int, threads: int) -> None:
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [3, 4, 7, 8])
+def test_unmasked_rows_have_the_bits_that_they_have_alone(rows: int, dtype: str, threads: int) -> None:
+    """What verifies drafts row by row in one step must not depend on how many there are."""
+    given = arguments(DTYPES[dtype], rows, shape=(577, 191))
+    given["x"][0, ::3] = 0  # in one row alone: no mask may move the threads' shares
+    given["threshold"] = torch.full((1,), -1.0)
+    alone = [cpu.sparse_linear(**{**given, "x": row[None]}) for row in given["x"]]
+    assert torch.equal(cpu.sparse_linear(**given), torch.cat(alone))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_skipped_weights_are_not_read(rows: int, kind: str) -> None:

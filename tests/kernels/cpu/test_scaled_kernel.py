@@ -201,6 +201,16 @@ def test_the_same_call_gives_the_same_bits(kind, threads):
     check(first, truth(x, weight, [tau]), bound)
 
 
+@pytest.mark.parametrize("rows", [3, 4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_unmasked_rows_have_the_bits_that_they_have_alone(kind, rows):
+    format, options, _ = KINDS[kind]
+    weight, none, x = make(format, (130, 514), zeros=format != "fp8"), torch.full((1,), -1.0), torch.randn(rows, 130)
+    x[0, ::3] = 0
+    alone = [scaled.sparse_linear(row[None], weight, none, **options) for row in x]
+    assert torch.equal(scaled.sparse_linear(x, weight, none, **options), torch.cat(alone))
+
+
 def test_integers_agree_with_and_without_avx2():
     weight, x, tau = make("int4", (512, 300), zeros=True), torch.randn(4, 512), torch.tensor([0.5])
     both = [scaled.sparse_linear(x, weight, tau, portable=portable) for portable in (False, True)]
