@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, StaticCache
 
-from benchmarks.sparse_linear import device_name
 from benchmarks.variants import (
     Step,
     Variant,
@@ -40,7 +39,7 @@ from benchmarks.variants import (
     variant,
 )
 from spon_plugin import Mask, read_adapter
-from spon_plugin.machine import DTYPES
+from spon_plugin.machine import DTYPES, device_name
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3-8b": {

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.sparse_linear import device_name
 from benchmarks.timing import copies_for, interleaved_medians
 from spon_plugin.calibration.text import leading_windows, read_text
 from spon_plugin.decoder.sites import Site, find_sites
 from spon_plugin.kernels import sparse_linear
-from spon_plugin.machine import DTYPES
+from spon_plugin.machine import DTYPES, device_name
 
 WINDOW = 128
 

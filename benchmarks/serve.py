@@ -37,10 +37,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.decode import PROMPT, SHAPES, quantile_masks
-from benchmarks.sparse_linear import device_name
 from spon_plugin import Adapter, SponFields, read_adapter, write_adapter
 from spon_plugin.adapter.mask import with_alphas
-from spon_plugin.machine import DTYPES
+from spon_plugin.machine import DTYPES, device_name
 
 START_SECONDS = 1800
 KEPT = ("completed", "total_input_tokens", "total_output_tokens", "median_ttft_ms", "median_tpot_ms", "mean_tpot_ms",

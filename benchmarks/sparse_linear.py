@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import torch
 from benchmarks.formats import FORMATS, baselines, clone, make, nbytes, tensors
 from benchmarks.timing import copies_for, interleaved_medians
 from spon_plugin.kernels import sparse_linear
-from spon_plugin.machine import DTYPES
+from spon_plugin.machine import DTYPES, device_name
 
 # (in_features, out_features) of each model's linears; the last two of the large ones are vLLM's fused layers.
 SHAPES = {
@@ -139,21 +138,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-
-
-def device_name(device: torch.device) -> str:
-    """What the results are filed under."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
-    )
-    return f"{cpu}, {torch.get_num_threads()} threads"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def main() -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +93,16 @@ def description() -> str:
     other = "no GPU" if accelerator is None else f"accelerator {accelerator.type}"
     threads = torch.get_num_threads()
     return f"CPU, {_counted(cores, 'core')}, {_counted(threads, 'thread')}, bfloat16 {bfloat16}, {other}"
+
+
+def device_name(device: torch.device) -> str:
+    """What measurements are filed under: a GPU's name, or the CPU's with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{cpu}, {_counted(torch.get_num_threads(), 'thread')}"
 
 
 def _counted(number: int, thing: str) -> str:

@@ -23,6 +23,7 @@ from spon_plugin.decoder.left_dense import is_expert
 from spon_plugin.errors import SponError
 from spon_plugin.kernels.triton.launch import LEAST_CAPABILITY
 from spon_plugin.machine import DTYPES
+from spon_vllm import hosts
 from spon_vllm.checks import check_centers, check_fit, check_shards
 from spon_vllm.linear import SponLinearMethod
 from spon_vllm.report import Coverage
@@ -62,9 +63,8 @@ class SponConfig(QuantizationConfig):
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """The dtypes of activations."""
-        own = list(DTYPES.values())
-        return own if self.inner is None else [d for d in own if d in self.inner.get_supported_act_dtypes()]
+        """The dtypes of activations: our kernels', which compute the layers whose base's own method takes fewer."""
+        return list(DTYPES.values())
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -161,8 +161,8 @@ class SponConfig(QuantizationConfig):
         """The method for one layer: sparse around the inner method where the adapter says so.
 
         Raises:
-            SponError: the adapter covers a fused layer in part, or with several centres, or has trained an output head
-                that the base has quantized.
+            SponError: the adapter covers a fused layer in part, or with several centres; has trained a head that the
+                base has quantized; or leaves layers to the base's own method, which does not take this dtype.
         """
         inner = self._inner_method(layer, prefix)
         if prefix in self.trained:
@@ -178,6 +178,12 @@ class SponConfig(QuantizationConfig):
         covered = [path for path in paths if path in self.masks]
         # MLA multiplies kv_b_proj's weight into other tensors, and a router chooses experts: neither is computed here.
         if not covered or leaf == "kv_b_proj" or is_expert(prefix):
+            reason = hosts.dtype_objection(self.inner, inner, layer.params_dtype)
+            if reason:
+                raise SponError.of(
+                    "--dtype", f"{prefix} in {layer.params_dtype}", f"one of its own method, {reason}",
+                    "Serve in another dtype, or an adapter that names every linear.",
+                )  # fmt: skip
             return inner
         check_shards(self.masks, leaf, shards)
         masks = [self.masks[path] for path in paths]

@@ -18,6 +18,9 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+from spon_plugin.kernels.few_rows import CPU_ROWS
 
 _CHOOSES_A_KERNEL = re.compile(r"(choose|init)_\w*linear_kernel")
 _layers: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -75,6 +78,20 @@ def why_not(method: Any, layer: Any, in_features: int) -> str:
     return ""
 
 
+def dtype_objection(config: Any, method: Any, dtype: torch.dtype) -> str:
+    """Why the base's own method does not compute in `dtype`; empty where it does.
+
+    Args:
+        config: the base's own quantization; None for none.
+        method: the layer's own, which may be that of a layer that the base leaves unquantized.
+        dtype: of activations.
+    """
+    if config is None or isinstance(method, UnquantizedLinearMethod):
+        return ""
+    own = config.get_supported_act_dtypes()
+    return "" if dtype in own else f"for {' and '.join(str(one) for one in own)}, not {dtype}"
+
+
 def said(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -85,6 +102,19 @@ def number(layer: Any) -> Tensor:
     key = next(_numbers)
     _layers[key] = layer
     return torch.tensor([key], device="cpu")
+
+
+def few_rows(device: torch.device) -> int:
+    """The most rows of a dense step that our kernels compute, where nothing has been measured.
+
+    A CPU without AVX-512 has no instruction for products of bytes: methods for them take a prompt's time for two rows.
+    """
+    return CPU_ROWS if device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability() else 0
+
+
+def takes(host: Tensor, tokens: int) -> bool:
+    """Whether the base's own method computes dense steps of so many tokens, and not our kernels."""
+    return bool(tokens > _layers[int(host)].spon_own_rows)
 
 
 def dense(host: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

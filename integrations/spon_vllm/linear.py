@@ -99,6 +99,9 @@ class SponLinearMethod(LinearMethodBase):
             with hosts.without_kernels(self.inner, layer):
                 self.inner.create_weights(layer, *partitions, params_dtype, **attributes)
             self.no_kernel = error
+        reason = hosts.dtype_objection(getattr(layer.quant_config, "inner", None), self.inner, params_dtype)
+        if reason:
+            self.no_kernel = ValueError(reason)
         # A layer before this one must not quantize for the inner method what is to be masked first (vLLM 0.32).
         layer.requires_unquantized_input = True
         if self.plain:
@@ -159,7 +162,7 @@ class SponLinearMethod(LinearMethodBase):
             own = None if vector is None else nn.Parameter(vector.to(total.device).contiguous(), requires_grad=False)
             layer.register_parameter(f"spon_{name}", own)
         self.coverage.finish(
-            layer.spon_threshold,
+            layer,
             4 * (total.numel() + thresholds.numel() + (0 if center is None else center.numel())),
             layer.quant_config,
             get_tensor_model_parallel_rank() == 0,
@@ -189,6 +192,7 @@ class SponLinearMethod(LinearMethodBase):
             rows.release(layer)
         layer.register_buffer("spon_host", self.host, persistent=False)
         if not again:
+            layer.spon_own_rows = hosts.few_rows(weight.codes.device)
             kernel = rows.kernel_of(weight, layer.params_dtype)
             self.coverage.hold(self.weights, weight.format, kernel, rows.held_bytes(layer), type(self.inner), reason)
 
@@ -259,7 +263,11 @@ class SponLinearMethod(LinearMethodBase):
         Returns:
             ``[tokens, out_features of this rank]`` in `x.dtype`.
         """
-        limit, threshold, folded = self.settings.limit, layer.spon_threshold, layer.spon_bias
+        return self.step(layer, x, bias, self.settings.limit)
+
+    def step(self, layer: Any, x: Tensor, bias: Tensor | None, limit: int) -> Tensor:
+        """`apply` with a limit of its own, see `ops.runs_sparse`."""
+        threshold, folded = layer.spon_threshold, layer.spon_bias
         center, sizes = layer.spon_center, self.shard_sizes
         if self.plain:
             return torch.ops.spon_vllm.linear(x, layer.weight, threshold, folded, bias, sizes, limit, center)

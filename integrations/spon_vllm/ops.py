@@ -19,6 +19,7 @@ from spon_plugin.kernels.table import DECODED, Problem, choose
 from spon_plugin.masking import deviation, sparsify
 from spon_plugin.weights.formats import SCALED
 from spon_vllm import hosts, metrics, steps
+from spon_vllm.settings import EVERY_STEP, MEASURED, NO_STEP
 
 # A threshold of dense steps: the same tensor every time, by which the CPU kernel knows a call again.
 _NOTHING = torch.zeros(1, device="cpu")
@@ -92,8 +93,8 @@ def linear_rows(
 ) -> Tensor:
     """`linear` for a weight with scales.
 
-    What is large runs by the base's own method where there is one: dense steps, and sparse ones of so many rows that no
-    kernel skips any, as long as they have one mask.
+    What is large runs by the base's own method where there is one: dense steps (`hosts.takes`), and sparse ones of so
+    many rows that no kernel skips any, as long as they have one mask.
 
     Args:
         x: ``[..., in_features]``.
@@ -118,7 +119,7 @@ def linear_rows(
     weight = SCALED[format](codes, scales, zeros, group_size, group_of_row)
     if not runs_sparse(x, limit):
         metrics.COUNTERS.count_dense(x, threshold)
-        if host is not None:
+        if host is not None and hosts.takes(host, x.shape[:-1].numel()):
             return hosts.dense(host, x, dense_bias)
         nothing = _NOTHING if x.is_cpu else threshold.new_zeros(1)
         return sparse_linear(x, weight, nothing, dense_bias, exact=exact)
@@ -157,11 +158,14 @@ def runs_sparse(x: Tensor, limit: int) -> bool:
 
     Args:
         x: of some linear layer.
-        limit: negative for every step; else a step is sparse that has at most so many tokens, padding included, and one
-            in each request, as far as that is known (`steps.decodes_only`).
+        limit: `EVERY_STEP`, `NO_STEP`, `MEASURED`, or a number: a step is sparse that has at most so many tokens,
+            padding included, and one in each request, as far as that is known (`steps.decodes_only`).
     """
     tokens = x.shape[:-1].numel()
-    return limit < 0 or tokens == 1 or (tokens <= limit and steps.decodes_only(tokens))
+    limit = steps.measured() if limit == MEASURED else limit
+    if limit in (EVERY_STEP, NO_STEP):
+        return limit == EVERY_STEP
+    return tokens == 1 or (tokens <= limit and steps.decodes_only(tokens))
 
 
 def _zero_padding(x: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from spon_plugin.errors import SponError
-from spon_vllm import metrics, steps
-from spon_vllm.settings import BESIDE, ROWS, Settings
+from spon_vllm import crossover, metrics, steps
+from spon_vllm.settings import BESIDE, MEASURED, ROWS, Settings
 from spon_vllm.trained import REMEDY
 
 logger = init_logger("vllm.spon")
@@ -34,6 +34,11 @@ class Served(Protocol):
         """The modules that the adapter has trained as a whole."""
 
 
+def _most(settings: Settings) -> int:
+    """`max_sparse_tokens` as it is served."""
+    return steps.measured() if settings.measures else settings.max_sparse_tokens
+
+
 @dataclass
 class Coverage:
     """Which of a model's layers are sparse, counted while vLLM makes and fills them.
@@ -43,6 +48,7 @@ class Coverage:
         ready: layers whose weights are in place.
         modules: the adapter's linears in them.
         extra_bytes: memory that the sparse layers add: thresholds, centres and biases.
+        layers: those that are ready, until all are.
         thresholds: the layers' own, in order.
         trained: the embedding and output head that take their weights from the adapter.
         held: (`ROWS` or `BESIDE`, format, kernel) -> how many layers hold a quantized weight so, and the bytes that our
@@ -54,6 +60,7 @@ class Coverage:
     ready: int = 0
     modules: set[str] = field(default_factory=set)
     extra_bytes: int = 0
+    layers: list[Any] = field(default_factory=list)
     thresholds: list[Tensor] = field(default_factory=list)
     trained: set[str] = field(default_factory=set)
     held: dict[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)
@@ -82,11 +89,11 @@ class Coverage:
         if reason and not self.fallback:
             self.fallback = f"{method.__name__} ({reason})"
 
-    def finish(self, threshold: Tensor, extra_bytes: int, config: Served, speaks: bool, whole: bool) -> None:
-        """A layer is ready; after the last one, count and log. When weights are loaded again, nothing happens.
+    def finish(self, layer: Any, extra_bytes: int, config: Served, speaks: bool, whole: bool) -> None:
+        """A layer is ready; after the last one, measure, count and log. When weights are loaded again, nothing happens.
 
         Args:
-            threshold: the layer's.
+            layer: vLLM's.
             extra_bytes: what the layer adds.
             config: what is served.
             speaks: whether this worker logs; the others hold the same layers.
@@ -99,14 +106,18 @@ class Coverage:
             return
         self.ready += 1
         self.extra_bytes += extra_bytes
-        self.thresholds.append(threshold)
+        self.layers.append(layer)
+        self.thresholds.append(layer.spon_threshold)
         if self.ready != self.made:
             return
+        layers, self.layers = self.layers, []
+        settings = config.settings
+        if settings is not None and settings.limit == MEASURED:
+            crossover.settle(layers, settings, speaks)
         metrics.COUNTERS.watch(self.thresholds)
         left_out = sorted(config.trained.keys() - self.trained)
         if left_out and whole:
             raise SponError.of("modules_to_save", left_out[0], "none: vLLM's model makes this layer by itself", REMEDY)
-        settings = config.settings
         if not speaks or settings is None:
             return
         logger.info("%s", self.line(settings))
@@ -116,11 +127,11 @@ class Coverage:
                 "prompts and dense steps included.",
                 self.fallback,
             )
-        if settings.token_mode == "decode" and not steps.served_limit(settings.max_sparse_tokens):
+        if settings.token_mode == "decode" and not steps.served_limit(_most(settings)):
             logger.warning(
                 "SPON: every step runs dense: the smallest CUDA graph is for more tokens than max_sparse_tokens, %d. "
                 "Add a size to --cudagraph-capture-sizes, or raise max_sparse_tokens.",
-                settings.max_sparse_tokens,
+                _most(settings),
             )
         dense = sorted(set(config.names) - self.modules)
         if dense and whole:
@@ -135,7 +146,7 @@ class Coverage:
         source = settings.adapter or "merged into the checkpoint"
         mode = settings.token_mode
         if mode == "decode":
-            served = steps.served_limit(settings.max_sparse_tokens)
+            served = steps.served_limit(_most(settings))
             mode += f" (sparse in decoding steps of up to {served} token{'s' * (served != 1)}, dense else)"
         return (
             f"SPON: adapter {source}, digest {settings.digest[:12]}, target sparsity {settings.sparsity:.0%}, "

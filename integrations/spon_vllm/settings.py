@@ -38,8 +38,8 @@ EXACT_VARIABLE = "SPON_EXACT"
 DEFAULT_TOKEN_MODE = "decode"
 AUTO, ROWS, BESIDE = "auto", "rows", "beside"
 """How a quantized weight is held: see `Settings.weights`."""
-EVERY_STEP = -1
-"""The limit of mode ``all``: no step is too large to be sparse."""
+EVERY_STEP, NO_STEP, MEASURED = -1, 0, -2
+"""Limits that are no number of tokens: every step is sparse, as in mode ``all``; none is; `steps.measured` says it."""
 
 _NAME_IT = (
     "Name one: vllm serve ADAPTER_DIR, or vllm serve BASE --quantization spon --hf-overrides "
@@ -85,6 +85,7 @@ class Settings:
         token_mode: ``all``, every step is sparse; ``decode``, steps of more than `max_sparse_tokens` tokens are dense.
         max_sparse_tokens: the largest number of tokens in a step that runs sparse in mode ``decode``; where nobody says
             one, `spon_plugin.kernels.few_rows.row_limit` of the adapter's sparsity and the platform.
+        measures: ``max_sparse_tokens: auto``: that number is where the measurement of `spon_vllm.crossover` starts.
         base_quantization: `quantization_config` of the base model, if its weights are quantized.
         weights: of a quantized base: ``rows``, one copy, which our kernels read; ``beside``, a copy for our kernels
             beside the base's own method, which then runs large and dense steps; ``auto``, beside where the base's own
@@ -100,6 +101,7 @@ class Settings:
     has_dense_bias: bool = False
     token_mode: str = DEFAULT_TOKEN_MODE
     max_sparse_tokens: int = 1
+    measures: bool = False
     base_quantization: Mapping[str, Any] | None = None
     weights: str = AUTO
     exact: bool = False
@@ -111,8 +113,10 @@ class Settings:
 
     @property
     def limit(self) -> int:
-        """The largest number of tokens in a step that runs sparse; `EVERY_STEP` for no limit."""
-        return EVERY_STEP if self.token_mode == "all" else self.max_sparse_tokens
+        """The largest number of tokens in a step that runs sparse; `EVERY_STEP` for no limit, or `MEASURED`."""
+        if self.token_mode == "all":
+            return EVERY_STEP
+        return MEASURED if self.measures else self.max_sparse_tokens
 
     def as_config(self, merged_fields: Mapping[str, Any]) -> dict[str, Any]:
         """``quantization_config`` that says the same; `resolve` reads it back.
@@ -125,7 +129,7 @@ class Settings:
             "quant_method": QUANT_METHOD,
             DIGEST: self.digest,
             "token_mode": self.token_mode,
-            "max_sparse_tokens": self.max_sparse_tokens,
+            "max_sparse_tokens": AUTO if self.measures else self.max_sparse_tokens,
         }
         if self.adapter is not None:
             config["adapter"] = self.adapter
@@ -154,7 +158,8 @@ def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -
     settings = Settings(
         token_mode=_token_mode(given), base_quantization=base, weights=_weights(given), exact=_exact(given)
     )
-    limit = _max_sparse_tokens(given)
+    limit, measures = _max_sparse_tokens(given)
+    settings = replace(settings, measures=measures)
     adapter = given.get("adapter") or _served_adapter.get() or os.environ.get(ADAPTER_VARIABLE)
     if merged is None:
         settings = _with_adapter(settings, adapter)
@@ -236,19 +241,20 @@ def _exact(given: Mapping[str, Any]) -> bool:
     return exact
 
 
-def _max_sparse_tokens(given: Mapping[str, Any]) -> int | None:
+def _max_sparse_tokens(given: Mapping[str, Any]) -> tuple[int | None, bool]:
+    """The number that is asked for, None for that of the rule; and whether it is to be measured."""
     limit: Any = given.get("max_sparse_tokens")
     if limit is None:
         limit = os.environ.get(MAX_SPARSE_TOKENS_VARIABLE)
-    if limit is None:
-        return None
+    if limit in (None, AUTO):
+        return None, limit == AUTO
     try:
         number = -1 if isinstance(limit, bool | float) else int(limit)
     except (TypeError, ValueError):
         number = -1
     if number < 1:
-        raise SponError.of("max_sparse_tokens", limit, "a whole number >= 1")
-    return number
+        raise SponError.of("max_sparse_tokens", limit, f"a whole number >= 1, or {AUTO}")
+    return number, False
 
 
 def _row_limit(sparsity: float) -> int:

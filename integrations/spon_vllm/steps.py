@@ -16,6 +16,8 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 _speculates = False
 _splits_context = False
 _graph_sizes: tuple[int, ...] | None = None
+_most_requests = 0
+_measured = 1
 
 
 def configure(vllm_config: Any) -> None:
@@ -27,7 +29,7 @@ def configure(vllm_config: Any) -> None:
     Args:
         vllm_config: vLLM's `VllmConfig`; None, outside an engine, changes nothing.
     """
-    global _speculates, _splits_context, _graph_sizes
+    global _speculates, _splits_context, _graph_sizes, _most_requests
     if vllm_config is not None:
         _speculates = vllm_config.speculative_config is not None
         parallel = vllm_config.parallel_config
@@ -36,6 +38,7 @@ def configure(vllm_config: Any) -> None:
         compilation = vllm_config.compilation_config
         graphs = compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
         _graph_sizes = tuple(compilation.cudagraph_capture_sizes or ()) if graphs else None
+        _most_requests = vllm_config.scheduler_config.max_num_seqs
 
 
 def served_limit(limit: int) -> int:
@@ -48,6 +51,27 @@ def served_limit(limit: int) -> int:
         The largest size of a graph that is not above `limit`, 0 for none; `limit` itself without CUDA graphs.
     """
     return limit if not _graph_sizes else max((size for size in _graph_sizes if size <= limit), default=0)
+
+
+def sizes(most: int) -> list[int]:
+    """The numbers of tokens that decoding steps of this engine have, padding included, up to `most`."""
+    if _graph_sizes:
+        return sorted(size for size in _graph_sizes if size <= most) or [1]
+    return list(range(1, max(1, min(most, _most_requests or most)) + 1))
+
+
+def measured() -> int:
+    """The limit in tokens that was measured on this worker's layers.
+
+    It is kept here and not in a layer's arguments, where vLLM's compile cache would keep that of another measurement.
+    """
+    return _measured
+
+
+def set_measured(limit: int) -> None:
+    """Set what `measured` says."""
+    global _measured
+    _measured = limit
 
 
 def decodes_only(tokens: int) -> bool:

@@ -155,6 +155,16 @@ def test_without_a_method_that_runs_there_are_rows(monkeypatch):
     assert "weights: 1 layers of int8 in rows, one copy" in method.coverage.line(method.settings)
 
 
+def test_a_method_that_does_not_take_this_dtype_computes_nothing_in_it():
+    model, meant = make("AWQ", masks := masks_of("one mask"), AUTO, dtype=torch.float32)
+    layer, x = finish(model), random(CPU_ROWS + 4, IN, seed=7)
+    assert layer.quant_method.weights == ROWS and "not torch.float32" in layer.quant_method.coverage.fallback
+    close(layer(x)[0], expected(x, meant, masks)[0], False)
+    with pytest.raises(SponError, match="--dtype.*m.other in torch.float32.*not torch.float32"):
+        layer.quant_config.get_quant_method(layer, "m.other")  # the adapter does not name it
+    assert hosts.dtype_objection(layer.quant_config.inner, layer.quant_method.inner, torch.bfloat16) == ""
+
+
 def test_a_method_is_tried():
     class Broken:
         def apply(self, layer, x, bias):
