@@ -51,7 +51,15 @@ def make_model(path: Path, kind: str = "LlamaForCausalLM", seed: int = 0, **chan
 
 
 def make_adapter(
-    path: Path, model, base: Path | str, sparsity=0.5, alpha=0.2, per_linear=False, targets=None, **fields
+    path: Path,
+    model,
+    base: Path | str,
+    sparsity=0.5,
+    alpha=0.2,
+    per_linear=False,
+    targets=None,
+    prompts=PROMPTS,
+    **fields,
 ):
     """Write an adapter for `model`: thresholds by site (or by linear), random alphas (0 for none but zeros)."""
     seen: dict[str, torch.Tensor] = {}
@@ -65,7 +73,7 @@ def make_adapter(
 
     hooks = [watch(name) for site in sites for name in site.modules]
     with torch.no_grad():
-        model(input_ids=torch.tensor(PROMPTS))
+        model(input_ids=torch.tensor(prompts))
     for hook in hooks:
         hook.remove()
     generator = torch.Generator().manual_seed(sum(map(ord, path.name)))

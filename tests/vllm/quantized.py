@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from packed_words import AWQ_ORDER, pack
 from safetensors.torch import load_file, save_file
 
 from spon_plugin import find_sites
@@ -170,32 +171,46 @@ def w8a8(model, path):
 
 def gptq(model, path, group=32):
     """Write `model` with its blocks' linears in GPTQ's 4-bit format; returns it with the weights that these mean."""
-    tensors = load_file(path / "model.safetensors")
-    shifts = torch.arange(0, 32, 4)
 
-    def pack(values, dim):  # eight 4-bit numbers in an int32
-        values = values.long().unflatten(dim, (-1, 8)).movedim(dim + 1, -1)
-        return (
-            (values << shifts)
-            .sum(-1)
-            .to(torch.int64)
-            .bitwise_and(0xFFFFFFFF)
-            .sub(((values << shifts).sum(-1) >= 2**31).long() * 2**32)
-            .to(torch.int32)
-        )
-
-    for name in _linears(model):
-        weight = tensors.pop(f"{name}.weight").float().t()  # [in, out]
+    def one(weight):
         grouped = weight.unflatten(0, (-1, group))
         scales = (grouped.abs().amax(1) / 7).half()
         codes = (grouped / scales.float().unsqueeze(1)).round().clamp(-8, 7) + 8
-        meant = ((codes - 8) * scales.float().unsqueeze(1)).flatten(0, 1)
-        model.get_submodule(name).weight.data.copy_(meant.t())
-        tensors[f"{name}.qweight"] = pack(codes.flatten(0, 1), 0).contiguous()
-        tensors[f"{name}.qzeros"] = pack(torch.full_like(scales, 7), 1).contiguous()
-        tensors[f"{name}.scales"] = scales.contiguous()
-        tensors[f"{name}.g_idx"] = (torch.arange(weight.shape[0]) // group).to(torch.int32)
+        words = {
+            "qweight": pack(codes.flatten(0, 1).t(), 4).t().contiguous(),
+            "qzeros": pack(torch.full_like(scales, 7), 4),
+            "g_idx": (torch.arange(weight.shape[0]) // group).to(torch.int32),
+        }
+        return {**words, "scales": scales}, ((codes - 8) * scales.float().unsqueeze(1)).flatten(0, 1)
+
     method = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": True, "desc_act": False}
+    return _words(model, path, one, method)
+
+
+def awq(model, path, group=32):
+    """Write `model` with its blocks' linears in AWQ's format; returns it with the weights that these mean."""
+
+    def one(weight):
+        grouped = weight.unflatten(0, (-1, group))
+        low, high = grouped.amin(1), grouped.amax(1)
+        scales = ((high - low) / 15).half()
+        zeros = (-low / scales.float()).round().clamp(0, 15)
+        codes = (grouped / scales.float().unsqueeze(1) + zeros.unsqueeze(1)).round().clamp(0, 15)
+        meant = ((codes - zeros.unsqueeze(1)) * scales.float().unsqueeze(1)).flatten(0, 1)
+        words = {"qweight": pack(codes.flatten(0, 1), 4, AWQ_ORDER), "qzeros": pack(zeros, 4, AWQ_ORDER)}
+        return {**words, "scales": scales}, meant
+
+    method = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    return _words(model, path, one, method)
+
+
+def _words(model, path, one, method):
+    """Write `model` in a format of packed words: from a weight ``[in, out]`` its tensors and what they mean."""
+    tensors = load_file(path / "model.safetensors")
+    for name in _linears(model):
+        own, meant = one(tensors.pop(f"{name}.weight").float().t())
+        model.get_submodule(name).weight.data.copy_(meant.t())
+        tensors |= {f"{name}.{part}": tensor for part, tensor in own.items()}
     return _write(model, path, tensors, method)
 
 
