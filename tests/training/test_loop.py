@@ -53,6 +53,7 @@ def test_alpha_helps_every_method(tiny_llama, method):
     # Where the masks leave little to do for alpha, more steps at a lower rate tell it from chance.
     sparsity, recipe = {
         "cats": (0.3, RECIPE),
+        "sats": (0.3, RECIPE),
         "sensitivity": (0.6, RECIPE.with_changes(epochs=24, learning_rate=0.03)),
         "larosa": (0.5, RECIPE.with_changes(epochs=24, learning_rate=0.03)),
     }.get(method, (0.5, RECIPE))
