@@ -65,17 +65,9 @@ def sparse_view(model: Any, adapter: Adapter | str | Path, drafts: int = DRAFTS)
         raise SponError.of("drafts", drafts, "a number of at least 1")
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter_directory(adapter))
-    _check(model, "one without PEFT around it: merge the other adapter, or unload it")
-    check_dense(model)
-    adapter.check_masks_alone("a sparse view")
-    adapter.check_base(linear_inputs(model), type(model).__name__, base_digest(model))
+    check_view(model, adapter)
     rule = DenseTokens(rule_of(adapter.fields, model).dense_prefix)
-    rule.check(model, adapter.masks)
     pack_again(model)
-    for path in adapter.masks:
-        weight = weight_of(model.get_submodule(path), name=path)
-        if not isinstance(weight, DenseWeight | ScaledWeight):
-            raise not_by_rows(path, weight, "Load the model in a format with rows, or in floating point.")
     _lay_by_inputs(model)
     view = _on_the_same_weights(model)
     for path, mask in adapter.masks.items():
@@ -87,6 +79,19 @@ def sparse_view(model: Any, adapter: Adapter | str | Path, drafts: int = DRAFTS)
     # Nothing stops a draft before its time: the figures of `spon eval --drafts` are for so many tokens.
     settings.assistant_confidence_threshold = 0.0
     return view
+
+
+def check_view(model: Any, adapter: Adapter) -> None:
+    """Raise `SponError` where `sparse_view` would; nothing is changed."""
+    _check(model, "one without PEFT around it: merge the other adapter, or unload it")
+    check_dense(model)
+    adapter.check_masks_alone("a sparse view")
+    adapter.check_base(linear_inputs(model), type(model).__name__, base_digest(model))
+    DenseTokens(rule_of(adapter.fields, model).dense_prefix).check(model, adapter.masks)
+    for path in adapter.masks:
+        weight = weight_of(model.get_submodule(path), name=path)
+        if not isinstance(weight, DenseWeight | ScaledWeight):
+            raise not_by_rows(path, weight, "Load the model in a format with rows, or in floating point.")
 
 
 @torch.no_grad()

@@ -138,6 +138,22 @@ def test_eval_shows_texts_side_by_side(spon, trained, tiny_model_dir, text, tmp_
     assert "text.txt" in out and "other.txt" in out and "tokens, all, target" in out
 
 
+def test_eval_says_what_drafts_are_worth(spon, trained, tiny_model_dir, text):
+    command = ["eval", tiny_model_dir, "--adapter", trained, "--text", text, "--window", "72", "--max-tokens", "144"]
+    code, out, err = spon(*command, "--drafts", "1,3", "--json")
+    assert code == 0, err
+    found = json.loads(out)["lossless"]
+    assert 0 < found["greedy"] <= 1 and 0 < found["sampled"] <= 1
+    assert found["greedy_tokens"].keys() == found["speedup"]["sampled"].keys() == {"1", "3"}
+    assert 1 <= found["greedy_tokens"]["1"] <= found["greedy_tokens"]["3"] <= 4
+    assert all(value > 0 for value in (*found["speedup"]["greedy"].values(), *found["step_seconds"]["verify"].values()))
+    code, out, err = spon(*command, "--drafts", "1")
+    assert code == 0 and "of drafted tokens accepted greedily" in out
+    for wrong in ("0", "1.5", "8", ","):
+        code, _, err = spon(*command, "--drafts", wrong)
+        assert code == 2 and "comma-separated whole numbers from 1 to 7, as 1,2,3" in err
+
+
 def test_eval_against_the_masks_of_another_adapter(spon, trained, tiny_model_dir, text, tmp_path):
     code, _, err = spon("calibrate", tiny_model_dir, "--sparsity", "0.7", "--text", text, "-o", tmp_path / "teal70")
     assert code == 0, err

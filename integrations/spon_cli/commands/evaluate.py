@@ -13,6 +13,7 @@ import typer
 
 from spon_cli import options
 from spon_cli.command import Between, command
+from spon_cli.drafts import draft_numbers, drafts_record, show_drafts
 from spon_cli.evaluation_tables import as_json, show_baselines, show_evaluations, show_last_words, show_quality
 from spon_cli.model_card import put_evaluations
 from spon_cli.output import show_json
@@ -21,9 +22,13 @@ from spon_plugin import SponError, read_adapter
 from spon_plugin.adapter.base import base_digest
 from spon_plugin.adapter.directory import is_adapter
 from spon_plugin.adapter.hub import CARD_NAME
+from spon_plugin.decoder.masked_linears import MaskedLinears
 from spon_plugin.decoder.sites import linear_inputs
+from spon_plugin.studies.acceptance import acceptance
 from spon_plugin.studies.evaluation import ALL, PROTOCOLS, evaluate_last_words, evaluate_variants
 from spon_plugin.studies.quality import Reference
+from spon_transformers.draft_costs import step_costs
+from spon_transformers.lossless import check_view
 from spon_transformers.precision import QUANTIZED, check_precision
 from spon_transformers.text_sources import TextSource
 
@@ -55,6 +60,13 @@ class EvalOptions(options.ModelOptions, options.TextOptions, options.LastWordOpt
     card: Annotated[
         bool, typer.Option("--card", help="Put the table into the model card (README.md) of the adapter, too.")
     ] = False
+    drafts: Annotated[
+        str | None,
+        typer.Option(
+            help="As 1,2,3,4,5: the share of drafted tokens that the dense model accepts, and the speed-up of lossless "
+            "generation to expect at these numbers of drafts, from steps that are timed here."
+        ),
+    ] = None
     precision: Annotated[
         str | None, typer.Option(help="Quantize the linears: " + ", ".join(QUANTIZED) + "; the rest is in --dtype.")
     ] = None
@@ -75,7 +87,10 @@ def eval_command(given: EvalOptions) -> None:
     [dim]spon eval ./model --adapter sensitivity50 --baseline teal50 --text wiki.test.txt[/dim]
 
     [dim]spon eval ./model --adapter spon50 --precision int4 --reference ./model --text wiki.test.txt[/dim]
+
+    [dim]spon eval ./model --adapter spon50 --drafts 1,2,3,4,5 --text wiki.test.txt[/dim]
     """
+    drafts = draft_numbers(given.drafts, given.window)
     options.check_choice("protocol", given.protocol, PROTOCOLS)
     if given.precision is not None:
         options.check_choice("precision", given.precision, QUANTIZED)
@@ -91,7 +106,9 @@ def eval_command(given: EvalOptions) -> None:
     for tried in (adapter, yardstick):
         if tried is not None:
             tried.check_base(linear_inputs(loaded.model), given.model, base_digest(loaded.model))
-    results, baselines = [], []
+    if drafts:
+        check_view(loaded.model, adapter)
+    results, baselines, accepted = [], [], []
     with progress_bars() as stage:
         for source in sources:
             windows = loaded.leading_windows(source, given.window, given.max_tokens)
@@ -104,11 +121,20 @@ def eval_command(given: EvalOptions) -> None:
             if yardstick is not None:
                 known, bar = {"dense": result.perplexity["dense"]}, stage(f"{source.name}, baseline")
                 baselines.append(evaluate_variants(loaded.model, yardstick, *common, bar, known, reference))
+            if drafts:
+                masks = MaskedLinears.of(loaded.model, adapter.masks, adapter.fields.dense_prefix)
+                bar = stage(f"{source.name}, drafts")
+                accepted.append(acceptance(loaded.model, masks, windows, drafts, bar, alphas=masks.alphas))
         guessed = evaluate_last_words(loaded.model, adapter, loaded.encoded(passages), stage=stage) if passages else {}
+        if drafts:
+            stage("Timing the steps")
+            costs = step_costs(loaded.model, adapter, windows[:1], drafts)  # the last use of the model: it changes it
     if given.card:
         put_evaluations(given.adapter / CARD_NAME, adapter, list(zip(sources, results, strict=True)))
     if given.json:
         values = as_json(sources, results, loaded.opening, baselines, given.reference or "dense")
+        for record, measured in zip(values, accepted, strict=False):
+            record["lossless"] = drafts_record(measured, costs)
         words = {"last_word": {name: found.figures() for name, found in guessed.items()}} if guessed else {}
         show_json({**(values[0] if len(values) == 1 else {"texts": values}), **words})
         return
@@ -118,6 +144,8 @@ def eval_command(given: EvalOptions) -> None:
         show_last_words(guessed)
     if baselines:
         show_baselines(sources, results, baselines)
+    if drafts:
+        show_drafts(sources, accepted, costs)
 
 
 def _references(given: EvalOptions, sources: Sequence[TextSource]) -> dict[str, Reference]:
