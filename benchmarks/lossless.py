@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lossless generation on a real model: is every token the dense model's, how many drafts are accepted, what it costs.
 
-    python -m benchmarks.lossless MODEL --adapter ADAPTER --text FILE --prompts 200 --drafts 1,2,3 --json OUT.json
+    python -m benchmarks.lossless MODEL --adapter ADAPTER --text FILE --prompts 8 --drafts 1,2,3 --json OUT.json
+    python -m benchmarks.lossless MODEL --adapter ADAPTER --text FILE --tokens 12 --drafts 2 --equality --json ALL.json
 
 Each prompt is continued greedily by the dense model as transformers loads it (once, before the weights are laid out
 anew), then, by turns, by the dense model on rows, by the sparse one, and by the dense one with drafts of the sparse one
@@ -15,7 +16,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,32 +60,34 @@ def gap(model: Any, prompt: Tensor, text: Tensor, other: Tensor) -> dict[str, An
 
 
 def run(
-    model: Any, adapter: str, prompts: Sequence[Tensor], tokens: int, drafts: Sequence[int], sparse: bool
-) -> list[dict[str, Any]]:
+    model: Any, adapter: str, prompts: Sequence[Tensor], tokens: int, drafts: Sequence[int], equality: bool
+) -> Iterator[dict[str, Any]]:
     """A record for every prompt: seconds of each variant, rounds, and where a text is not the dense model's."""
-    continued(model, prompts[0], 4)
-    plain = [continued(model, prompt, tokens) for prompt in prompts]
+    plain: list[tuple[Tensor, float] | None] = [None] * len(prompts)
+    if not equality:
+        continued(model, prompts[0], 4)
+        plain = [continued(model, prompt, tokens) for prompt in prompts]
     view = sparse_view(model, adapter)
     rounds = Rounds(model)
     for each in (model, view):
         continued(each, prompts[0], 4)
-    records = []
-    for prompt, (text, seconds) in zip(prompts, plain, strict=True):
-        record: dict[str, Any] = {"seconds": {PLAIN: seconds}, "rounds": {}, "differs": {}}
+    for prompt, loaded in zip(prompts, plain, strict=True):
+        record: dict[str, Any] = {"seconds": {}, "rounds": {}, "differs": {}}
+        if loaded is not None:
+            text, record["seconds"][PLAIN] = loaded
         own, record["seconds"][DENSE] = continued(model, prompt, tokens)
-        if sparse:
+        if loaded is not None:
             _, record["seconds"][SPARSE] = continued(view, prompt, tokens)
-        if not torch.equal(own, text):
-            record["differs"][PLAIN] = gap(model, prompt, own, text)
+            if not torch.equal(own, text):
+                record["differs"][PLAIN] = gap(model, prompt, own, text)
         for number in drafts:
             view.generation_config.num_assistant_tokens, rounds.passes = number, 0
             drafted, record["seconds"][name(number)] = continued(model, prompt, tokens, assistant_model=view)
             record["rounds"][name(number)] = rounds.passes
             if not torch.equal(drafted, own):
                 record["differs"][name(number)] = gap(model, prompt, own, drafted)
-        records.append(record)
-        print(len(records), {key: round(tokens / value, 1) for key, value in record["seconds"].items()}, flush=True)
-    return records
+        print({key: round(tokens / value, 1) for key, value in record["seconds"].items()}, flush=True)
+        yield record
 
 
 def name(drafts: int) -> str:
@@ -139,7 +142,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=32, help="generated from each")
     parser.add_argument("--drafts", default="1,2,3")
-    parser.add_argument("--no-sparse", action="store_true", help="leave out the sparse model by itself")
+    parser.add_argument("--equality", action="store_true", help="only the dense model on rows, and drafts")
     parser.add_argument("--dtype", default="float32", choices=list(machine.DTYPES))
     parser.add_argument("--json", type=Path, help="write the records and their summary there")
     parser.add_argument("--add", action="store_true", help="to those that are there")
@@ -154,18 +157,20 @@ def main() -> None:
         parser.error(f"--text {arguments.text}: {len(ids)} tokens, expected {size * last}")
     prompts = [ids[size * i : size * i + arguments.length][None] for i in range(arguments.first, last)]
     drafts = [int(number) for number in arguments.drafts.split(",")]
-    records = run(model, arguments.adapter, prompts, arguments.tokens, drafts, not arguments.no_sparse)
+    records: list[dict[str, Any]] = []
     if arguments.add and arguments.json.exists():
-        records = [*json.loads(arguments.json.read_text())["records"], *records]
-    rows = summary(records, arguments.tokens)
-    title = f"{Path(arguments.model).name}, {device_name(model.device)}, {machine.description()}, {arguments.dtype}"
+        records = json.loads(arguments.json.read_text())["records"]
+    result = {"model": Path(arguments.model).name, "device": device_name(model.device), "torch": torch.__version__}
+    result |= {"machine": machine.description(), "transformers": transformers.__version__, "dtype": arguments.dtype}
+    result |= {"length": arguments.length, "tokens": arguments.tokens}
+    for record in run(model, arguments.adapter, prompts, arguments.tokens, drafts, arguments.equality):
+        records.append(record)
+        rows = summary(records, arguments.tokens)
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps({**result, "rows": rows, "records": records}, indent=1) + "\n")
+    title = f"{result['model']}, {result['device']}, {result['machine']}, {arguments.dtype}"
     print(f"{title}, {len(records)} prompts, {arguments.tokens} tokens each\n\n{table(rows, len(records))}")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"model": Path(arguments.model).name, "device": device_name(model.device), "rows": rows}
-        result |= {"machine": machine.description(), "torch": torch.__version__, "dtype": arguments.dtype}
-        result |= {"transformers": transformers.__version__, "length": arguments.length, "tokens": arguments.tokens}
-        arguments.json.write_text(json.dumps({**result, "records": records}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
