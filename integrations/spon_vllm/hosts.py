@@ -108,6 +108,7 @@ def few_rows(device: torch.device) -> int:
     """The most rows of a dense step that our kernels compute, where nothing has been measured.
 
     A CPU without AVX-512 has no instruction for products of bytes: methods for them take a prompt's time for two rows.
+    Nor are its GEMMs made for few rows of a weight that lies by inputs, of which they read every column anew.
     """
     return CPU_ROWS if device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability() else 0
 

@@ -69,6 +69,8 @@ def linear(
     weight_t = weight.as_subclass(Tensor).t()  # not vLLM's parameter class, which would cost the kernel its short way
     if not runs_sparse(x, limit):
         metrics.COUNTERS.count_dense(x, threshold)
+        if x.shape[:-1].numel() <= hosts.few_rows(x.device):
+            return sparse_linear(x, weight_t, _NOTHING, dense_bias)
         return dense_linear(x, weight_t, dense_bias)
     x = _masked_input(x, threshold, center)
     return sparse_linear(x, weight_t, threshold, sparse_bias, shard_sizes=shard_sizes or [weight.shape[0]])

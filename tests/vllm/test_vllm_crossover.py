@@ -15,6 +15,7 @@ from spon_vllm import crossover, hosts, ops, steps
 from spon_vllm.crossover import BASE, DENSE, SPARSE, Kind, Table
 from spon_vllm.settings import MEASURED, resolve
 
+GEMM = "gemm"
 IN, SIZES, EIGHT_BITS = 128, [64, 32], "int8 and inputs in 8 bits"
 KIND = Kind(IN, sum(SIZES), "int8 beside", 1)
 
@@ -63,7 +64,7 @@ class Clock:
 
     def __init__(self, monkeypatch, seconds):
         self.seconds, self.ran = seconds, []
-        for owner, name, way in ((ops, "sparse_linear", SPARSE), (ops, "dense_linear", DENSE), (hosts, "dense", BASE)):
+        for owner, name, way in ((ops, "sparse_linear", SPARSE), (ops, "dense_linear", GEMM), (hosts, "dense", BASE)):
             monkeypatch.setattr(owner, name, self._watched(getattr(owner, name), way))
         monkeypatch.setattr(crossover, "seconds_of", self)
 
@@ -79,8 +80,8 @@ class Clock:
     def __call__(self, call, device):
         self.ran.clear()
         call()
-        (key,) = set(self.ran)
-        return len(self.ran) * self.seconds(*key)
+        ((way, rows),) = set(self.ran)
+        return len(self.ran) * self.seconds(DENSE if way == GEMM else way, rows)
 
 
 def until(limit, own=0):
@@ -95,6 +96,7 @@ def until(limit, own=0):
 
 @pytest.mark.parametrize("limit", [1, 2, 3, CPU_ROWS])
 def test_the_limit_is_where_sparse_steps_stop_to_gain(limit, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     clock = Clock(monkeypatch, until(limit, own=0))
     layer = make()
     layer.quant_method.process_weights_after_loading(layer)
@@ -102,7 +104,7 @@ def test_the_limit_is_where_sparse_steps_stop_to_gain(limit, monkeypatch):
     clock.ran.clear()
     for rows in (limit, limit + 1):
         layer(torch.randn(rows, IN).bfloat16())
-    assert clock.ran == [(SPARSE, limit), (DENSE, limit + 1)]
+    assert clock.ran == [(SPARSE, limit), (GEMM if limit == CPU_ROWS else DENSE, limit + 1)]
 
 
 def test_what_gains_too_little_runs_dense(monkeypatch):
@@ -128,6 +130,18 @@ def test_without_a_measurement_a_machine_without_products_of_bytes_runs_few_rows
     for capability, rows in (("AVX2", CPU_ROWS), ("DEFAULT", CPU_ROWS), ("AVX512", 0), ("AVX512_VNNI", 0)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         assert hosts.few_rows(torch.device("cpu")) == rows and hosts.few_rows(torch.device("cuda")) == 0
+
+
+@pytest.mark.parametrize(("capability", "ways"), [("AVX2", [DENSE]), ("AVX512", [GEMM])])
+def test_few_rows_of_a_plain_layer_are_dense_where_that_is_fast(capability, ways, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    layer = make(measures=False, dtype=torch.float32)
+    layer.quant_method.process_weights_after_loading(layer)
+    clock, x = Clock(monkeypatch, None), torch.randn(CPU_ROWS, IN)
+    torch.testing.assert_close(layer(x)[0], x @ layer.weight.t(), rtol=1e-4, atol=1e-4)
+    assert clock.ran == [(way, CPU_ROWS) for way in ways]
+    layer(torch.randn(CPU_ROWS + 1, IN))
+    assert clock.ran[1:] == [(GEMM, CPU_ROWS + 1)]
 
 
 def test_inputs_are_thinned_out_as_the_adapter_says():
