@@ -274,14 +274,19 @@ def _seconds(layers: Sequence[Any], way: str, rows: int, sparsity: float, timer:
 
 
 def _inputs(layer: Any, rows: int, sparsity: float) -> Tensor:
-    """Random rows that the layer's masks thin out by `sparsity`, each on its own; all of it where they mask nothing."""
+    """Random rows that the layer's masks thin out by `sparsity`, each on its own; all of it where they mask nothing.
+
+    None is 0, which kernels would skip in a dense step as well.
+    """
     threshold = layer.spon_threshold
     generator = torch.Generator().manual_seed(0)
     shape = rows, layer.quant_method.in_part
     noise, sign = (torch.rand(shape, generator=generator).to(threshold.device) for _ in range(2))
-    highest = threshold.reshape(len(threshold), -1).amax(0)  # of a fused layer's masks
-    kept = (noise >= sparsity) | (highest == 0)
-    x = torch.where(kept & highest.isfinite(), (2 * highest + 1) * torch.where(sign < 0.5, -1, 1), 0)
+    masks = threshold.reshape(len(threshold), -1)  # of a fused layer
+    lowest, highest = masks.amin(0), masks.amax(0)
+    below = torch.where(lowest > 0, lowest, highest).clamp(max=2) / 2
+    kept = ((noise >= sparsity) | (highest == 0)) & highest.isfinite()
+    x = torch.where(kept, 2 * highest + 1, below) * torch.where(sign < 0.5, -1, 1)
     return (x if layer.spon_center is None else x + layer.spon_center).to(layer.params_dtype)
 
 

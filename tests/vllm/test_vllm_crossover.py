@@ -150,6 +150,7 @@ def test_inputs_are_thinned_out_as_the_adapter_says():
     x = crossover._inputs(layer, 64, 0.8)
     assert x.shape == (64, IN) and x.dtype == torch.bfloat16
     assert 0.75 < (x.abs() <= 0.7).float().mean() < 0.85
+    assert (x != 0).all()  # a dense step would skip them, too
     layer.spon_threshold.data.zero_()
     assert (crossover._inputs(layer, 64, 0.8) != 0).all()  # nothing to skip
 
