@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from spon_peft.layer import SponLayer
+from spon_plugin.decoder.block_states import BlockStates
 from spon_plugin.decoder.head import OutputHead, backbone_hidden, find_head
 from spon_plugin.decoder.positions import read_as
 from spon_plugin.errors import SponError
-from spon_plugin.training.distillation import kl_divergence
+from spon_plugin.training.objective import Objective
 
 _NOT_FOR_THE_MODEL = ("labels", "shift_labels", "num_items_in_batch")
 
@@ -33,19 +34,21 @@ class SponTrainer(Trainer):
     Args:
         *args: as for `transformers.Trainer`; the model is a `PeftModel` or has injected SPON layers.
         temperature: divides the logits of both models; greater than 0.
+        objective: options of the loss, `temperature` among them; the divergence alone by default.
         **kwargs: likewise.
 
     Raises:
-        SponError: the model has no SPON layers or is an encoder-decoder, `temperature` is not positive, or several
-            GPUs are used by one process.
+        SponError: the model has no SPON layers or is an encoder-decoder, an option of the loss is out of
+            its range, or several GPUs are used by one process.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, temperature: float = 1.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, temperature: float = 1.0, objective: Objective | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not temperature > 0:
-            raise SponError.of("temperature", temperature, "a number > 0")
+        if objective is not None and temperature != 1.0:
+            raise SponError.of("temperature", temperature, "nothing beside an objective, which has its own")
+        self.objective: Objective = objective or Objective(temperature=temperature)
         model: Any = self.model
         if not any(isinstance(module, SponLayer) for module in model.modules()):
             raise SponError.of("model", type(model).__name__, "a model with a SPON adapter", "See get_peft_model.")
@@ -53,13 +56,13 @@ class SponTrainer(Trainer):
             raise SponError.of("model", type(_base_model(model)).__name__, "a decoder")
         if self.args.n_gpu > 1:
             raise SponError.of("args.n_gpu", self.args.n_gpu, "1", "Start one process per GPU, with torchrun.")
-        self.temperature = temperature
         self.label_names = ["labels"]
         # These make the Trainer count the tokens of an accumulated batch as `_loss` does.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self._head: OutputHead | None = None
         self._head_is_known = False
+        self._states: BlockStates | None = self.objective.block_states(_base_model(model))
 
     def compute_loss(
         self,
@@ -92,8 +95,14 @@ class SponTrainer(Trainer):
         inputs = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
         counted = labels[:, 1:] != -100
 
+        def output() -> Tensor:
+            if self._head is not None:
+                return backbone_hidden(base, inputs)
+            logits: Tensor = base(**inputs, use_cache=False).logits
+            return logits
+
         def run() -> Tensor:
-            out = backbone_hidden(base, inputs) if self._head is not None else base(**inputs, use_cache=False).logits
+            out = output() if self._states is None else self._states.beside(output)
             return out[:, :-1][counted]
 
         with self.accelerator.autocast():
@@ -105,7 +114,7 @@ class SponTrainer(Trainer):
                 torch.clear_autocast_cache()  # weights that the teacher's pass cast have no gradient
             with read_as(labels == -100):
                 student = run()
-        return kl_divergence(student, teacher, self._head, self.temperature), counted.sum()
+        return self.objective.loss(student, teacher, self._head, self._states), counted.sum()
 
 
 def _base_model(model: Any) -> Any:

@@ -96,6 +96,7 @@ def train_adapter(
         data_collator=_stack,
         callbacks=[_Report(progress)],
         optimizers=(optimizer, LambdaLR(optimizer, recipe.factor)),
+        objective=recipe.objective,
     )
     trainer.remove_callback(PrinterCallback)
     with warnings.catch_warnings():

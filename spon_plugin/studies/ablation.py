@@ -151,7 +151,8 @@ class Ablation(Bench):
         added: dict[str, Any] = {}
         if trial.recipe is not None:
             start = time.perf_counter()
-            teacher = self.dense_states(self._training(trial.recipe.window, trial.texts, missing))
+            training = self._training(trial.recipe.window, trial.texts, missing)
+            teacher = self.dense_states(training, trial.recipe.objective)
             teacher = teacher.first(trial.recipe.windows)
             row["training_tokens"] = int(teacher.windows.numel())
             seconds["dense states"] = time.perf_counter() - start
@@ -199,4 +200,5 @@ def describe(trial: Trial) -> str:
     recipe = trial.recipe
     words = [f"alpha on {len(trial.carriers)}", f"{recipe.windows} windows of {recipe.window}"]
     words += [f"rate {recipe.learning_rate:g}"] + [f"decay {recipe.weight_decay:g}"] * bool(recipe.weight_decay)
+    words += [f"{name.replace('_', ' ')} {value:g}" for name, value in recipe.loss_options.items()]
     return f"{what}: {', '.join(words)}"

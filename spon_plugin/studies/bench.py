@@ -20,6 +20,7 @@ from spon_plugin.studies.evaluation import ALL, evaluate
 from spon_plugin.studies.last_word import Passage, last_words
 from spon_plugin.studies.quality import Reference
 from spon_plugin.training.loop import Losses, Teacher, train_alphas
+from spon_plugin.training.objective import Objective
 from spon_plugin.training.recipe import Recipe
 
 
@@ -90,12 +91,13 @@ class Bench:
             raise found
         return found, seconds
 
-    def dense_states(self, windows: Tensor) -> Teacher:
-        """The dense model's states on the windows ``[count, length]``; the last are kept."""
-        text = windows_digest(windows)
-        if self._teacher is None or self._teacher[0] != text:
+    def dense_states(self, windows: Tensor, objective: Objective | None = None) -> Teacher:
+        """The dense model's states on the windows ``[count, length]``, as `objective` wants them; the last are kept."""
+        blocks = None if objective is None else objective.block_states(self.model)
+        kept = f"{windows_digest(windows)} {0 if blocks is None else len(blocks.blocks)}"
+        if self._teacher is None or self._teacher[0] != kept:
             progress = self.stage("Dense model on the training text")
-            self._teacher = text, Teacher(self.model, windows, progress=progress)
+            self._teacher = kept, Teacher(self.model, windows, progress=progress, blocks=blocks)
         return self._teacher[1]
 
     def train(

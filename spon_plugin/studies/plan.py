@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from spon_plugin.decoder.sites import Site
 from spon_plugin.errors import SponError
@@ -26,6 +27,15 @@ CALIBRATION = (1 / 16, 1 / 4, 1.0, 4.0)
 HIGH = (0.7, 0.75, 0.8, 0.85, 0.9)
 LENGTHS = (1 / 2, 2)
 DECAYS = (1.0, 4.0)
+LOSSES: dict[str, dict[str, Any]] = {
+    "KL": {},
+    "temperature 2": {"temperature": 2.0},
+    "top 64 and one bin": {"top_k": 64},
+    "top 1024 and one bin": {"top_k": 1024},
+    "hidden states, 4 blocks": {"hidden_weight": 1.0},
+    "uncertain tokens more": {"entropy_power": 1.0},
+    "uncertain tokens less": {"entropy_power": -1.0},
+}
 EVERYWHERE = "all"
 
 
@@ -233,8 +243,20 @@ def prefix(setup: Setup) -> Study:
     return Study("prefix", "First positions dense", "dense prefix", tuple(points), "perplexity")
 
 
+def loss(setup: Setup) -> Study:
+    """What alphas are trained to minimize; at the same sparsity of the sparse model."""
+    points = []
+    for label, changes in LOSSES.items():
+        if changes.get("hidden_weight"):
+            changes = {**changes, "hidden_blocks": min(4, len(_blocks(setup.sites)))}
+        recipe = replace(setup.recipe, **changes)
+        points.append(Point(label, replace(setup.trial, recipe=recipe, matched=True)))
+    return Study("loss", "What is minimized", "loss", tuple(points))
+
+
 STUDIES: dict[str, Callable[[Setup], Study]] = {
-    build.__name__: build for build in (location, layer, halves, tokens, rate, domain, generalization, sparsity, prefix)
+    build.__name__: build
+    for build in (location, layer, halves, tokens, rate, domain, generalization, sparsity, prefix, loss)
 }
 
 

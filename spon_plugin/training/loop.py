@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from spon_plugin.adapter.config import carries_alpha
+from spon_plugin.decoder.block_states import BlockStates
 from spon_plugin.decoder.head import OutputHead, backbone_hidden, find_head
 from spon_plugin.decoder.positions import whole_windows
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers.base import Fitted
-from spon_plugin.training.distillation import kl_divergence
 from spon_plugin.training.recipe import Recipe
 
 Losses = list[dict[str, float]]
@@ -34,12 +34,20 @@ class Teacher:
     Attributes:
         windows: token ids ``[count, length]``.
         states: ``[count, length, hidden]`` in the model's dtype, on the CPU; logits where the model's head cannot be
-            run alone.
+            run alone. After these, the states of `blocks`.
         head: from states to logits; None for logits.
+        blocks: whose states are beside the last ones, as `Objective.block_states` wants them; None for none.
     """
 
-    def __init__(self, model: Any, windows: Tensor, batch_size: int = 4, progress: Progress = no_progress) -> None:
-        self.windows = windows
+    def __init__(
+        self,
+        model: Any,
+        windows: Tensor,
+        batch_size: int = 4,
+        progress: Progress = no_progress,
+        blocks: BlockStates | None = None,
+    ) -> None:
+        self.windows, self.blocks = windows, blocks
         device = next(model.parameters()).device
         states = []
         with torch.no_grad(), _frozen(model):
@@ -51,14 +59,19 @@ class Teacher:
 
     def student(self, model: Any, ids: Tensor) -> Tensor:
         """The same of `model` as it is now, for ``ids [batch, length]``."""
-        if self.head is not None:
-            return backbone_hidden(model, {"input_ids": ids})
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-        return logits
+
+        def run() -> Tensor:
+            if self.head is not None:
+                return backbone_hidden(model, {"input_ids": ids})
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+            return logits
+
+        return run() if self.blocks is None else self.blocks.beside(run)
 
     def logits(self, row: int, tokens: slice) -> Tensor:
         """The dense model's, for some tokens of a window: ``[tokens, vocabulary]``, where its head is."""
-        states = self.states[row, tokens]
+        beside = 0 if self.blocks is None else self.blocks.width
+        states = self.states[row, tokens, : self.states.shape[-1] - beside]
         return states if self.head is None else self.head(states.to(self.head.device))
 
     def first(self, count: int) -> Teacher:
@@ -79,7 +92,7 @@ def train_alphas(
 ) -> tuple[dict[str, Tensor], Losses]:
     """Distil the dense model into alphas on top of a sparsification method.
 
-    Minimizes the mean ``KL(dense || sparse)`` over the positions that predict a token of the window, with AdamW, each
+    Minimizes the mean of `Recipe.objective` over the positions that predict a token of the window, with AdamW, each
     layer at `Recipe.rate` and `Recipe.decay` of its `Fitted.scales`, by `Recipe.factor`, the gradient clipped.
 
     Args:
@@ -95,7 +108,8 @@ def train_alphas(
         Module path -> float32 ``[in_features]``, and the loss of every step.
 
     Raises:
-        SponError: no linear of the method carries an alpha, or there are fewer windows than a step takes.
+        SponError: no linear of the method carries an alpha, there are fewer windows than a step takes, or the teacher
+            has not the states that the objective compares.
     """
     carriers = [path for path in fitted.modules if carries_alpha(path, alpha_modules)]
     if not carriers:
@@ -103,6 +117,10 @@ def train_alphas(
         raise SponError.of("alpha_modules", alpha_modules, f'"all" or names of linears that the method covers: {names}')
     if len(teacher.windows) < recipe.batch_size:
         raise SponError.of("training windows", len(teacher.windows), f"at least {recipe.batch_size}, those of one step")
+    objective = recipe.objective
+    compared, have = objective.hidden_blocks * bool(objective.hidden_weight), len(getattr(teacher.blocks, "blocks", ()))
+    if compared and have != compared:
+        raise SponError.of("teacher", f"states of {have} blocks", f"{compared}", "Give it Objective.block_states.")
     device = next(model.parameters()).device
     sizes = {path: fitted.site_of[path].in_features for path in carriers}
     alphas = {path: torch.zeros(sizes[path], device=device, requires_grad=True) for path in carriers}
@@ -121,7 +139,7 @@ def train_alphas(
             with whole_windows():
                 student = teacher.student(model, ids)[:, :-1].flatten(0, 1)
             dense = teacher.states[rows][:, :-1].flatten(0, 1).to(device)
-            loss = kl_divergence(student, dense, teacher.head) / len(student)
+            loss = objective.loss(student, dense, teacher.head, teacher.blocks) / len(student)
             optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(list(alphas.values()), recipe.max_grad_norm)

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.calibration.sensitivity import RATE
 from spon_plugin.errors import SponError
+from spon_plugin.training.objective import Objective
+
+_LOSS = {field.name: field.default for field in fields(Objective)}
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,11 @@ class Recipe:
         warmup: the share of the steps in which the rate rises; it falls along a cosine afterwards.
         max_grad_norm: the gradient over all alphas is clipped to this norm.
         weight_decay: AdamW's, of an alpha in the units of its rate: a step takes ``rate * weight_decay`` of it away.
+        temperature: of the loss, as in `Objective`.
+        top_k: likewise.
+        entropy_power: likewise.
+        hidden_weight: likewise.
+        hidden_blocks: likewise.
     """
 
     windows: int
@@ -38,6 +46,20 @@ class Recipe:
     warmup: float = 0.1
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
+    temperature: float = 1.0
+    top_k: int = 0
+    entropy_power: float = 0.0
+    hidden_weight: float = 0.0
+    hidden_blocks: int = 4
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimized.
+
+        Raises:
+            SponError: an option of the loss is out of its range.
+        """
+        return Objective(**{name: getattr(self, name) for name in _LOSS})
 
     @property
     def steps(self) -> int:
@@ -71,10 +93,11 @@ class Recipe:
         """This recipe with some values replaced; None leaves a value as it is.
 
         Raises:
-            SponError: a value is not positive, or a weight decay is negative.
+            SponError: a value is not positive, a weight decay is negative, or an option of the loss is out of range.
         """
         changed = {name: value for name, value in changes.items() if value is not None}
-        for name, value in changed.items():
+        Objective(**{name: value for name, value in changed.items() if name in _LOSS})
+        for name, value in ((name, value) for name, value in changed.items() if name not in _LOSS):
             if name == "weight_decay" and not 0 <= value < math.inf:
                 raise SponError.of(name, value, "a number of at least 0")
             if name != "weight_decay" and not value > 0:
@@ -82,8 +105,13 @@ class Recipe:
         return replace(self, **changed)
 
     def as_dict(self) -> dict[str, Any]:
-        """For the adapter's `calibration` field."""
-        return asdict(self)
+        """For the adapter's `calibration` field; options of the loss that are as by default are left out."""
+        return {name: value for name, value in asdict(self).items() if _LOSS.get(name) != value or name not in _LOSS}
+
+    @property
+    def loss_options(self) -> dict[str, float]:
+        """The options of the loss that are not as by default."""
+        return {name: getattr(self, name) for name, default in _LOSS.items() if getattr(self, name) != default}
 
 
 PRESETS = {

@@ -287,6 +287,18 @@ def test_weight_decay_is_kept_in_the_recipe_and_makes_alphas_smaller(spon, train
     assert sizes[1] < sizes[0]
 
 
+def test_options_of_the_loss_are_kept_in_the_recipe(spon, trained, text, tmp_path):
+    options = {"temperature": 2.0, "top_k": 32, "entropy_power": -1.0, "hidden_weight": 0.5}
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    code, _, err = spon("train", trained, "--text", text, *SMALL, *words, "-o", tmp_path / "more")
+    assert code == 2 and "hidden_blocks: got 4, expected at least 1 and at most 2" in err
+    code, _, err = spon("train", trained, "--text", text, *SMALL, *words[:-2], "-o", tmp_path / "more")
+    assert code == 0, err
+    kept = read_adapter(tmp_path / "more").fields.calibration["training"]
+    del options["hidden_weight"]
+    assert {name: kept.get(name) for name in options} == options and "hidden_weight" not in kept
+
+
 def test_train_keeps_thresholds_per_channel_and_centres(spon, vectors, text, tmp_path):
     code, _, err = spon("train", vectors, "--text", text, *SMALL, "-o", tmp_path / "more")
     assert code == 0, err

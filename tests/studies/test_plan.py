@@ -10,7 +10,7 @@ from tiny_models import make_tiny_llama
 
 from spon_plugin import SponError, find_sites
 from spon_plugin.adapter.base import weights_digest
-from spon_plugin.studies.ablation import DENSE, Ablation, Trial, plan
+from spon_plugin.studies.ablation import DENSE, Ablation, Trial, describe, plan
 from spon_plugin.studies.evaluation import share_recovered
 from spon_plugin.studies.plan import STUDIES, Setup
 from spon_plugin.studies.plan_tables import markdown, records, recovered
@@ -98,6 +98,26 @@ def test_other_studies_vary_one_thing(setup, study):
     }
     for name, values in varied.items():
         assert values == expected[name] if name == study else len(set(values)) == 1
+
+
+def test_losses_are_compared_at_one_sparsity_of_the_sparse_model(setup):
+    points = STUDIES["loss"](setup).points
+    assert all(point.trial.matched and point.trial.carriers == setup.trial.carriers for point in points)
+    options = {point.label: point.trial.recipe.loss_options for point in points}
+    assert options["KL"] == {} and points[0].trial == replace(setup.trial, matched=True)
+    assert options["top 64 and one bin"] == {"top_k": 64} and options["temperature 2"] == {"temperature": 2.0}
+    assert options["hidden states, 4 blocks"] == {"hidden_weight": 1.0, "hidden_blocks": 2}  # all that this model has
+    assert sorted(o["entropy_power"] for o in options.values() if "entropy_power" in o) == [-1.0, 1.0]
+    assert len({point.trial.masks.name for point in points}) == 1
+    assert "entropy power -1" in describe(points[-1].trial)
+
+
+def test_every_loss_gives_a_row_of_its_own_and_rows_come_back_as_trials(tiny_llama, sites, setup, tmp_path):
+    trials = [point.trial for point in STUDIES["loss"](setup).points]
+    rows = bench(tiny_llama, sites).run(trials, RowStore(tmp_path, {}))
+    # And the dense model's and the masks', but this vocabulary of 256 has no 1024 likeliest.
+    assert len({row["tests"]["test"]["perplexity"] for row in rows.values()}) == len(trials) + 1
+    assert [Trial.of(rows[trial.name]) for trial in trials] == trials
 
 
 def test_domain_needs_two_texts(setup):

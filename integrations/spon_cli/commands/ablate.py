@@ -92,7 +92,8 @@ def ablate_command(given: AblateOptions) -> None:
     location: where alpha is. layer: one decoder block at a time. halves: the first or the last half of them. tokens: to
     calibrate and to train on. rate: the learning rate. domain: each --text alone and all together, on every --test.
     generalization: that, mixes without one text, fewer sites, other windows, weight decay. sparsity: 70 to 90%.
-    prefix: position 0 masked or dense, matched. precision: quantized bases, with the adapter of the full-precision base
+    prefix: position 0 masked or dense, matched. loss: top-k, temperature, hidden states, tokens by entropy, matched;
+    for windows of 512, --train-window 512. precision: quantized bases, with the adapter of the full-precision base
     and with their own.
 
     Each row is kept in OUTPUT as soon as it is measured and serves every study; the same command goes on where it

@@ -76,6 +76,21 @@ class TrainOptions(options.ModelOptions, options.MethodOptions, options.TextOpti
     weight_decay: Annotated[
         float | None, typer.Option(help="Pulls alphas towards zero; in the units of the rate.", show_default="0")
     ] = None
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the loss: divides both models' logits.", show_default="1")
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Of the loss: the likeliest tokens, and all others as one.", show_default="all"),
+    ] = None
+    entropy_power: Annotated[
+        float | None,
+        typer.Option(help="Of the loss: tokens count (1 + dense entropy) ** this.", show_default="0"),
+    ] = None
+    hidden_weight: Annotated[
+        float | None,
+        typer.Option(help="Of the loss: of the states after four blocks.", show_default="0"),
+    ] = None
     dense_prefix: options.DensePrefix = None
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the same command was interrupted.")] = False
@@ -92,7 +107,8 @@ class TrainOptions(options.ModelOptions, options.MethodOptions, options.TextOpti
 
     def recipe(self) -> Recipe:
         """The preset with the changes that the user asked for."""
-        names = ("windows", "window", "batch_size", "epochs", "learning_rate", "weight_decay")
+        names = ["windows", "window", "batch_size", "epochs", "learning_rate", "weight_decay"]
+        names += ["temperature", "top_k", "entropy_power", "hidden_weight"]
         return preset(self.preset).with_changes(**{name: getattr(self, name) for name in names})
 
     def settings(self) -> Settings:
