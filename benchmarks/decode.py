@@ -40,6 +40,7 @@ from benchmarks.variants import (
 )
 from spon_plugin import Mask, read_adapter
 from spon_plugin.machine import DTYPES, device_name
+from spon_transformers.gguf_writer import write_gguf
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3-8b": {
@@ -226,7 +227,7 @@ def main() -> None:
         if arguments.against:
             from benchmarks import llama_cpp
 
-            files = arguments.gguf or [llama_cpp.write(dense, Path(directory) / "Q4_K_M.gguf")]
+            files = arguments.gguf or [write_gguf(dense, Path(directory) / "Q4_K_M.gguf")]
             variants += [llama_cpp.variant(file, PROMPT + 2 * arguments.tokens + 16) for file in files]
         bandwidth = read_bandwidth(device)
         seconds = measure(variants, ids, arguments.tokens)

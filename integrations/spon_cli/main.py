@@ -12,6 +12,7 @@ from spon_cli.commands.analyze import analyze_command
 from spon_cli.commands.calibrate import calibrate_command
 from spon_cli.commands.compare import compare_command
 from spon_cli.commands.evaluate import eval_command
+from spon_cli.commands.frontier import frontier_command
 from spon_cli.commands.inspection import inspect_command
 from spon_cli.commands.merge import merge_command
 from spon_cli.commands.push import push_command
@@ -41,6 +42,7 @@ app.command("inspect")(inspect_command)
 app.command("push")(push_command)
 app.command("report")(report_command)
 app.command("compare")(compare_command)
+app.command("frontier")(frontier_command)
 app.command("ablate")(ablate_command)
 app.command("analyze")(analyze_command)
 

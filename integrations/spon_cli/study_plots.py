@@ -9,6 +9,8 @@ from typing import Any
 
 from spon_cli.plots import COLORS, figure
 from spon_plugin.studies.ablation import DENSE
+from spon_plugin.studies.comparison import OFF
+from spon_plugin.studies.frontier_tables import equal_bytes, hull, label, points
 from spon_plugin.studies.plan import Point, Study
 from spon_plugin.studies.plan_tables import Rows, recovered
 from spon_plugin.studies.quantized_bases import FULL, OWN
@@ -137,3 +139,54 @@ def plot_precisions(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
             axes.set_xticks(range(len(precisions)), precisions)
             axes.set(title=test, ylabel="perplexity")
         panels[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def plot_frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Perplexity, and mean KL, against the bits that a token reads of a weight; two panels for each text.
+
+    A line for each format over its sparsities, dotted without alphas; rows of different formats that read as many bytes
+    are joined, and the convex hull is drawn under all of them.
+    """
+    from matplotlib import colormaps
+    from matplotlib.ticker import ScalarFormatter
+
+    texts = list(rows[0]["texts"])
+    formats = list(dict.fromkeys(row["format"] for row in sorted(rows, key=lambda row: -row["bytes_dense"])))
+    a_weight = max(row["bytes_per_token"] / row["bits_per_weight"] for row in rows) / 1e6  # MB for a bit a weight
+    with figure(file, 2 * len(texts), width=7, height=6) as panels:
+        for index, (text, figure_name) in enumerate((t, f) for t in texts for f in ("perplexity", "kl")):
+            axes = panels[index]
+            best = hull(rows, text)
+            for first, second in equal_bytes(rows):
+                ends = [(row["bits_per_weight"], row["texts"][text].get(figure_name)) for row in (first, second)]
+                if all(value for _, value in ends):
+                    axes.plot(*zip(*ends, strict=True), color="0.75", linewidth=0.8, zorder=1)
+            for number, name in enumerate(formats):
+                color = colormaps["tab10"](number % 10)
+                for alpha in dict.fromkeys(row["alpha"] for row in rows):
+                    mine = [row for row in rows if row["format"] == name and row["alpha"] in (alpha, OFF)]
+                    mine = [row for row in mine if row["alpha"] == alpha or not row["sparsity"]]
+                    places = [(bits, row["texts"][text].get(figure_name)) for bits, _, row in points(mine, text)]
+                    places = [(bits, value) for bits, value in places if value and value > 1e-6]
+                    if not places or (alpha != OFF and len(mine) < 2):
+                        continue
+                    line, marker = (":", "o") if alpha == OFF else ("-", "s")
+                    title = name if alpha == OFF else f"{name} + alpha"
+                    axes.plot(*zip(*places, strict=True), line, marker=marker, ms=4, color=color, label=title, zorder=2)
+            if figure_name == "perplexity":
+                under = [(row["bits_per_weight"], row["texts"][text]["perplexity"]) for row in best]
+                axes.plot(
+                    *zip(*under, strict=True), color="0.2", linewidth=3, alpha=0.25, label="convex hull", zorder=0
+                )
+                for row in best:
+                    place = row["bits_per_weight"], row["texts"][text]["perplexity"]
+                    axes.annotate(label(row), place, xytext=(3, -9), textcoords="offset points", fontsize=6)
+            axes.set(title=text, xlabel="bits read for each weight, by a token", yscale="log")
+            axes.set_ylabel("perplexity" if figure_name == "perplexity" else "mean KL to bf16, nats a token")
+            axes.secondary_xaxis("top", functions=(lambda x: x * a_weight, lambda x: x / a_weight)).set_xlabel(
+                "MB a token"
+            )
+            if figure_name == "perplexity":
+                axes.yaxis.set_major_formatter(ScalarFormatter())
+                axes.yaxis.set_minor_formatter(ScalarFormatter())
+        panels[0].legend(fontsize=7)

@@ -91,6 +91,11 @@ def quantize(model: Any, rounding: Rounding, progress: Callable[[int, int], None
     return list(linears)
 
 
+def widest_group(model: nn.Module) -> int:
+    """The largest group, of 128 and its halves, that divides the inputs of every linear that `quantize` rounds."""
+    return _divisor({site.in_features for site in find_sites(model)})
+
+
 def save_quantized(model: Any, directory: Path) -> None:
     """Write a model that `quantize` has rounded: config, safetensors, and `quantization_config` in `config.json`."""
     from compressed_tensors.compressors import ModelCompressor

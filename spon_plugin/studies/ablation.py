@@ -13,11 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from spon_plugin.adapter.mask import with_alphas
-from spon_plugin.calibration.sensitivity import match_sparsity
 from spon_plugin.errors import SponError
 from spon_plugin.sparsifiers import SPARSIFIERS, Fitted, get_sparsifier
-from spon_plugin.sparsifiers.thresholds import ThresholdFitted, ThresholdSparsifier
+from spon_plugin.sparsifiers.thresholds import ThresholdSparsifier
 from spon_plugin.studies.bench import Bench
 from spon_plugin.studies.rows import RowStore
 from spon_plugin.training.loop import loss_ends
@@ -178,10 +176,7 @@ class Ablation(Bench):
     ) -> Fitted:
         """The method with the dense prefix of a trial, and with thresholds at its target under these alphas."""
         fitted = fitted.with_dense_prefix(trial.dense_prefix)
-        if not trial.matched or not isinstance(fitted, ThresholdFitted):
-            return fitted
-        masks, prefix = with_alphas(fitted.masks, alphas or {}), fitted.dense_prefix
-        return fitted.with_masks(match_sparsity(self.model, self.sites, masks, windows, trial.sparsity, prefix))
+        return self.matched(fitted, windows, trial.sparsity, alphas) if trial.matched else fitted
 
 
 def plan(trials: Sequence[Trial]) -> list[Trial]:

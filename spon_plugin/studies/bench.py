@@ -11,11 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spon_plugin.adapter.mask import with_alphas
+from spon_plugin.calibration.sensitivity import match_sparsity
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.sites import Site
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers import Fitted, Statistics, get_sparsifier
+from spon_plugin.sparsifiers.thresholds import ThresholdFitted
 from spon_plugin.studies.evaluation import ALL, evaluate
 from spon_plugin.studies.last_word import Passage, last_words
 from spon_plugin.studies.quality import Reference
@@ -90,6 +93,18 @@ class Bench:
         if isinstance(found, SponError):
             raise found
         return found, seconds
+
+    def matched(
+        self, fitted: Fitted, windows: Tensor, sparsity: float, alphas: Mapping[str, Tensor] | None = None
+    ) -> Fitted:
+        """The method with its thresholds held at the target in the sparse model itself, under these alphas.
+
+        A method without thresholds is given back as it is.
+        """
+        if not isinstance(fitted, ThresholdFitted):
+            return fitted
+        masks, prefix = with_alphas(fitted.masks, alphas or {}), fitted.dense_prefix
+        return fitted.with_masks(match_sparsity(self.model, self.sites, masks, windows, sparsity, prefix))
 
     def dense_states(self, windows: Tensor, objective: Objective | None = None) -> Teacher:
         """The dense model's states on the windows ``[count, length]``, as `objective` wants them; the last are kept."""

@@ -22,7 +22,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from commands import TEXT, run
 from tiny_models import make_byte_tokenizer, make_tiny_llama
 
-from spon_cli.commands import ablate, analyze, calibrate, compare, evaluate, merge, quantize, quickstart, train
+from spon_cli.commands import (
+    ablate,
+    analyze,
+    calibrate,
+    compare,
+    evaluate,
+    frontier,
+    merge,
+    quantize,
+    quickstart,
+    train,
+)
 from spon_plugin import Adapter, Mask, SponError, SponFields, find_sites, write_adapter
 
 COUNT, SEED = 500, 0
@@ -38,15 +49,17 @@ RIGHT: dict[str, list[str]] = {
     "inspect": ["adapter"],
     "report": ["results.json", "-o", "out"],
     "compare": ["model", "-o", "out", "--text", "text.txt", "--test", "text.txt", "--calibration-tokens", "512"],
+    "frontier": ["model", "-o", "out", "--text", "text.txt", "--formats", "bf16,int8", "--calibration-tokens", "512"],
     "ablate": ["model", "-o", "out", "--text", "text.txt", "--test", "text.txt", "--calibration-tokens", "512"],
     "analyze": ["model", "--adapter", "adapter", "--text", "text.txt", "-o", "out", "--projection", "pca"],
 }
 NUMBERS = ["--sparsity", "--window", "--windows", "--tokens", "--max-tokens", "--batch-size", "--seed", "--epochs",
            "--learning-rate", "--weight-decay", "--dense-prefix", "--calibration-tokens", "--count",
-           "--max-length", "--bits", "--group"]  # fmt: skip
+           "--max-length", "--bits", "--group", "--passages"]  # fmt: skip
 WORDS = ["--allocation", "--alpha", "--alpha-modules", "--target-modules", "--preset", "--dtype", "--protocol",
-         "--precision", "--methods", "--method", "--study", "--projection", "--precisions", "--metric"]  # fmt: skip
-PATHS = ["-o", "--text", "--test", "--adapter", "--baseline", "--prompts", "--model"]
+         "--precision", "--methods", "--method", "--study", "--projection", "--precisions", "--metric",
+         "--formats"]  # fmt: skip
+PATHS = ["-o", "--text", "--test", "--adapter", "--baseline", "--prompts", "--model", "--reference", "--lambada"]
 FLAGS = ["--json", "--match", "--resume", "--gradient-checkpointing", "--trust-remote-code", "--no-such", "-x", "--"]
 ODD_NUMBERS = ["0", "-1", "1", "2", "0.5", "1.0", "nan", "inf", "-inf", "1e309", "1e-309", "-0.0", "1_000", "0x10",
                str(2**31), str(2**32), str(2**63), str(2**70), "9" * 400, "", " ", "five", "٣"]  # fmt: skip
@@ -80,6 +93,7 @@ def no_work(patch: pytest.MonkeyPatch) -> None:
             patch.setattr(module, name, worked)
     patch.setattr(compare, "RowStore", worked)
     patch.setattr(ablate, "RowStore", worked)
+    patch.setattr(frontier, "RowStore", worked)
     patch.setattr(merge, "new_directory", worked)
     patch.setattr("spon_cli.commands.report.plot", lambda *_: None)
 
@@ -157,7 +171,7 @@ def broken_file(draw: random.Random, directory: Path) -> list[str]:
         "model/tokenizer_config.json": ["calibrate", "analyze"],
         "model/model.safetensors": ["calibrate", "ablate"],
         "model/generation_config.json": ["calibrate", "merge"],
-        "text.txt": ["calibrate", "train", "eval", "compare"],
+        "text.txt": ["calibrate", "train", "eval", "compare", "frontier"],
         "results.json": ["report"],
     }
     name = draw.choice(list(files))

@@ -75,7 +75,7 @@ def test_a_merged_model_has_no_sites():
         find_sites(sparse(target_modules=["down_proj"]).merge_and_unload())
 
 
-COMMANDS = ["calibrate", "train", "eval", "compare", "ablate", "analyze"]
+COMMANDS = ["calibrate", "train", "eval", "compare", "frontier", "ablate", "analyze"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -86,6 +86,8 @@ def test_every_command_refuses_it(command, model, request, tmp_path):
     if command in ("eval", "analyze"):
         sparse().save_pretrained(tmp_path / "adapter")
         arguments = ["--adapter", tmp_path / "adapter"]
+    if command == "frontier":
+        arguments += ["--formats", "bf16"]
     (tmp_path / "text.txt").write_text("Some text that is long enough. " * 400)
     code, out, err = run(command, path, "--text", tmp_path / "text.txt", *arguments)
     words = {"merged": "merged with a SPON adapter", "damaged": "it would run on random numbers"}[model]

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model's weights in several formats: decoded once to be scored, and what a token reads of each as it is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spon_plugin.decoder.sites import find_sites
+from spon_plugin.errors import SponError
+from spon_plugin.studies.token_bytes import Stored, TokenBytes, stored_bytes
+from spon_plugin.weights import weight_of
+from spon_plugin.weights.row_weight import RowWeight
+from spon_transformers.gguf_writer import bytes_read, check_kind, write_gguf
+from spon_transformers.head import Int8Head, round_head
+from spon_transformers.loading import follow_machine, load_model
+from spon_transformers.quantize import Rounding, check_quantizer, quantize, widest_group
+
+FULL = "bf16"
+GGUF = "gguf:"
+BITS = {"int8": 8, "int4": 4}
+"""As `spon quantize` rounds: a scale for each output, or for each output and run of inputs; the head in int8."""
+
+
+def check_format(name: str) -> None:
+    """Check the name of a format before work starts.
+
+    Raises:
+        SponError: there is none of that name, or the package that makes it is not installed.
+    """
+    if name.startswith(GGUF):
+        check_kind(name.removeprefix(GGUF))
+    elif name in BITS:
+        check_quantizer()
+    elif name != FULL:
+        known = ", ".join((FULL, *BITS))
+        raise SponError.of("format", name, f"one of {known}, or gguf: and a kind of llama.cpp's such as gguf:Q4_K_M")
+
+
+def is_masked(name: str) -> bool:
+    """Whether linears in this format can skip rows: those in k-quants, which share blocks along the inputs, cannot."""
+    return not name.startswith(GGUF)
+
+
+def load_format(name: str, format: str, trust_remote_code: bool = False) -> Stored:
+    """Load a model, round its weights to a format and decode them again.
+
+    Args:
+        name: of the model, as for `load_model`.
+        format: see `check_format`. ``bf16`` is the model in bfloat16, which all others are made from.
+        trust_remote_code: run Python code that comes with the model.
+
+    Returns:
+        The model in the dtype that this machine computes in, and what a token reads of the stored one.
+
+    Raises:
+        SponError: see `check_format`, `load_model` and `quantize`; a model that the format cannot hold.
+    """
+    check_format(format)
+    model = load_model(name, "bfloat16", trust_remote_code=trust_remote_code)
+    if format.startswith(GGUF):
+        with TemporaryDirectory() as directory:
+            file = write_gguf(model, Path(directory, "model.gguf"), format.removeprefix(GGUF))
+            size, weights = bytes_read(file)
+            return Stored(follow_machine(load_model(str(file), "float32")), TokenBytes({}, size, weights))
+    sites = find_sites(model)
+    if format in BITS:
+        quantize(model, Rounding(BITS[format], widest_group(model) if BITS[format] == 4 else None))
+        round_head(model, "int8")
+    held = stored_bytes(model, sites)
+    return Stored(follow_machine(decoded(model)), held)
+
+
+@torch.no_grad()
+def decoded(model: Any) -> Any:
+    """Put linears in floating point, with the values of the codes, in the place of packed ones; in place.
+
+    Args:
+        model: of `load_format`'s own making.
+
+    Returns:
+        The same model, in float32 if a linear was packed.
+    """
+    packed = {path: module for path, module in model.named_modules() if _is_packed(module)}
+    if not packed:
+        return model
+    for path, module in packed.items():
+        weight = module.row_weight if isinstance(module, Int8Head) else weight_of(module)
+        assert isinstance(weight, RowWeight)
+        linear = nn.Linear(weight.in_features, weight.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight.dense(torch.float32).t().contiguous(), requires_grad=False)
+        bias: Tensor | None = getattr(module, "bias", None)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        model.set_submodule(path, linear)
+    return model.float()
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return isinstance(module, Int8Head) or hasattr(module, "weight_packed")

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from spon_plugin import SponError
+from spon_transformers.formats import check_format, is_masked, load_format
+from spon_transformers.gguf_writer import bytes_read, check_kind, gguf_kinds, write_gguf
+from spon_transformers.loading import load_model
+
+SIZES = dict(
+    vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.3,
+    rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+)  # fmt: skip
+IDS = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
+KINDS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama, tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "llama, biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
+}
+
+
+def make(kind):
+    cls, config, changes = KINDS[kind]
+    torch.manual_seed(0)
+    model = cls(config(**{**SIZES, **changes})).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_()
+        parameter.copy_(parameter.bfloat16())
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "llama, tied"])
+def test_transformers_reads_back_the_same_model(tmp_path, kind):
+    model = make(kind)
+    file = write_gguf(model, tmp_path / "m.gguf", "BF16")
+    again = load_model(str(file), "float32")
+    assert again.config.rope_parameters["rope_theta"] == 5000.0 and again.config.rms_norm_eps == pytest.approx(1e-5)
+    assert torch.equal(model(input_ids=IDS).logits, again(input_ids=IDS).logits)
+    size, weights = bytes_read(file)
+    plain = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    table = 0 if model.config.tie_word_embeddings else model.model.embed_tokens.weight.numel()
+    assert weights == plain + vectors - table and size == 2 * (plain - table) + 4 * vectors
+
+
+def test_llama_cpp_rounds_it(tmp_path):
+    pytest.importorskip("llama_cpp")
+    model = make("llama")
+    truth, before = model(input_ids=IDS).logits, 0.0
+    for kind, low, high in (("Q8_0", 8.4, 8.7), ("Q4_K_M", 4.5, 6.5), ("Q2_K", 2.5, 5.0)):
+        file = write_gguf(model, tmp_path / f"{kind}.gguf", kind)
+        size, weights = bytes_read(file)
+        assert low < 8 * size / weights < high
+        error = float((load_model(str(file), "float32")(input_ids=IDS).logits - truth).abs().mean())
+        assert before < error < 1.5 * float(truth.std())
+        before = error
+    assert {path.name for path in tmp_path.iterdir()} == {"Q8_0.gguf", "Q4_K_M.gguf", "Q2_K.gguf"}
+
+
+def test_kinds_are_those_that_need_no_importance_matrix():
+    pytest.importorskip("llama_cpp")
+    assert {"Q2_K", "Q3_K_M", "Q4_K_M", "Q8_0"} <= set(gguf_kinds()) and not any("IQ" in k for k in gguf_kinds())
+    with pytest.raises(SponError, match="format: got 'gguf:IQ2_XS', expected gguf: and one of"):
+        check_kind("IQ2_XS")
+
+
+def test_what_the_file_cannot_hold_is_refused(tmp_path):
+    other = MistralForCausalLM(MistralConfig(**{k: v for k, v in SIZES.items() if k != "rope_parameters"}))
+    with pytest.raises(SponError, match="model: got 'mistral', expected for a .gguf file, one of llama, qwen2"):
+        write_gguf(other, tmp_path / "m.gguf")
+    with pytest.raises(SponError, match="a Llama with biases"):
+        write_gguf(make("llama, biases"), tmp_path / "m.gguf")
+    model = make("llama")
+    model.config.rope_parameters = {"rope_type": "llama3", "rope_theta": 5000.0}
+    with pytest.raises(SponError, match="rope_type llama3"):
+        write_gguf(model, tmp_path / "m.gguf")
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(SponError, match=r"that package\. pip install 'spon-plugin\[llama-cpp\]'"):
+        check_format("gguf:Q4_K_M")
+
+
+def test_formats_are_known_by_name():
+    for name in ("bf16", "int8", "int4"):
+        check_format(name)
+        assert is_masked(name)
+    assert not is_masked("gguf:Q2_K")
+    with pytest.raises(SponError, match="format: got 'fp3', expected one of bf16, int8, int4, or gguf:"):
+        check_format("fp3")
+
+
+@pytest.mark.parametrize(("format", "bits", "group"), [("int8", 8, 0), ("int4", 4, 64)])
+def test_a_rounded_model_has_the_values_of_spon_quantize(tmp_path, format, bits, group):
+    """Layer by layer those that transformers loads of the checkpoint; the head is the dense one's, rounded to int8."""
+    from commands import run
+    from tiny_models import make_byte_tokenizer
+    from transformers import AutoModelForCausalLM
+
+    make("llama").to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    make_byte_tokenizer().save_pretrained(tmp_path / "m")
+    code, _, err = run("quantize", tmp_path / "m", "--bits", bits, "--group", group, "-o", tmp_path / "q")
+    assert code == 0, err
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.bfloat16)
+    theirs(input_ids=IDS)  # decodes
+    stored = load_format(str(tmp_path / "m"), format)
+    for path in stored.bytes.codes:
+        ours, weight = stored.model.get_submodule(path).weight, theirs.get_submodule(path).weight
+        assert torch.equal(ours.bfloat16(), weight.bfloat16())
+    head, full = stored.model.lm_head.weight, make("llama").lm_head.weight
+    assert 0 < (head - full).abs().max() < full.abs().max() / 127
+    assert type(stored.model.lm_head) is torch.nn.Linear and stored.model.dtype == torch.float32
