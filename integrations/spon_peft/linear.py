@@ -18,8 +18,9 @@ from spon_peft.config import SponConfig
 from spon_peft.layer import SponLayer
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.errors import SponError
+from spon_plugin.kernels.masked_input import masked_input
 from spon_plugin.layers.sparse_quantized import sparse_layer
-from spon_plugin.masking import choose_rows, sparse_deviation
+from spon_plugin.masking import choose_rows
 from spon_plugin.weights.importers.torch_linear import is_plain_matrix
 from spon_plugin.weights.kept import KeptWeight
 
@@ -64,7 +65,10 @@ class SponLinear(nn.Module, SponLayer):
         mask = self.mask_of(name)
         if mask.threshold.device != x.device:  # offloaded: the base layer runs where its input is
             mask = mask.to(x.device)
-        y = self.base_layer(sparse_deviation(x, mask.threshold, dense, mask.center), *args, **kwargs)
+        shift = mask.constant if self._trains_in_the_input(x, mask) else None
+        y = self.base_layer(masked_input(x, mask.threshold, mask.center, shift, dense)[0], *args, **kwargs)
+        if shift is not None:
+            return y
         if self.merged:
             if dense is None or not self._has_constant(name):
                 return y
@@ -75,6 +79,20 @@ class SponLinear(nn.Module, SponLayer):
             return y
         shifted = _add(y, constant)
         return choose_rows(dense, y, shifted)
+
+    def _trains_in_the_input(self, x: Tensor, mask: Mask) -> bool:
+        """Whether alpha is added to the input rather than ``W alpha`` to the output: where nothing is rounded by it."""
+        alpha, weight = mask.alpha, getattr(self.get_base_layer(), "weight", None)
+        return (
+            alpha is not None
+            and alpha.requires_grad
+            and self.training  # rather than where gradients are made: checkpointing makes none in its first pass
+            and not self.merged
+            and isinstance(weight, Tensor)
+            and is_plain_matrix(weight)
+            and x.dtype == weight.dtype == alpha.dtype == torch.float32
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
     def _has_constant(self, name: str) -> bool:
         """Whether the adapter adds something to the output that is the same for every token."""

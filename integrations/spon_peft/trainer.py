@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from spon_peft.layer import SponLayer
+from spon_peft.teacher import TEACHER_BYTES, TeacherStates
 from spon_plugin.decoder.block_states import BlockStates
 from spon_plugin.decoder.head import OutputHead, backbone_hidden, find_head
 from spon_plugin.decoder.positions import read_as
@@ -35,20 +36,31 @@ class SponTrainer(Trainer):
         *args: as for `transformers.Trainer`; the model is a `PeftModel` or has injected SPON layers.
         temperature: divides the logits of both models; greater than 0.
         objective: options of the loss, `temperature` among them; the divergence alone by default.
+        teacher_bytes: how much of the dense model's states may be kept, on the CPU, where a run has more than one
+            epoch: what is kept is not computed again. 0 for nothing.
         **kwargs: likewise.
 
     Raises:
         SponError: the model has no SPON layers or is an encoder-decoder, an option of the loss is out of
-            its range, or several GPUs are used by one process.
+            its range, `teacher_bytes` is negative, or several GPUs are used by one process.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, temperature: float = 1.0, objective: Objective | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        temperature: float = 1.0,
+        objective: Objective | None = None,
+        teacher_bytes: int = TEACHER_BYTES,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if objective is not None and temperature != 1.0:
             raise SponError.of("temperature", temperature, "nothing beside an objective, which has its own")
         self.objective: Objective = objective or Objective(temperature=temperature)
+        if teacher_bytes < 0:
+            raise SponError.of("teacher_bytes", teacher_bytes, "a number of bytes, at least 0")
         model: Any = self.model
         if not any(isinstance(module, SponLayer) for module in model.modules()):
             raise SponError.of("model", type(model).__name__, "a model with a SPON adapter", "See get_peft_model.")
@@ -63,6 +75,7 @@ class SponTrainer(Trainer):
         self._head: OutputHead | None = None
         self._head_is_known = False
         self._states: BlockStates | None = self.objective.block_states(_base_model(model))
+        self._teacher = TeacherStates(teacher_bytes)
 
     def compute_loss(
         self,
@@ -106,15 +119,24 @@ class SponTrainer(Trainer):
             return out[:, :-1][counted]
 
         with self.accelerator.autocast():
+            again = model.training and self._comes_again()
             with torch.no_grad(), dense_model(model):
                 if not self._head_is_known:
                     self._head, self._head_is_known = find_head(base, inputs), True
-                teacher = run()
+                teacher = self._teacher.of(inputs, counted, run) if again else run()
             if torch.is_autocast_enabled(teacher.device.type):
                 torch.clear_autocast_cache()  # weights that the teacher's pass cast have no gradient
             with read_as(labels == -100):
                 student = run()
         return self.objective.loss(student, teacher, self._head, self._states), counted.sum()
+
+    def _comes_again(self) -> bool:
+        """Whether the rows of the training data come again, to a dense model that is still the same."""
+        model: Any = self.model
+        layers = [module for module in model.modules() if isinstance(module, SponLayer)]
+        alphas = {id(alpha) for layer in layers for alpha in layer.spon_alpha.values()}
+        others = (p for p in model.parameters() if p.requires_grad and id(p) not in alphas)
+        return self._teacher.limit > 0 and self.state.num_train_epochs > 1 and next(others, None) is None
 
 
 def _base_model(model: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spon_plugin.errors import SponError
-from spon_plugin.masking import deviation, keep_mask, zero_dropped
+from spon_plugin.kernels.masked_input import masked_input
 
 ALPHA, THRESHOLD, CENTER = "spon_alpha", "spon_threshold", "spon_center"
 KINDS = (ALPHA, THRESHOLD, CENTER)
@@ -52,9 +52,7 @@ class Mask:
         Returns:
             ``[..., in_features]`` in `x.dtype`, differentiable in `x`, and bool ``[..., in_features]``.
         """
-        x = deviation(x, self.center)
-        keep = keep_mask(x, self.threshold)
-        return zero_dropped(x, keep), keep
+        return masked_input(x, self.threshold, self.center)
 
     def tensors(self) -> dict[str, Tensor]:
         """What there is, by the names in `KINDS`."""

@@ -26,6 +26,7 @@ from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
 from spon_plugin.masking import choose_rows
 from spon_plugin.weights import linear_features, weight_of
+from spon_plugin.weights.dense import DenseWeight
 
 
 class SparseMethod(ABC):
@@ -116,9 +117,10 @@ class SparseMethod(ABC):
             with self.watching(model):
                 for path in self.modules:
                     module: Any = model.get_submodule(path)
-                    constant = _Constant(path, module, self.centers.get(path), alphas.get(path), biases.get(path))
                     replaces = type(self).weight is not SparseMethod.weight  # packed weights have other names
                     replaced = self.weight(path, module.weight) if replaces else None
+                    vectors = (self.centers.get(path), alphas.get(path), biases.get(path))
+                    constant = _Constant(path, module, *vectors, own_weight=replaced is None)
                     if replaced is not None:
                         own.append((module, module.weight))
                         module.weight = nn.Parameter(replaced, requires_grad=False)
@@ -184,13 +186,13 @@ class _Hooks:
         if self.counter is not None and dropped is not None:
             counted = dropped if dense is None else dropped[~dense]
             self.counter.add_dropped(self.path, counted.sum(), counted.numel() * x.shape[-1])
-        kept = choose_rows(dense, x, form.kept)
+        read = form.kept + self.constant.vector() if self.constant.is_in_input(x) else form.kept
         if self.has_remainder:
-            self._local.dropped = x - kept
-        return (kept, *args[1:])
+            self._local.dropped = x - choose_rows(dense, x, form.kept)
+        return (choose_rows(dense, x, read), *args[1:])
 
     def _after(self, _module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-        added = self.constant()
+        added = self.constant.bias if self.constant.is_in_input(args[0]) else self.constant()
         rest = self.method.remainder(self.path, self._local.__dict__.pop("dropped")) if self.has_remainder else None
         wide = torch.promote_types(y.dtype, torch.float32)
         if rest is not None:
@@ -202,10 +204,24 @@ class _Hooks:
 
 
 class _Constant:
-    """What is added to every output of a linear: ``W (center + alpha) + bias``, with the dense weight."""
+    """What is added to every output of a linear: ``W (center + alpha) + bias``, with the dense weight.
+
+    While alpha trains in float32, ``center + alpha`` is added to the input instead, which gives the same without a
+    product of its own, forward and backward.
+
+    Attributes:
+        bias: the last part alone; None for none.
+        exists: whether there is any part.
+    """
 
     def __init__(
-        self, path: str, module: nn.Module, center: Tensor | None, alpha: Tensor | None, bias: Tensor | None
+        self,
+        path: str,
+        module: nn.Module,
+        center: Tensor | None,
+        alpha: Tensor | None,
+        bias: Tensor | None,
+        own_weight: bool = True,
     ) -> None:
         held: Any = getattr(module, "weight", None)  # a packed one has another name
         device = (next(chain(module.parameters(), module.buffers())) if held is None else held).device
@@ -220,17 +236,28 @@ class _Constant:
         linear._forward_hooks, linear._forward_pre_hooks = OrderedDict(), OrderedDict()
         self._weight = weight_of(linear)
         self._vectors = [vector.to(device) for vector in (center, alpha) if vector is not None]
-        self._bias = None if bias is None else bias.to(device)
+        self.bias = None if bias is None else bias.to(device)
         self.exists = bool(self._vectors) or bias is not None
         self._trained = alpha is not None and alpha.requires_grad
+        is_exact = isinstance(self._weight, DenseWeight) and self._weight.dtype == torch.float32
+        self._may_be_in_input = self._trained and own_weight and is_exact
         self._folded = None if self._trained else self._fold()
 
     def __call__(self) -> Tensor | None:
         return self._fold() if self._trained else self._folded
 
+    def is_in_input(self, x: Tensor) -> bool:
+        """Whether `vector` is added to the input `x`, and `bias` alone to the output."""
+        return self._may_be_in_input and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+
+    def vector(self) -> Tensor:
+        """``center + alpha``, ``[in_features]``, differentiable in alpha where that is enabled."""
+        first, *others = self._vectors
+        return first + others[0] if others else first
+
     def _fold(self) -> Tensor | None:
         if not self._vectors:
-            return self._bias
+            return self.bias
         with torch.set_grad_enabled(self._trained and torch.is_grad_enabled()):
-            product = self._weight.product(torch.stack(self._vectors).sum(0))
-            return product if self._bias is None else product + self._bias
+            product = self._weight.product(self.vector())
+            return product if self.bias is None else product + self.bias

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 Head = Callable[[Tensor], Tensor]
 """Maps hidden states ``[n, hidden]`` to logits ``[n, vocabulary]``. Its parameters receive no gradient."""
 
-# Floats in one chunk's float32 logits (256 MiB); about six such buffers live at the peak.
-_CHUNK_FLOATS = 1 << 26
+# Floats in one chunk's float32 logits; about six such buffers live at the peak. On a CPU 32 MiB, beyond which every
+# buffer is made of fresh pages, and below which the products lose more than that; otherwise 256 MiB.
+_CPU_CHUNK_FLOATS, _CHUNK_FLOATS = 1 << 23, 1 << 26
 
 
 def kl_reference(
@@ -141,7 +142,8 @@ def kl_divergence(
         teacher: the same of the dense model; receives no gradient.
         head: from hidden states to logits; must be the same for both.
         temperature: both models' logits are divided by it.
-        chunk: tokens per chunk; chosen to keep a chunk's float32 logits within 256 MiB by default.
+        chunk: tokens per chunk; chosen by default to keep a chunk's float32 logits within 32 MiB on a CPU and 256 MiB
+            elsewhere.
         top_k: the divergence is over the teacher's `top_k` likeliest tokens and one bin of all others; 0 for all.
         entropy_power: tokens count ``(1 + H) ** entropy_power`` times, `H` the teacher's entropy in nats.
 
@@ -150,7 +152,7 @@ def kl_divergence(
     """
     if chunk is None:
         vocabulary = (head(teacher[:1].detach()) if head is not None else teacher[:1]).shape[-1]
-        chunk = max(1, _CHUNK_FLOATS // vocabulary)
+        chunk = max(1, (_CPU_CHUNK_FLOATS if student.device.type == "cpu" else _CHUNK_FLOATS) // vocabulary)
     with torch.autocast(student.device.type, enabled=False):
         result = _ChunkedKL.apply(
             student, teacher.detach(), head or nn.Identity(), temperature, chunk, top_k, entropy_power

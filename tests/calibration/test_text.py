@@ -7,7 +7,15 @@ import pytest
 from tiny_models import make_byte_tokenizer
 from tokenizers import processors
 
-from spon_plugin.calibration.text import leading_windows, mixed_windows, opening, opening_text, read_text, token_ids
+from spon_plugin.calibration.text import (
+    leading_windows,
+    mixed_windows,
+    opening,
+    opening_text,
+    read_text,
+    spread_windows,
+    token_ids,
+)
 from spon_plugin.errors import SponError
 
 TEXT = "\n".join(f"Line {number} says nothing much, but it says it." for number in range(600))
@@ -70,3 +78,20 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
     file.write_bytes(codecs.BOM_UTF8)
     with pytest.raises(SponError, match="it is empty"):
         read_text(file)
+
+
+@pytest.mark.parametrize("kind", ["spread", "leading"])
+def test_a_long_text_is_tokenized_only_as_far_as_windows_are_taken(kind):
+    read = []
+
+    def tokenizer(text, **_):
+        read.append(len(text))
+        return {"input_ids": [ord(character) % 50 for character in text[::4]]}
+
+    text = "many words of four\n" * 100_000
+    if kind == "spread":
+        windows = spread_windows(tokenizer, text, 64, 10)
+    else:
+        windows = leading_windows(tokenizer, text, 64, max_tokens=640)
+    assert windows.shape == (10, 64)
+    assert sum(read) < 10_000 < len(text) / 100

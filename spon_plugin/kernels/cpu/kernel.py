@@ -43,18 +43,23 @@ def parallel() -> Any:
     return call
 
 
-@functools.lru_cache(maxsize=len(DTYPES))
-def _worker(dtype: torch.dtype) -> tuple[Any, int]:
-    """The compiled thread function and its address; the first call compiles it, or loads it from Numba's cache."""
+def element(dtype: torch.dtype) -> Any:
+    """What compiled functions see elements of `dtype` as; see `numba_types`."""
     from spon_plugin.kernels.cpu import numba_types
-    from spon_plugin.kernels.cpu import worker as cpu_worker
 
-    element = {
+    return {
         torch.float32: numba_types.FLOAT32,
         torch.bfloat16: numba_types.BFLOAT16,
         torch.float16: numba_types.FLOAT16,
     }[dtype]
-    compiled = cpu_worker.compile_worker(element)
+
+
+@functools.lru_cache(maxsize=len(DTYPES))
+def _worker(dtype: torch.dtype) -> tuple[Any, int]:
+    """The compiled thread function and its address; the first call compiles it, or loads it from Numba's cache."""
+    from spon_plugin.kernels.cpu import worker as cpu_worker
+
+    compiled = cpu_worker.compile_worker(element(dtype))
     return compiled, compiled.address
 
 
