@@ -40,16 +40,16 @@ def kl_reference(
     Returns:
         float32 scalar, in nats.
     """
-    student = (student_logits.float() / temperature).softmax(-1)
-    teacher = (teacher_logits.float() / temperature).softmax(-1)
-    weight = (1 - (teacher * teacher.log()).nan_to_num(0.0).sum(-1)) ** entropy_power
+    student, teacher = ((logits.float() / temperature).log_softmax(-1) for logits in (student_logits, teacher_logits))
+    weight = (1 - (teacher.exp() * teacher).sum(-1)) ** entropy_power
     if 0 < top_k < teacher.shape[-1]:
         likeliest = teacher.topk(top_k, dim=-1).indices
-        others = torch.ones_like(teacher).scatter(-1, likeliest, 0.0)
+        one_by_one = torch.zeros_like(teacher).scatter(-1, likeliest, -torch.inf)
         student, teacher = (
-            torch.cat([p.gather(-1, likeliest), (p * others).sum(-1, keepdim=True)], dim=-1) for p in (student, teacher)
+            torch.cat([p.gather(-1, likeliest), (p + one_by_one).logsumexp(-1, keepdim=True)], dim=-1)
+            for p in (student, teacher)
         )
-    return (weight * (teacher * (teacher.log() - student.log())).sum(-1)).sum()
+    return (weight * (teacher.exp() * (teacher - student)).sum(-1)).sum()
 
 
 def _divided(x: Tensor, temperature: float) -> Tensor:
