@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,8 +23,26 @@ from spon_transformers.quantize import Rounding, check_quantizer, quantize, wide
 
 FULL = "bf16"
 GGUF = "gguf:"
-BITS = {"int8": 8, "int4": 4}
-"""As `spon quantize` rounds: a scale for each output, or for each output and run of inputs; the head in int8."""
+ROUNDED = re.compile(r"int(?P<bits>8|4)(-g(?P<group>\d+))?(?P<asymmetric>-asym)?")
+"""As `spon quantize` rounds, the head in int8. ``int8`` has a scale for each output, ``int4`` one for each output and
+group of 128 inputs, or of half of that and so on where 128 does not divide them; ``-g32`` says groups of 32, ``-asym``
+zero points."""
+
+
+def rounding_of(name: str, model: Any = None) -> Rounding | None:
+    """How a format rounds linears; None for one that `quantize` does not make.
+
+    Args:
+        name: of the format.
+        model: to be rounded, whose layers say which group divides their inputs; without it there are none.
+    """
+    found = ROUNDED.fullmatch(name)
+    if found is None:
+        return None
+    bits, group = int(found["bits"]), int(found["group"] or 0) or None
+    if group is None and bits == 4 and model is not None:
+        group = widest_group(model)
+    return Rounding(bits, group, symmetric=found["asymmetric"] is None)
 
 
 def check_format(name: str) -> None:
@@ -34,11 +53,11 @@ def check_format(name: str) -> None:
     """
     if name.startswith(GGUF):
         check_kind(name.removeprefix(GGUF))
-    elif name in BITS:
+    elif rounding_of(name) is not None:
         check_quantizer()
     elif name != FULL:
-        known = ", ".join((FULL, *BITS))
-        raise SponError.of("format", name, f"one of {known}, or gguf: and a kind of llama.cpp's such as gguf:Q4_K_M")
+        expected = f"{FULL}, int8, int4 (both with -g32 and -asym), or gguf: and a kind of llama.cpp's as gguf:Q4_K_M"
+        raise SponError.of("format", name, expected)
 
 
 def is_masked(name: str) -> bool:
@@ -68,8 +87,9 @@ def load_format(name: str, format: str, trust_remote_code: bool = False) -> Stor
             size, weights = bytes_read(file)
             return Stored(follow_machine(load_model(str(file), "float32")), TokenBytes({}, size, weights))
     sites = find_sites(model)
-    if format in BITS:
-        quantize(model, Rounding(BITS[format], widest_group(model) if BITS[format] == 4 else None))
+    rounding = rounding_of(format, model)
+    if rounding is not None:
+        quantize(model, rounding)
         round_head(model, "int8")
     held = stored_bytes(model, sites)
     return Stored(follow_machine(decoded(model)), held)

@@ -6,9 +6,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from spon_plugin import SponError
-from spon_transformers.formats import check_format, is_masked, load_format
+from spon_transformers.formats import check_format, is_masked, load_format, rounding_of
 from spon_transformers.gguf_writer import bytes_read, check_kind, gguf_kinds, write_gguf
 from spon_transformers.loading import load_model
+from spon_transformers.quantize import Rounding
 
 SIZES = dict(
     vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
@@ -89,16 +90,28 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 
 def test_formats_are_known_by_name():
-    for name in ("bf16", "int8", "int4"):
+    for name in ("bf16", "int8", "int4", "int4-g32", "int4-g32-asym"):
         check_format(name)
         assert is_masked(name)
     assert not is_masked("gguf:Q2_K")
-    with pytest.raises(SponError, match="format: got 'fp3', expected one of bf16, int8, int4, or gguf:"):
+    with pytest.raises(SponError, match="format: got 'fp3', expected bf16, int8, int4 .*, or gguf:"):
         check_format("fp3")
+    assert rounding_of("int8") == Rounding(8, None) and rounding_of("bf16") is None
+    assert (
+        rounding_of("int4-g32-asym") == Rounding(4, 32, symmetric=False) == rounding_of("int4-g32-asym", make("qwen2"))
+    )
+    assert rounding_of("int4", make("qwen2")) == Rounding(4, 64)
 
 
-@pytest.mark.parametrize(("format", "bits", "group"), [("int8", 8, 0), ("int4", 4, 64)])
-def test_a_rounded_model_has_the_values_of_spon_quantize(tmp_path, format, bits, group):
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("int8", ["--bits", 8]),
+        ("int4", ["--bits", 4, "--group", 64]),
+        ("int4-g32-asym", ["--bits", 4, "--group", 32, "--asymmetric"]),
+    ],
+)
+def test_a_rounded_model_has_the_values_of_spon_quantize(tmp_path, format, options):
     """Layer by layer those that transformers loads of the checkpoint; the head is the dense one's, rounded to int8."""
     from commands import run
     from tiny_models import make_byte_tokenizer
@@ -106,7 +119,7 @@ def test_a_rounded_model_has_the_values_of_spon_quantize(tmp_path, format, bits,
 
     make("llama").to(torch.bfloat16).save_pretrained(tmp_path / "m")
     make_byte_tokenizer().save_pretrained(tmp_path / "m")
-    code, _, err = run("quantize", tmp_path / "m", "--bits", bits, "--group", group, "-o", tmp_path / "q")
+    code, _, err = run("quantize", tmp_path / "m", *options, "-o", tmp_path / "q")
     assert code == 0, err
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.bfloat16)
     theirs(input_ids=IDS)  # decodes

@@ -47,7 +47,11 @@ class FrontierOptions(options.StudyOptions, options.LastWordOptions):
     """Options of `spon frontier`."""
 
     formats: Annotated[
-        str, typer.Option(help="Comma-separated: bf16, int8, int4, and gguf: with a kind of llama.cpp's.")
+        str,
+        typer.Option(
+            help="Comma-separated: bf16, int8, int4 (int4-g32, int4-g32-asym: groups of 32, zero points), "
+            "and gguf: with a kind of llama.cpp's."
+        ),
     ] = "bf16,int8,int4,gguf:Q4_K_M,gguf:Q3_K_M,gguf:Q2_K"
     sparsity: Annotated[str, typer.Option(help="Comma-separated shares; 0 is the dense model.")] = "0,0.25,0.4,0.5,0.6"
     alpha: Annotated[str, typer.Option(help="Comma-separated: off, on.")] = "off,on"
