@@ -77,16 +77,15 @@ def test_frontier_refuses_wrong_input_before_work_starts(tmp_path, changes, mess
 
 
 @pytest.mark.slow
-def test_on_a_real_model_int8_costs_nothing_and_masks_read_less(smollm2_dir, tmp_path):
+def test_on_a_real_model_int8_is_better_than_half_of_bf16_and_reads_less(smollm2_dir, tmp_path):
     """What holds at any budget; the figures of a whole run are in docs/results.md."""
-    few = ["--max-tokens", "1024", "--window", "128", "--calibration-tokens", "1024"]
-    call = ["frontier", smollm2_dir, "-o", tmp_path / "out", "--formats", "bf16,int8,int4", "--sparsity", "0,0.5"]
+    few = ["--max-tokens", "320", "--window", "40", "--calibration-tokens", "256"]
+    call = ["frontier", smollm2_dir, "-o", tmp_path / "out", "--formats", "bf16,int8", "--sparsity", "0,0.5"]
     code, printed, err = run(*call, "--alpha", "off", *few, "--json")
     assert code == 0, err
     rows = {(r["format"], r["sparsity"]): r for r in json.loads(printed)["rows"]}
-    dense = rows["bf16", 0.0]
+    dense, int8, half = (rows[key] for key in (("bf16", 0.0), ("int8", 0.0), ("bf16", 0.5)))
     assert dense["bits_per_weight"] == pytest.approx(16, abs=0.01) and 134e6 < dense["bytes_per_token"] / 2 < 135e6
-    assert rows["int8", 0.0]["kl"] < 0.02 < rows["int4", 0.0]["kl"] < rows["bf16", 0.5]["kl"]
-    assert rows["int8", 0.0]["perplexity"] == pytest.approx(dense["perplexity"], rel=0.02)
-    assert rows["int8", 0.0]["bits_per_weight"] < rows["bf16", 0.5]["bits_per_weight"] < 11
-    assert rows["int4", 0.5]["bits_per_weight"] < 0.8 * rows["int4", 0.0]["bits_per_weight"]
+    assert int8["kl"] < 0.02 and int8["kl"] < half["kl"] / 10 and int8["perplexity"] < 1.02 * dense["perplexity"]
+    assert int8["bits_per_weight"] < half["bits_per_weight"] < 11
+    assert rows["int8", 0.5]["bits_per_weight"] < 0.7 * int8["bits_per_weight"]
