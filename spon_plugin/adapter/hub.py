@@ -33,10 +33,13 @@ def adapter_directory(name: str | Path, field: str = "adapter") -> Path:
         field: what errors call it.
 
     Raises:
-        SponError: the hub cannot be asked, or has no such adapter.
+        SponError: the hub cannot be asked, or has no such adapter; or the name is of the home of nobody (``~name``).
     """
     if not is_hub_id(str(name)):
-        return Path(name).expanduser()
+        try:
+            return Path(name).expanduser()
+        except RuntimeError as error:
+            raise SponError.of(field, str(name), f"an adapter directory ({str(error).rstrip('.')})") from error
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:

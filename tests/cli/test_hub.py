@@ -148,3 +148,8 @@ AutoPeftModelForCausalLM.from_pretrained("org/spon50")
     assert front["base_model"] == "org/base" and front["base_model_relation"] == "adapter"
     assert read_adapter(tmp_path / "more").base_model == "org/base"
     assert read_adapter(tmp_path / "more").fields.base_digest == read_adapter(trained).fields.base_digest
+
+
+def test_the_home_of_nobody_is_refused_in_words():
+    with pytest.raises(SponError, match=r"adapter: got '~nobody_here/spon50', expected an adapter directory"):
+        adapter_directory("~nobody_here/spon50")
