@@ -41,7 +41,8 @@ def test_eval_compares_with_the_dense_model_or_with_a_reference(tiny_model_dir, 
     assert other["perplexity"] == own["perplexity"] and other["quality"]["dense"]["kl"] > 0.01
     code, out, err = run(*call, "--reference", far, "--lambada", far / "passages.jsonl")
     assert "LAMBADA" in out and "Last words of 20 passages" in out
-    assert code == 0 and f"Beside {far}" in out and "alpha's change" in out and "same top" in out
+    assert code == 0 and "alpha's change" in out and "same top" in out
+    assert f"Beside{far}" in "".join(out.split())  # a long path takes several lines
 
 
 def test_a_reference_with_another_tokenizer_is_refused(tiny_model_dir, adapter, text, far):
