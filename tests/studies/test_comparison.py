@@ -129,7 +129,10 @@ def test_tables(rows):
     lines = text.splitlines()
     assert lines[0].startswith("| sparsity | method | alpha | a.txt (dense ")
     measured = [row for row in rows if row["method"] != "dense" and "skipped" not in row]
-    assert sum(line.startswith(("| 30%", "| 50%")) for line in lines) == len(measured)
+    heads = [index for index, line in enumerate(lines) if line.startswith("| sparsity | method | alpha |")]
+    assert len(heads) == 2  # perplexities, and what lies beside them
+    for first, last in zip(heads, [heads[1], len(lines)], strict=True):
+        assert sum(line.startswith(("| 30%", "| 50%")) for line in lines[first:last]) == len(measured)
     assert "| 50% | Wanda 2:4 | trained, down_proj |" in text
     assert "- CATS at 50%: sparsity: got 0.5" in text
     read = list(csv.DictReader(io.StringIO(csv_text(records(rows)))))
