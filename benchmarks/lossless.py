@@ -25,7 +25,6 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.sparse_linear import device_name
 from spon_plugin import machine
 from spon_transformers import sparse_view
 
@@ -160,7 +159,8 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     if arguments.add and arguments.json.exists():
         records = json.loads(arguments.json.read_text())["records"]
-    result = {"model": Path(arguments.model).name, "device": device_name(model.device), "torch": torch.__version__}
+    device = machine.device_name(model.device)
+    result = {"model": Path(arguments.model).name, "device": device, "torch": torch.__version__}
     result |= {"machine": machine.description(), "transformers": transformers.__version__, "dtype": arguments.dtype}
     result |= {"length": arguments.length, "tokens": arguments.tokens}
     for record in run(model, arguments.adapter, prompts, arguments.tokens, drafts, arguments.equality):

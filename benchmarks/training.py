@@ -107,7 +107,7 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments)))
         return
-    from benchmarks.sparse_linear import device_name
+    from spon_plugin.machine import device_name
 
     here = Path(__file__).resolve().parent.parent
     checkouts = {"this": here, **{path.name: path.resolve() for path in arguments.against}}

@@ -132,11 +132,12 @@ class SponTrainer(Trainer):
 
     def _comes_again(self) -> bool:
         """Whether the rows of the training data come again, to a dense model that is still the same."""
+        if self._teacher.limit == 0 or self.state.num_train_epochs <= 1:
+            return False
         model: Any = self.model
         layers = [module for module in model.modules() if isinstance(module, SponLayer)]
         alphas = {id(alpha) for layer in layers for alpha in layer.spon_alpha.values()}
-        others = (p for p in model.parameters() if p.requires_grad and id(p) not in alphas)
-        return self._teacher.limit > 0 and self.state.num_train_epochs > 1 and next(others, None) is None
+        return all(id(parameter) in alphas for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _base_model(model: Any) -> Any:

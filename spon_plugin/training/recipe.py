@@ -106,7 +106,7 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """For the adapter's `calibration` field; options of the loss that are as by default are left out."""
-        return {name: value for name, value in asdict(self).items() if _LOSS.get(name) != value or name not in _LOSS}
+        return {name: value for name, value in asdict(self).items() if name not in _LOSS} | self.loss_options
 
     @property
     def loss_options(self) -> dict[str, float]:
