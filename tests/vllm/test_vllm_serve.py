@@ -137,18 +137,19 @@ def test_engine_says_what_peft_says(smollm2_dir, adapter, tmp_path):
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
     ids = tokenizer(offline_text()[:40000], return_tensors="pt").input_ids[0]
-    prompts = [ids[start : start + 16].tolist() for start in range(100, 8100, 1000)]
+    prompts = [ids[start : start + 8].tolist() for start in range(100, 7300, 300)]
     with engine(smollm2_dir, **override(adapter, token_mode="all")) as llm:
-        tokens, logprobs = generate(llm, prompts)
+        tokens, logprobs = generate(llm, prompts, count=16)
     unprefixed = with_prefix(read_adapter(adapter), tmp_path / "unprefixed", 0)  # mode all masks position 0 too
     model = peft_model(smollm2_dir, unprefixed)
     single = forced(model, tokens, prompts)
     double = forced(model.double(), tokens, prompts)
     # A rounding error that moves one input across its threshold moves everything after it, so PEFT in float32 is as far
-    # from PEFT in float64 as vLLM is from either: that distance is the yardstick. Where nothing flips, they agree.
+    # from PEFT in float64 as vLLM is from either: that distance is the yardstick. Where nothing flips, they agree, and
+    # few inputs have flipped by the first token of an answer.
     noise = (single - double).abs().mean()
     assert (logprobs - double).abs().mean() <= 0.02 + 2 * noise
-    assert min((logprobs - double).abs().mean(dim=1)) <= 1e-4
+    assert (logprobs - double)[:, 0].abs().median() <= 1e-4
     assert (logprobs - forced(dense_model(smollm2_dir), tokens, prompts)).abs().mean() > 0.02 + 2 * noise
 
 

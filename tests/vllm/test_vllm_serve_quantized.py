@@ -90,7 +90,7 @@ def check(said, meant, adapter, prompts):
     single, double = (forced(peft_model(path, adapter).to(d), tokens, prompts) for d in (torch.float32, torch.float64))
     noise = (single - double).abs().mean()
     assert (logprobs - double).abs().mean() <= 0.02 + 2 * noise
-    assert min((logprobs - double).abs().mean(dim=1)) <= 1e-4
+    assert (logprobs - double)[:, 0].abs().median() <= 1e-4
     assert (logprobs - forced(meant, tokens, prompts)).abs().mean() > 0.02 + 2 * noise
 
 
