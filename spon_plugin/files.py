@@ -19,6 +19,26 @@ except ImportError:  # Windows: nothing to lock with, so outputs are not claimed
     fcntl = None  # type: ignore[assignment]
 
 
+def user_path(name: str | Path, field: str, expected: str = "a path") -> Path:
+    """A path as the user gave it, with ``~`` and ``~user`` as the home directories that they stand for.
+
+    Args:
+        name: the path; nothing need be there.
+        field: what errors call it.
+        expected: what it should be, in their words.
+
+    Raises:
+        SponError: there is no such user, or no file can have that name.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()  # raises for a name that no file can have
+    except (OSError, RuntimeError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).rstrip(".")
+        raise SponError.of(field, str(name), f"{expected} ({reason})") from error
+    return path
+
+
 def check_new(path: str | Path, field: str = "output") -> Path:
     """Return `path` if nothing is there and its parent can hold it; call it before the work starts.
 

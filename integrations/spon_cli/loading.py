@@ -16,8 +16,8 @@ from spon_plugin import Site, find_sites, machine
 from spon_plugin.adapter.hub import hub_id_of
 from spon_plugin.calibration.text import leading_windows, mixed_windows, opening_text
 from spon_plugin.decoder.left_dense import left_dense
+from spon_plugin.files import user_path
 from spon_plugin.studies.last_word import Passage, encode
-from spon_transformers.loading import user_path
 from spon_transformers.text_sources import TextSource
 from spon_transformers.windows import check_ids, check_length
 
@@ -141,5 +141,5 @@ def base_name(model: str) -> str:
 
     The digest beside the name (`SponFields.base_digest`) tells whether another copy is that model.
     """
-    path = user_path(model)
+    path = user_path(model, "model")
     return hub_id_of(path) or str(path.absolute()) if path.exists() else model

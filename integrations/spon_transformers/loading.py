@@ -13,6 +13,7 @@ import torch
 from spon_plugin import machine
 from spon_plugin.adapter.merged import QUANT_METHOD
 from spon_plugin.errors import SponError
+from spon_plugin.files import user_path
 
 DTYPES: dict[str, torch.dtype | None] = {"auto": None, **machine.DTYPES}
 """What ``--dtype`` takes; ``auto`` follows the machine."""
@@ -42,7 +43,7 @@ def model_source(name: str) -> ModelSource:
         SponError: a path that does not exist, a directory with neither `config.json` nor exactly one `.gguf` file, or a
             file that is not GGUF.
     """
-    path = user_path(name)
+    path = user_path(name, "model")
     if path.is_file():
         if path.suffix != ".gguf":
             raise SponError.of("model", name, "a directory, a hub name or a .gguf file")
@@ -58,20 +59,6 @@ def model_source(name: str) -> ModelSource:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
         raise SponError.of("model", name, "a directory or file that exists, or a hub name such as org/model")
     return ModelSource(name)
-
-
-def user_path(name: str) -> Path:
-    """A path as the user gave it, with ``~`` and ``~user`` as the home directories that they stand for.
-
-    Raises:
-        SponError: there is no such user, or no file can have that name.
-    """
-    try:
-        path = Path(name).expanduser()
-        path.exists()  # raises for a name that no file can have
-    except (OSError, RuntimeError) as error:
-        raise SponError.of("model", name, f"a path ({_line(error)})") from error
-    return path
 
 
 def load_model(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from spon_plugin.errors import SponError
+from spon_plugin.files import user_path
 from spon_plugin.weights.linears import is_linear
 
 _HEAD = 64
@@ -33,7 +34,8 @@ def base_of(peft: Mapping[str, Any], adapter: str | Path, remedy: str = "") -> s
     field = f"{adapter}: base_model_name_or_path"
     if not base:
         raise SponError.of(field, base, "the base model's name or path", remedy)
-    if Path(base).expanduser().is_absolute() and not Path(base).expanduser().exists():
+    path = user_path(base, field)
+    if path.is_absolute() and not path.exists():
         raise SponError.of(field, base, "a directory that exists", remedy)
     return str(base)
 

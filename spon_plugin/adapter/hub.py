@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from spon_plugin.errors import SponError
+from spon_plugin.files import user_path
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -33,13 +34,10 @@ def adapter_directory(name: str | Path, field: str = "adapter") -> Path:
         field: what errors call it.
 
     Raises:
-        SponError: the hub cannot be asked, or has no such adapter; or the name is of the home of nobody (``~name``).
+        SponError: the hub cannot be asked, or has no such adapter; or no file can have that name.
     """
     if not is_hub_id(str(name)):
-        try:
-            return Path(name).expanduser()
-        except RuntimeError as error:
-            raise SponError.of(field, str(name), f"an adapter directory ({str(error).rstrip('.')})") from error
+        return user_path(name, field, "an adapter directory")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:

@@ -391,8 +391,9 @@ def test_another_base_is_told_by_a_vector(tensor):
         (None, "a: base_model_name_or_path: got None, expected the base model's name or path. Do this"),
         ("", "got '', expected the base model's name"),
         ("/nowhere/at/all", "got '/nowhere/at/all', expected a directory that exists. Do this"),
+        ("~nobody_here/base", "a: base_model_name_or_path: got '~nobody_here/base', expected a path"),
     ],
-    ids=["none", "empty", "moved"],
+    ids=["none", "empty", "moved", "home of nobody"],
 )
 def test_an_adapter_without_a_base_says_so(base, message):
     with pytest.raises(SponError, match=message):
