@@ -18,7 +18,7 @@ from spon_plugin.weights import weight_of
 from spon_plugin.weights.row_weight import RowWeight
 from spon_transformers.gguf_writer import bytes_read, check_kind, write_gguf
 from spon_transformers.head import Int8Head, round_head
-from spon_transformers.loading import follow_machine, load_model
+from spon_transformers.loading import DTYPES, follow_machine, load_model
 from spon_transformers.quantize import Rounding, check_quantizer, quantize, widest_group
 
 FULL = "bf16"
@@ -65,34 +65,38 @@ def is_masked(name: str) -> bool:
     return not name.startswith(GGUF)
 
 
-def load_format(name: str, format: str, trust_remote_code: bool = False) -> Stored:
+def load_format(name: str, format: str, dtype: str = "auto", trust_remote_code: bool = False) -> Stored:
     """Load a model, round its weights to a format and decode them again.
 
     Args:
         name: of the model, as for `load_model`.
         format: see `check_format`. ``bf16`` is the model in bfloat16, which all others are made from.
+        dtype: to compute in, of `loading.DTYPES`; ``auto`` follows the machine.
         trust_remote_code: run Python code that comes with the model.
 
     Returns:
-        The model in the dtype that this machine computes in, and what a token reads of the stored one.
+        The model in that dtype, and what a token reads of the stored one.
 
     Raises:
         SponError: see `check_format`, `load_model` and `quantize`; a model that the format cannot hold.
     """
     check_format(format)
+    computing = DTYPES[dtype]
     model = load_model(name, "bfloat16", trust_remote_code=trust_remote_code)
     if format.startswith(GGUF):
         with TemporaryDirectory() as directory:
             file = write_gguf(model, Path(directory, "model.gguf"), format.removeprefix(GGUF))
             size, weights = bytes_read(file)
-            return Stored(follow_machine(load_model(str(file), "float32")), TokenBytes({}, size, weights))
+            dense = load_model(str(file), "float32")
+            return Stored(dense.to(computing) if computing else follow_machine(dense), TokenBytes({}, size, weights))
     sites = find_sites(model)
     rounding = rounding_of(format, model)
     if rounding is not None:
         quantize(model, rounding)
         round_head(model, "int8")
     held = stored_bytes(model, sites)
-    return Stored(follow_machine(decoded(model)), held)
+    model = decoded(model)
+    return Stored(model.to(computing) if computing else follow_machine(model), held)
 
 
 @torch.no_grad()

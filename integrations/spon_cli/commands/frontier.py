@@ -121,7 +121,8 @@ def frontier_command(given: FrontierOptions) -> None:
         "calibration_windows": windows_digest(calibration),
     }
     study = Frontier(
-        load=partial(load_format, given.model, trust_remote_code=given.trust_remote_code), full=FULL, tests=evaluated,
+        load=partial(load_format, given.model, dtype=given.dtype, trust_remote_code=given.trust_remote_code),
+        full=FULL, tests=evaluated,
         calibration=calibration, training=training, directory=given.output, passages=loaded.encoded(last_words),
         method=given.method, recipe=recipe, protocol=given.protocol, seed=given.seed,
     )  # fmt: skip
