@@ -81,6 +81,15 @@ def choose(problem: Problem) -> Kernel:
     return next(kernel for kernel in KERNELS if not kernel.why_not(problem))
 
 
+def described(problem: Problem) -> str:
+    """The name of the kernel that takes `problem`, and how it sums where that depends on the processor."""
+    kernel, weight = choose(problem), problem.weight
+    if kernel.run is not known_calls.sparse_linear or not isinstance(weight, ScaledWeight):
+        return kernel.name
+    how = scaled.sums_of(weight)
+    return kernel.name if how == weight.format else f"{kernel.name} ({how})"
+
+
 def reasons(problem: Problem) -> dict[str, str]:
     """Why those before the chosen kernel do not take `problem`, by name."""
     found: dict[str, str] = {}

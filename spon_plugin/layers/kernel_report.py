@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spon_plugin.kernels.few_rows import CPU_ROWS, GPU_ROWS
-from spon_plugin.kernels.table import DENSE, Problem, choose, reasons
+from spon_plugin.kernels.table import DENSE, Problem, choose, described, reasons
 from spon_plugin.layers.sparse_linear import SparseLayer
 from spon_plugin.weights import Opaque, RowWeight, linear_features, weight_of
 from spon_plugin.weights.dense import DenseWeight
@@ -27,7 +27,7 @@ class KernelRow(NamedTuple):
         in_features: length of an input.
         out_features: length of an output.
         dtype: of the inputs.
-        kernel: what computes one token, by its name in `kernels.table`; for an opaque weight, the linear's class.
+        kernel: what computes one token, as `kernels.table.described` has it; for an opaque weight, the linear's class.
         many: the same for more tokens than kernels for few rows take.
         why_not: the kernels that are faster, where they run, by name -> why they do not compute one token here.
     """
@@ -73,7 +73,7 @@ def _row(name: str, number: int, module: nn.Module, dtype: torch.dtype) -> Kerne
             return KernelRow(name, number, DENSE, *sizes, _short(dtype), own, own, why)
     one, many = (_problem(weight, rows, dtype) for rows in (1, 1 + max(CPU_ROWS, GPU_ROWS)))
     return KernelRow(
-        name, number, weight.format, *sizes, _short(dtype), choose(one).name, choose(many).name, reasons(one)
+        name, number, weight.format, *sizes, _short(dtype), described(one), choose(many).name, reasons(one)
     )
 
 

@@ -7,6 +7,7 @@ from spon_plugin import SparseLinear
 from spon_plugin.kernels import table
 from spon_plugin.layers.kernel_report import kernel_rows
 from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
+from spon_plugin.weights.int4 import Int4Weight
 
 
 class Int8(nn.Module):
@@ -49,7 +50,7 @@ def test_kinds_have_a_row_each_with_the_kernel_that_runs():
     for row, linear in zip(rows, list(linears.values())[1:], strict=True):
         if row.format != "opaque":
             problem = table.Problem(torch.zeros(1, 64), None if row.format == "dense" else _arranged(linear))
-            assert row.kernel == table.choose(problem).name and row.why_not == table.reasons(problem)
+            assert row.kernel == table.described(problem) and row.why_not == table.reasons(problem)
     assert "forward of its own" in rows[3].why_not["all"]
 
 
@@ -57,6 +58,14 @@ def _arranged(linear):
     from spon_plugin.weights import weight_of
 
     return weight_of(linear).arranged()
+
+
+def test_four_bits_say_by_which_instruction_they_are_summed(monkeypatch):
+    monkeypatch.setattr(table.scaled, "sums_of", lambda weight: f"{weight.format}-avxvnni")
+    four = Int4Weight(torch.zeros(64, 16, dtype=torch.uint8), torch.ones(1, 32), None, 64)
+    monkeypatch.setattr(table.scaled, "why_not", lambda weight: "")
+    assert table.described(table.Problem(torch.zeros(1, 64), four)) == "cpu scaled (int4-avxvnni)"
+    assert table.described(table.Problem(torch.zeros(9, 64), four)) == "decoded"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

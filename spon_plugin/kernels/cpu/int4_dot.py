@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
-from numba.core import cgutils, config
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 WIDE, NARROW = 64, 32  # bytes of a row in a call of `int4_dot_wide` and of `int4_dot_narrow`
@@ -23,15 +23,6 @@ _FLOATS = ir.VectorType(ir.FloatType(), 8)
 _FIRST, _SECOND = ([k for half in (0, 16) for i in range(8) for k in (half + i + o, 32 + half + i + o)] for o in (0, 8))
 # Likewise by 16 bits: the sums of lower and upper codes side by side, as outputs lie.
 _WOVEN = [[k for half in (0, 8) for i in range(4) for k in (half + i + o, 16 + half + i + o)] for o in (0, 4)]
-
-
-def has_avx2() -> bool:
-    """Whether what Numba compiles for has AVX2."""
-    if not binding.get_process_triple().startswith("x86_64"):
-        return False
-    if config.CPU_NAME or config.CPU_FEATURES:
-        return "+avx2" in (config.CPU_FEATURES or "")
-    return bool(binding.get_host_cpu_features().get("avx2", False))
 
 
 @intrinsic
@@ -74,16 +65,16 @@ def _generator(vectors: int) -> Any:
             _add_pair(b, rows, inputs, pair.index, column, aheads, ahead, words)
         fused = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), "llvm.fmuladd.v8f32")
         undefined = ir.Constant(_FLOATS, ir.Undefined)
-        steps = b.shuffle_vector(b.insert_element(undefined, step, _I32(0)), undefined, _indices([0] * 8))
+        steps = b.shuffle_vector(b.insert_element(undefined, step, _I32(0)), undefined, indices([0] * 8))
         for vector in range(vectors):
             for second in range(2):
                 low, high = b.load(words[4 * vector + second]), b.load(words[4 * vector + 2 + second])
                 for upper, order in enumerate(_WOVEN):
-                    woven = b.shuffle_vector(low, high, _indices(order))
+                    woven = b.shuffle_vector(low, high, indices(order))
                     for half in range(2):
                         output = 64 * vector + 32 * half + 16 * second + 8 * upper
                         target = b.inttoptr(b.add(sums, _I64(4 * output)), _FLOATS.as_pointer())
-                        part = b.shuffle_vector(woven, woven, _indices(range(8 * half, 8 * half + 8)))
+                        part = b.shuffle_vector(woven, woven, indices(range(8 * half, 8 * half + 8)))
                         held = b.load(target)
                         held.align = 4
                         whole = b.sitofp(b.sext(part, _LONGS), _FLOATS)
@@ -97,18 +88,10 @@ def _add_pair(b: Any, rows: Any, inputs: Any, pair: Any, column: Any, aheads: An
     madd = cgutils.get_or_insert_function(
         b.module, ir.FunctionType(_WORDS, [_BYTES, _BYTES]), "llvm.x86.avx2.pmadd.ub.sw"
     )
-    prefetch = cgutils.get_or_insert_function(
-        b.module, ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32]), "llvm.prefetch.p0"
-    )
-    addresses = []
-    for row in range(2):
-        number = b.add(b.mul(pair, _I64(2)), _I64(row))
-        addresses.append(b.add(b.load(b.gep(rows, [number])), column))
-        to_come = b.add(b.load(b.gep(aheads, [number])), ahead)
-        b.call(prefetch, [b.inttoptr(to_come, _I8.as_pointer()), _I32(0), _I32(3), _I32(1)])
+    addresses = row_addresses(b, rows, pair, 2, column, aheads, ahead)
     undefined = ir.Constant(_WORDS, ir.Undefined)
     one = b.insert_element(undefined, b.load(b.gep(inputs, [pair])), _I32(0))
-    values = b.bitcast(b.shuffle_vector(one, undefined, _indices([0] * 16)), _BYTES)
+    values = b.bitcast(b.shuffle_vector(one, undefined, indices([0] * 16)), _BYTES)
     mask, four = ir.Constant(_BYTES, [15] * 32), ir.Constant(_WORDS, [4] * 16)
     for vector in range(len(words) // 4):
         rows_of_codes = []
@@ -117,13 +100,29 @@ def _add_pair(b: Any, rows: Any, inputs: Any, pair: Any, column: Any, aheads: An
             codes.align = 1
             rows_of_codes.append(codes)
         for half, order in enumerate((_FIRST, _SECOND)):
-            mixed = b.shuffle_vector(*rows_of_codes, _indices(order))
+            mixed = b.shuffle_vector(*rows_of_codes, indices(order))
             low = b.and_(mixed, mask)
             high = b.and_(b.bitcast(b.lshr(b.bitcast(mixed, _WORDS), four), _BYTES), mask)
             for place, codes in ((words[4 * vector + half], low), (words[4 * vector + 2 + half], high)):
                 b.store(b.add(b.load(place), b.call(madd, [codes, values])), place)
 
 
-def _indices(order: Any) -> Any:
+def row_addresses(b: Any, rows: Any, block: Any, size: int, column: Any, aheads: Any, ahead: Any) -> list[Any]:
+    """Addresses of a byte of the `size` rows of a block; byte `ahead` of as many of `aheads`, if any, is asked for."""
+    prefetch = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32]), "llvm.prefetch.p0"
+    )
+    addresses = []
+    for row in range(size):
+        number = b.add(b.mul(block, _I64(size)), _I64(row))
+        addresses.append(b.add(b.load(b.gep(rows, [number])), column))
+        if aheads is not None:
+            to_come = b.add(b.load(b.gep(aheads, [number])), ahead)
+            b.call(prefetch, [b.inttoptr(to_come, _I8.as_pointer()), _I32(0), _I32(3), _I32(1)])
+    return addresses
+
+
+def indices(order: Any) -> Any:
+    """The places that a shuffle takes elements from."""
     order = list(order)
     return ir.Constant(ir.VectorType(_I32, len(order)), order)

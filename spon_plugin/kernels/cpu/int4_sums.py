@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from spon_plugin.kernels.cpu.int4_dot import NARROW, WIDE, int4_dot_narrow, int4_dot_wide
+from spon_plugin.kernels.cpu.int4_dot import NARROW, WIDE
 from spon_plugin.kernels.cpu.scaled_layout import ROWS
 from spon_plugin.kernels.cpu.steps import OPTIONS, clear
 
@@ -24,7 +24,7 @@ def round_inputs(values: Any, rounded: Any, pairs: Any, steps: Any) -> Any:
 
     Args:
         values: float32 ``[n]``.
-        rounded: int32, written, up to an even number of inputs.
+        rounded: int32, written, up to a multiple of four inputs.
         pairs: int16, written: `rounded` two by two.
         steps: float32, written; NaN where an input is no finite number.
 
@@ -51,9 +51,10 @@ def round_inputs(values: Any, rounded: Any, pairs: Any, steps: Any) -> Any:
             codes += code
         steps[block // ROWS] = step
         total += step * np.float32(codes)
-    if values.size % 2:
-        rounded[values.size] = 0
-    for k in range((values.size + 1) // 2):
+    padded = (values.size + 3) // 4 * 4
+    for q in range(values.size, padded):
+        rounded[q] = 0
+    for k in range(padded // 2):
         pairs[k] = np.int16((rounded[2 * k] & 255) | (rounded[2 * k + 1] << 8))
     return total
 
@@ -87,7 +88,7 @@ def sum_portable(
 ) -> None:
     """Sums over the inputs ``first:last`` of codes times rounded inputs, for bytes ``start:stop``.
 
-    Arguments are those of `sum_avx2`.
+    Arguments are those of `sum_vectors`.
     """
     clear(sums, 2 * (stop - start))
     for block in range(first, last, ROWS):
@@ -97,13 +98,15 @@ def sum_portable(
 
 
 @njit(**OPTIONS)
-def sum_avx2(
-    codes: Any, inputs: Any, first: int, last: int, rounded: Any, pairs: Any, steps: Any, start: int, stop: int,
-    width: int, addresses: Any, sums: Any,
+def sum_vectors(
+    wide: Any, narrow: Any, codes: Any, inputs: Any, first: int, last: int, rounded: Any, pairs: Any, steps: Any,
+    start: int, stop: int, width: int, addresses: Any, sums: Any,
 ) -> None:  # fmt: skip
-    """`sum_portable` by `int4_dot_wide`, `ROWS` rows at a time, while the rows to come are asked for.
+    """`sum_portable` by vector intrinsics, `ROWS` rows at a time, while the rows to come are asked for.
 
     Args:
+        wide: `int4_dot.int4_dot_wide`, or one of `int4_dot_vnni` in its place.
+        narrow: likewise `int4_dot.int4_dot_narrow`.
         codes: uint8 ``[in_features, bytes]``.
         inputs: the thread's active inputs, and `ROWS` more.
         first: the run's first of them.
@@ -139,10 +142,10 @@ def sum_avx2(
                 if ahead >= stop:  # past the end of these rows: the beginning of those to come
                     aheads, ahead = where + 8 * ROWS, ahead - stop + begin
                 if column + WIDE <= stop:
-                    int4_dot_wide(where, values, two, column, aheads, ahead, target + 8 * done, step)
+                    wide(where, values, two, column, aheads, ahead, target + 8 * done, step)
                     column += WIDE
                 else:
-                    int4_dot_narrow(where, values, two, column, aheads, ahead, target + 8 * done, step)
+                    narrow(where, values, two, column, aheads, ahead, target + 8 * done, step)
                     column += NARROW
             if column < stop:
                 rest, few = out[2 * (column - start) :], inputs[block : block + count]

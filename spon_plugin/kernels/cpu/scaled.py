@@ -18,10 +18,9 @@ from spon_plugin.kernels.cpu.scaled_layout import (
     CALL_FIELDS,
     LAYER_FIELDS,
     SUM_FP8,
-    SUM_INT4,
     SUM_INT4_EXACT,
-    SUM_INT4_PORTABLE,
     SUM_INT8,
+    VECTORS,
     WEIGHT_FIELDS,
 )
 from spon_plugin.weights.scaled import ScaledWeight
@@ -73,11 +72,11 @@ def _worker(kind: str) -> tuple[Any, int]:
     return compiled, compiled.address
 
 
-@functools.cache
-def _integers() -> str:
-    from spon_plugin.kernels.cpu.int4_dot import has_avx2
+def sums_of(weight: ScaledWeight) -> str:
+    """How the codes of `weight` are summed on this processor, of `scaled_layout`."""
+    from spon_plugin.kernels.cpu.processor import int4_sums
 
-    return SUM_INT4 if has_avx2() else SUM_INT4_PORTABLE
+    return int4_sums() if weight.format == "int4" else weight.format
 
 
 def sparse_linear(
@@ -88,7 +87,7 @@ def sparse_linear(
     *,
     shard_sizes: Sequence[int] | None = None,
     exact: bool = False,
-    portable: bool = False,
+    integers: str | None = None,
 ) -> Tensor:
     """``y = S(x) W^T + bias`` for few rows; every row of codes that the mask of some row of x keeps is read once.
 
@@ -104,12 +103,13 @@ def sparse_linear(
         bias: likewise.
         shard_sizes: likewise; even, but for the last, with four bits.
         exact: sum four bits in float32, on the inputs as they are.
-        portable: sum integers without AVX2 where there is AVX2, too.
+        integers: sum four bits so, of `scaled_layout.INTEGERS`, instead of by this processor's best instruction; all
+            but AVX2's run anywhere.
 
     Returns:
         ``[..., out_features]`` in `x.dtype`.
     """
-    prepared = Prepared(weight, threshold, bias, shard_sizes=shard_sizes, exact=exact, portable=portable)
+    prepared = Prepared(weight, threshold, bias, shard_sizes=shard_sizes, exact=exact, integers=integers)
     return prepared(x)
 
 
@@ -122,7 +122,7 @@ class Prepared:
         bias: likewise.
         shard_sizes: likewise.
         exact: likewise.
-        portable: likewise.
+        integers: likewise.
 
     Attributes:
         in_features: length of an input.
@@ -139,11 +139,11 @@ class Prepared:
         *,
         shard_sizes: Sequence[int] | None = None,
         exact: bool = False,
-        portable: bool = False,
+        integers: str | None = None,
     ) -> None:
         kind = weight.format
-        if kind == SUM_INT4:
-            kind = SUM_INT4_EXACT if exact else SUM_INT4_PORTABLE if portable else _integers()
+        if kind == "int4":
+            kind = SUM_INT4_EXACT if exact else integers or sums_of(weight)
         self.in_features, self.out_features = weight.in_features, weight.out_features
         groups = weight.scales.shape[0]
         self._kind, self._unit, self._groups = kind, weight.unit, groups
@@ -178,7 +178,7 @@ class Prepared:
         settled = []
         for first, width, words in self._shards:
             tile = _TILE
-            if batch == 1 and self._kind in (SUM_INT8, SUM_FP8, SUM_INT4):
+            if batch == 1 and self._kind in (SUM_INT8, SUM_FP8, *VECTORS):
                 # Sums leave the first cache, and where a group ends they are read once more.
                 tile = max(1, -(-width // self._unit)) if self._groups == 1 else _LONGEST
             per_thread = layout.scratch_parts(batch, self.in_features, self._groups, tile * self._unit)[-1]

@@ -28,8 +28,12 @@ OUT, FIRST_ROW, ROW_COUNT = range(3)
 NOTHING, FLOAT32, BFLOAT16, FLOAT16, INT8, UINT8, INT16, INT32 = range(8)
 
 # How codes are summed: as float32 (int8, FP8 and four bits exactly), or four bits in integers on inputs of eight bits.
-SUM_INT8, SUM_FP8, SUM_INT4, SUM_INT4_PORTABLE, SUM_INT4_EXACT = "int8", "fp8", "int4", "int4-portable", "int4-exact"
-INTEGERS = (SUM_INT4, SUM_INT4_PORTABLE)
+# The latter by the instructions of `int4_dot_vnni` and `int4_dot`, or in plain code.
+SUM_INT8, SUM_FP8, SUM_INT4_EXACT = "int8", "fp8", "int4-exact"
+SUM_INT4_AVX512_VNNI, SUM_INT4_AVX_VNNI, SUM_INT4_AVX2 = "int4-avx512vnni", "int4-avxvnni", "int4-avx2"
+SUM_INT4_PORTABLE = "int4-portable"
+VECTORS = (SUM_INT4_AVX512_VNNI, SUM_INT4_AVX_VNNI, SUM_INT4_AVX2)
+INTEGERS = (*VECTORS, SUM_INT4_PORTABLE)
 
 RUN = 128  # inputs that are rounded to eight bits in one go, at most
 # Rows of four-bit codes read at once, whose inputs share a step: the sum of as many products fits into 16 bits.

@@ -10,7 +10,9 @@ from numba import carray, njit, types
 
 from spon_plugin.kernels.cpu import scaled_layout as layout
 from spon_plugin.kernels.cpu.elements import read_row, write_row
-from spon_plugin.kernels.cpu.int4_sums import round_inputs, sum_avx2, sum_exact, sum_portable
+from spon_plugin.kernels.cpu.int4_dot import int4_dot_narrow, int4_dot_wide
+from spon_plugin.kernels.cpu.int4_dot_vnni import int4_dot_256, int4_dot_256_twice, int4_dot_512
+from spon_plugin.kernels.cpu.int4_sums import round_inputs, sum_exact, sum_portable, sum_vectors
 from spon_plugin.kernels.cpu.numba_types import pointer, prefetch
 from spon_plugin.kernels.cpu.scaled_layout import (
     FIELDS,
@@ -19,7 +21,9 @@ from spon_plugin.kernels.cpu.scaled_layout import (
     ROWS,
     RUN,
     SUM_FP8,
-    SUM_INT4,
+    SUM_INT4_AVX2,
+    SUM_INT4_AVX512_VNNI,
+    SUM_INT4_AVX_VNNI,
     SUM_INT8,
 )
 from spon_plugin.kernels.cpu.sources import fingerprint
@@ -124,7 +128,8 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
     # Numba keeps what it compiles by the values of these: no functions, whose values differ between processes.
     n_fields, source = len(FIELDS), fingerprint()
     whole_bytes = kind in (SUM_INT8, SUM_FP8)
-    rounds, vectors = kind in INTEGERS, kind == SUM_INT4
+    rounds = kind in INTEGERS
+    avx512_vnni, avx_vnni, avx2 = (kind == k for k in (SUM_INT4_AVX512_VNNI, SUM_INT4_AVX_VNNI, SUM_INT4_AVX2))
     per_byte = 1 if whole_bytes else 2
     most = RUN if rounds else 1 << 30
 
@@ -205,8 +210,21 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
                 )
                 if whole_bytes:
                     _sum_rows(codes, index, first, last, values, start, stop, sums)
-                elif vectors:
-                    sum_avx2(codes, index, first, last, rounded, pairs, steps, start, stop, width, addresses, sums)
+                elif avx512_vnni:
+                    sum_vectors(
+                        int4_dot_512, int4_dot_256,
+                        codes, index, first, last, rounded, pairs, steps, start, stop, width, addresses, sums,
+                    )  # fmt: skip
+                elif avx_vnni:
+                    sum_vectors(
+                        int4_dot_256_twice, int4_dot_256,
+                        codes, index, first, last, rounded, pairs, steps, start, stop, width, addresses, sums,
+                    )  # fmt: skip
+                elif avx2:
+                    sum_vectors(
+                        int4_dot_wide, int4_dot_narrow,
+                        codes, index, first, last, rounded, pairs, steps, start, stop, width, addresses, sums,
+                    )  # fmt: skip
                 elif rounds:
                     sum_portable(codes, index, first, last, rounded, steps, start, stop, sums)
                 else:

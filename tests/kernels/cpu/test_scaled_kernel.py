@@ -10,6 +10,7 @@ from spon_plugin import SponError
 from spon_plugin.kernels import decoded, sparse_linear
 from spon_plugin.kernels.cpu import decode, scaled
 from spon_plugin.kernels.cpu.kernel import is_available
+from spon_plugin.kernels.cpu.scaled_layout import INTEGERS, SUM_INT4_AVX512_VNNI, SUM_INT4_PORTABLE
 from spon_plugin.kernels.table import KERNELS, Problem, choose, reasons
 from spon_plugin.masking import keep_mask, sparsify
 from spon_plugin.weights.dense import DenseWeight
@@ -18,6 +19,7 @@ from spon_plugin.weights.int4 import Int4Weight, pack_nibbles
 from spon_plugin.weights.int8 import Int8Weight
 
 decode_rows = decode.rows
+processor = pytest.importorskip("spon_plugin.kernels.cpu.processor", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(not is_available(), reason="needs Numba and GNU's OpenMP")
 
 # Kind -> format, arguments, and how far an output may be off, in relation to all: float32 sums; inputs of eight bits,
@@ -27,7 +29,7 @@ KINDS = {
     "fp8": ("fp8", {}, 1e-6),
     "int4 exact": ("int4", {"exact": True}, 1e-6),
     "int4": ("int4", {}, 0.01),
-    "int4 portable": ("int4", {"portable": True}, 0.01),
+    "int4 portable": ("int4", {"integers": "int4-portable"}, 0.01),
 }
 SHAPES = [(256, 192), (300, 77), (1, 1), (130, 514), (64, 2)]
 
@@ -211,10 +213,31 @@ def test_unmasked_rows_have_the_bits_that_they_have_alone(kind, rows):
     assert torch.equal(scaled.sparse_linear(x, weight, none, **options), torch.cat(alone))
 
 
-def test_integers_agree_with_and_without_avx2():
-    weight, x, tau = make("int4", (512, 300), zeros=True), torch.randn(4, 512), torch.tensor([0.5])
-    both = [scaled.sparse_linear(x, weight, tau, portable=portable) for portable in (False, True)]
-    torch.testing.assert_close(*both, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("order", [False, True], ids=["runs", "act-order"])
+@pytest.mark.parametrize("shape", [(512, 300), (130, 514), (37, 66), (7, 2 * 8192 + 70)], ids=str)
+def test_instructions_give_the_same_bits(shape, order):
+    """Runs here of any length, not of four rows alone; what the processor lacks is computed in the same places."""
+    weight, x = make("int4", shape, zeros=True, act_order=order), torch.randn(3, shape[0])
+    x[2] *= 100
+    kinds = [kind for kind in INTEGERS if processor.runs(kind)]
+    y = {kind: scaled.sparse_linear(x, weight, torch.tensor([0.5]), integers=kind) for kind in kinds}
+    portable = y.pop(SUM_INT4_PORTABLE)
+    for one in y.values():
+        assert torch.equal(one, y[SUM_INT4_AVX512_VNNI])
+        torch.testing.assert_close(one, portable, rtol=1e-5, atol=1e-5 * float(portable.abs().max()))
+
+
+def test_instructions_are_chosen_by_what_the_processor_has(monkeypatch):
+    weight = make("int4", (64, 32))
+    for having, kind in (
+        ({"avx2", "avx512vnni", "avx512bw", "avx512vl", "avxvnni"}, "int4-avx512vnni"),
+        ({"avx2", "avxvnni"}, "int4-avxvnni"),
+        ({"avx2", "avx512vnni"}, "int4-avx2"),
+        ({"sse4.2"}, "int4-portable"),
+    ):
+        monkeypatch.setattr(processor, "features", lambda having=having: having)
+        assert scaled.sums_of(weight) == kind
+        assert scaled.sums_of(make("int8", (64, 32))) == "int8"
 
 
 @pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
