@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import cuda_baselines
 from spon_plugin import RowWeight, machine
 from spon_plugin.weights.dense import DenseWeight
 from spon_plugin.weights.formats import SCALED
@@ -64,12 +66,21 @@ def nbytes(weight: RowWeight) -> int:
     return sum(part.numel() * part.element_size() for part in tensors(weight))
 
 
-def baselines(weights: Sequence[RowWeight], x: Tensor, bias: Tensor, group: int) -> dict[str, Callable[[int], Tensor]]:
-    """Dense products of torch on as many cold weights: its linear layer, and its own kernel for the format.
+def baselines(
+    weights: Sequence[RowWeight], x: Tensor, bias: Tensor, group: int, library: Path | None = None
+) -> dict[str, Callable[[int], Tensor]]:
+    """Dense products on as many cold weights: torch's linear layer, and the field's own kernels for the format.
+
+    Args:
+        weights: copies of one.
+        x: ``[rows, in_features]``.
+        bias: ``[out_features]``.
+        group: of int4.
+        library: Marlin's (`benchmarks.marlin`), on a GPU.
 
     Returns:
         "torch", in the dtype of x; "torch float32" where the machine emulates that dtype; "packed", torch's weight-only
-        kernel for int8 by output and for int4 by group, on CPUs and in bfloat16 alone.
+        kernel for int8 by output and for int4 by group, in bfloat16 alone; and what `cuda_baselines` has besides.
     """
     in_features, out_features = weights[0].in_features, weights[0].out_features
     matrices = _copies(torch.randn(out_features, in_features, device=x.device).to(x.dtype), weights)
@@ -78,8 +89,11 @@ def baselines(weights: Sequence[RowWeight], x: Tensor, bias: Tensor, group: int)
         wide, wide_x, wide_bias = _copies(matrices[0].float(), weights), x.float(), bias.float()
         calls["torch float32"] = lambda i: F.linear(wide_x, wide[i % len(wide)], wide_bias)
     first = weights[0]
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or not isinstance(first, ScaledWeight):
+    if x.dtype != torch.bfloat16 or not isinstance(first, ScaledWeight):
         return calls
+    if x.device.type == "cuda":
+        copies = [weight for weight in weights if isinstance(weight, ScaledWeight)]
+        return {**calls, **cuda_baselines.baselines(copies, x, library)}
     if first.format == "int8" and first.scales.shape[0] == 1:
         by_output = _copies(first.codes.t().contiguous(), weights)
         calls["packed"] = lambda i: torch._weight_int8pack_mm(x, by_output[i % len(by_output)], first.scales[0]) + bias

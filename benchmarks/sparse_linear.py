@@ -7,14 +7,16 @@
 Weights are cold: calls rotate over copies that exceed the cache several times. All variants of a shape and batch are
 measured in turns, so that they see the same machine, and medians are reported. Dense baselines: torch's linear layer on
 its own layout, in `--dtype` and in float32 where the machine emulates that; our kernel with nothing masked; and torch's
-own kernel for the format of `--format`, where it has one. On a CPU, `read` is the bandwidth at which torch sums up the
-cold weights, measured in the same turns.
+own kernel for the format of `--format`, where it has one; on a GPU Marlin too, from `--marlin` (`benchmarks.marlin`).
+`read` is a bandwidth measured in the same turns: on a CPU, that at which torch sums up the cold weights; on a GPU, that
+of bytes read and written by a copy.
 Inputs are Gaussian and independent between rows, the worst case for a batch; `benchmarks.real_masks` has real ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +24,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.cuda_baselines import copier
 from benchmarks.formats import FORMATS, baselines, clone, make, nbytes, tensors
 from benchmarks.timing import copies_for, interleaved_medians
+from spon_plugin import SponError
 from spon_plugin.kernels import sparse_linear
 from spon_plugin.machine import DTYPES, device_name
 
@@ -45,8 +49,9 @@ def measure(
     seconds: float,
     format: str = "dense",
     group: int = 0,
+    library: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of one shape and batch, one for each sparsity."""
+    """The rows of one shape and batch, one for each sparsity; `library` is Marlin's."""
     in_features, out_features = shape
     generator = torch.Generator(device).manual_seed(0)
     weight = make(format, shape, dtype, group, generator)
@@ -58,15 +63,17 @@ def measure(
     quantiles = {s: torch.quantile(x.float().abs().flatten()[: 1 << 24], s).reshape(1) for s in sparsities if s > 0}
     thresholds = {s: quantiles.get(s, torch.full((1,), -1.0, device=device)) for s in sparsities}
 
-    calls: dict[str, Callable[[int], object]] = {**baselines(weights, x, bias, group)}
+    calls: dict[str, Callable[[int], object]] = {**baselines(weights, x, bias, group, library)}
     for sparsity in sorted({0.0, *sparsities}):
         threshold = thresholds.get(sparsity, torch.full((1,), -1.0, device=device))
         calls[str(sparsity)] = lambda i, threshold=threshold: sparse_linear(x, weights[i], threshold, bias)  # type: ignore[misc]
     if device.type == "cpu":
         words = [[part.view(-1).view(torch.int64) for part in tensors(weight)] for weight in weights]
-        calls["read"] = lambda i: [part.sum() for part in words[i]]
+        calls["read"], moved = lambda i: [part.sum() for part in words[i]], size
+    else:
+        calls["read"], moved = copier(device)
     times = interleaved_medians(calls, copies, device, seconds)
-    read = size / times["read"] / 1e9 if "read" in times else None
+    read = moved / times["read"] / 1e9
 
     rows = []
     for sparsity in sparsities:
@@ -88,9 +95,12 @@ def measure(
                 "over_torch_float32": times["torch float32"] / taken if "torch float32" in times else None,
                 "packed_microseconds": times["packed"] * 1e6 if "packed" in times else None,
                 "over_packed": times["packed"] / taken if "packed" in times else None,
+                "marlin_microseconds": times["marlin"] * 1e6 if "marlin" in times else None,
+                "over_marlin": times["marlin"] / taken if "marlin" in times else None,
                 "over_own_dense": times["0.0"] / taken,
                 "share_of_ideal": times["0.0"] / taken * (1 - skipped),
                 "read_gigabytes_per_second": read,
+                "share_of_read": size * (1 - skipped) / taken / 1e9 / read,
             }
         )
     return rows
@@ -99,10 +109,11 @@ def measure(
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     head = "| in x out | format | batch | sparsity | skipped | µs | GB/s | read GB/s | torch µs | over torch "
-    lines = [head + "| over float32 | over packed | over own dense | of ideal |", "| --- | --- " + "| ---: " * 12 + "|"]
+    lines = [head + "| over float32 | over packed | over Marlin | over own dense | of ideal | of read |"]
+    lines.append("| --- | --- " + "| ---: " * 14 + "|")
     for row in rows:
         size = f" g{row['group']}" if row["group"] else ""
-        ratios = ("over_torch", "over_torch_float32", "over_packed", "over_own_dense", "share_of_ideal")
+        ratios = ("over_torch", "over_torch_float32", "over_packed", "over_marlin", "over_own_dense", "share_of_ideal")
         cells = [
             f"{row['in_features']} x {row['out_features']}",
             f"{row['format']}{size}",
@@ -111,9 +122,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['skipped']:.1%}",
             f"{row['microseconds']:.1f}",
             f"{row['gigabytes_per_second']:.1f}",
-            "" if row["read_gigabytes_per_second"] is None else f"{row['read_gigabytes_per_second']:.1f}",
+            f"{row['read_gigabytes_per_second']:.1f}",
             f"{row['torch_microseconds']:.1f}",
-            *("" if row[name] is None else f"{row[name]:.2f}" for name in ratios),
+            *("" if row[name] is None else f"{row[name]:.2f}" for name in (*ratios, "share_of_read")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -145,33 +156,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
-    parser.add_argument("--format", default="dense", choices=FORMATS, help="of the weights")
+    parser.add_argument("--format", default="dense", help="of the weights, comma-separated: " + ", ".join(FORMATS))
     parser.add_argument("--group", type=int, help="inputs that share a scale; default 128 for int4, else all of them")
     parser.add_argument("--shapes", default="llama3-8b", help="models (" + ", ".join(SHAPES) + "), or INxOUT,INxOUT")
     parser.add_argument("--sparsity", default="0,0.25,0.4,0.5,0.6,0.7")
     parser.add_argument("--batch", default="1,2,4,8")
     parser.add_argument("--seconds", type=float, default=3.0, help="of measuring for each shape and batch")
-    parser.add_argument("--json", type=Path, help="write the rows there, and a plot beside it (.png)")
+    parser.add_argument("--marlin", type=Path, help="a shared library of Marlin, for int4 on a GPU")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="write the rows there as they come, and a plot beside them (.png) if all have one format",
+    )
     arguments = parser.parse_args()
 
     shapes: list[tuple[int, int]] = []
     for name in arguments.shapes.split(","):
         shapes += SHAPES.get(name) or [tuple(int(size) for size in name.split("x"))]  # type: ignore[list-item]
     device = torch.device(arguments.device)
+    formats = arguments.format.split(",")
+    if not set(formats) <= set(FORMATS):
+        raise SponError.of("--format", arguments.format, f"comma-separated: {', '.join(FORMATS)}")
     sparsities = [float(value) for value in arguments.sparsity.split(",")]
-    group = (128 if arguments.format == "int4" else 0) if arguments.group is None else arguments.group
-    rows = []
+    dtype, seconds = DTYPES[arguments.dtype], arguments.seconds
+    batches = [int(value) for value in arguments.batch.split(",")]
+    rows: list[dict[str, Any]] = []
     with torch.no_grad():
-        for shape in dict.fromkeys(shapes):
-            for batch in (int(value) for value in arguments.batch.split(",")):
-                dtype, seconds = DTYPES[arguments.dtype], arguments.seconds
-                found = measure(shape, batch, sparsities, dtype, device, seconds, arguments.format, group)
-                print(table(found).split("\n", 2)[2] if rows else table(found), flush=True)
-                rows += found
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"device": device_name(device), "torch": torch.__version__, "dtype": arguments.dtype, "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        for format, shape, batch in itertools.product(formats, dict.fromkeys(shapes), batches):
+            group = (128 if format == "int4" else 0) if arguments.group is None else arguments.group
+            found = measure(shape, batch, sparsities, dtype, device, seconds, format, group, arguments.marlin)
+            print(table(found).split("\n", 2)[2] if rows else table(found), flush=True)
+            rows += found
+            if arguments.json:
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                result = {"device": device_name(device), "torch": torch.__version__, "dtype": arguments.dtype}
+                arguments.json.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+    if arguments.json and len(formats) == 1:
         plot(rows, arguments.json.with_suffix(".png"))
 
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the GPU at hand, and write the configuration that `sparse_linear` will use on it.
 
-    python -m benchmarks.tune_sparse_linear --device cuda
+    python -m benchmarks.tune_sparse_linear --device cuda --format dense,int8,int4,fp8 --budget 150
 
-For each shape, dtype and number of rows, both kernels' block sizes, splits, warps, stages and registers are searched
-one at a time from the present configuration on, cold (see `benchmarks.timing`), until nothing helps. The crossover is
-the largest number of rows up to which the best kernel beats the masked dense GEMM. Masks are those of independent
-Gaussian rows, the least favourable to batches. Shapes that were not tuned stay in the file as they are, and the file is
-written after each shape, so that an interrupted run loses one shape at most.
+For each shape, format and number of rows: first the launches of a reasoned list (`benchmarks.launches`), then the
+neighbours of the best, until none is faster; cold (see `benchmarks.timing`). Launches compile in other processes, one a
+core, while others are measured. Everything's list comes before anything's neighbours, and one row before several, so
+that a budget that ends early has been spent where most is to gain. Of matrices the crossover is found too, the largest
+number of rows up to which the best kernel beats the masked dense GEMM. Masks are those of independent Gaussian rows,
+the least favourable to batches. What was not tuned stays in the file, which is written after each step, as it is.
 """
 
 from __future__ import annotations
@@ -15,110 +16,49 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.timing import copies_for, median_seconds
+from benchmarks.formats import FORMATS
+from benchmarks.tuning import Search, Task, Timer, fit, tune
 from spon_plugin import SponError
-from spon_plugin.kernels import gemm
 from spon_plugin.kernels.triton import configs
-from spon_plugin.kernels.triton.configs import DTYPES, KERNELS, Device, Launch, Shape
+from spon_plugin.kernels.triton.configs import DTYPES, Device, Launch, Shape
 
-AXES: dict[str, tuple[int, ...]] = {
-    "splits": (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 48, 64),
-    "block_out": (32, 64, 128, 256, 512),
-    "block_in": (16, 32, 64, 128, 256),
-    "num_warps": (1, 2, 4, 8),
-    "num_stages": (1, 2, 3, 4),
-    "resident": (1, 2, 3, 4, 5, 6, 7, 8),
-}
-# The linears of Llama-3-8B, fused and single: qkv, o, gate or up, gate_up, down.
-SHAPES = "4096x6144,4096x4096,4096x14336,4096x28672,14336x4096"
-START = Launch("dense_mask", block_in=32, block_out=128, splits=8, num_warps=4, num_stages=1, resident=6)
-
-# Below, a thread's registers spill.
-LEAST_REGISTERS = 32
-
-Seconds = Callable[[Launch], float]
+# The linears of Llama-3-8B, fused and single: qkv, o, down, gate_up, gate or up.
+SHAPES = "4096x6144,4096x4096,14336x4096,4096x28672,4096x14336"
+START = Launch("dense_mask", block_in=32, block_out=128, splits=None, num_warps=4, num_stages=1, resident=6)
 
 
-def descend(start: Launch, seconds: Seconds) -> tuple[Launch, float]:
-    """The launch that no change of one of `AXES` makes faster, and its time.
+def combined(old: Shape, kind: str, found: Sequence[Search], dense: Mapping[int, float], source: str) -> Shape:
+    """A shape with what was found for some numbers of rows, and what it had for others.
 
     Args:
-        start: where to begin.
-        seconds: measures a launch; infinite if it cannot run.
-    """
-    best, least = start, seconds(start)
-    improved = True
-    while improved:
-        improved = False
-        for axis, values in AXES.items():
-            for value in values:
-                candidate = replace(best, **{axis: value})
-                # A change that is lost in the noise is no reason to go on.
-                if candidate != best and (taken := seconds(candidate)) < 0.99 * least:
-                    best, least, improved = candidate, taken, True
-    return best, least
-
-
-def tune_rows(start: Launch, seconds: Seconds) -> tuple[Launch, float]:
-    """The fastest launch of any kernel for one shape, dtype and number of rows.
-
-    Args:
-        start: where to begin, with either kernel.
-        seconds: see `descend`.
-    """
-    known: dict[Launch, float] = {}
-
-    def remembered(launch: Launch) -> float:
-        if launch not in known:
-            known[launch] = seconds(launch)
-        return known[launch]
-
-    return min((descend(replace(start, kernel=kernel), remembered) for kernel in KERNELS), key=lambda pair: pair[1])
-
-
-def tune_shape(
-    dtype: str,
-    in_features: int,
-    out_features: int,
-    rows: Sequence[int],
-    start: Callable[[int], Launch],
-    timer: Callable[[int], tuple[Seconds, float]],
-    source: str,
-    say: Callable[[str], None],
-) -> Shape:
-    """Tune one shape at ascending numbers of rows, up to the first at which the dense GEMM wins.
-
-    Args:
-        dtype: name of the dtype.
-        in_features: channels.
-        out_features: columns.
-        rows: numbers of rows to tune for, ascending.
-        start: for a number of rows, the launch to begin with.
-        timer: for a number of rows, what measures a launch, and the seconds of the masked dense GEMM.
+        old: as it was, or the nearest one.
+        kind: dtype or format.
+        found: of one shape, with a best launch each.
+        dense: seconds of the masked dense GEMM by rows; empty for weights with scales, which it would have to decode.
         source: label of where the values come from.
-        say: takes a line of progress.
     """
-    launches: dict[int, Launch] = {}
-    for count in rows:
-        seconds, dense = timer(count)
-        launch, taken = tune_rows(start(count), seconds)
-        say(
-            f"{dtype} {in_features}x{out_features} rows {count}: {taken * 1e6:.1f} us, dense {dense * 1e6:.1f} us "
-            f"({dense / taken:.2f}x) {launch}"
-        )
-        if taken >= dense:
-            break
-        launches[count] = launch
-    return Shape(source, (dtype,), in_features, out_features, max(launches, default=0), launches)
+    shape = found[0].task.shape
+    best = {search.task.rows: search for search in sorted(found, key=lambda search: search.task.rows)}
+    lost = [rows for rows, search in best.items() if rows in dense and search.seconds >= dense[rows]]
+    won = [rows for rows in best if not lost or rows < lost[0]]
+    launches = {rows: launch for rows in won if (launch := best[rows].best)}
+    crossover = max(launches, default=0)
+    if not lost:
+        launches |= {most: one.fitted(*fit(shape)) for most, one in old.launches.items() if most > max(best)}
+        launches = {most: replace(one, splits=None) for most, one in launches.items()}
+        crossover = max(old.crossover, crossover)
+    # float16 moves the same bytes through the same instructions.
+    dtypes = ("bfloat16", "float16") if kind == "bfloat16" else (kind,)
+    return Shape(source, dtypes, *shape, crossover, dict(sorted(launches.items())))
 
 
 def label_of(text: str, sources: Mapping[str, str]) -> str:
@@ -152,43 +92,6 @@ def as_json(device: Device) -> dict[str, Any]:
     return json.loads(json.dumps(data))
 
 
-def cuda_timer(
-    dtype: torch.dtype, in_features: int, out_features: int, sparsity: float, seconds: float
-) -> Callable[[int], tuple[Seconds, float]]:
-    """What measures a shape on the current CUDA device; see `tune_shape`."""
-    device = torch.device("cuda")
-    element = torch.empty(0, dtype=dtype).element_size()
-    copies = copies_for(in_features * out_features * element, device)
-    weights = [torch.randn(in_features, out_features, dtype=dtype, device=device) / 64 for _ in range(copies)]
-    bias = torch.zeros(out_features, dtype=dtype, device=device)
-
-    def timer(rows: int) -> tuple[Seconds, float]:
-        x = torch.randn(rows, in_features, dtype=dtype, device=device)
-        threshold = x.abs().float().flatten().quantile(sparsity).view(1)
-
-        def sparse(launch: Launch) -> float:
-            kernel = import_module(f"spon_plugin.kernels.triton.{launch.kernel}").sparse_linear
-            if launch.maxnreg < LEAST_REGISTERS or launch != launch.fitted(
-                in_features, (out_features,), multiprocessors()
-            ):
-                return float("inf")
-            try:
-                return median_seconds(
-                    lambda i: kernel(x, weights[i], threshold, bias, launch=launch), copies, device, seconds
-                )
-            except Exception as error:
-                if type(error).__name__ != "OutOfResources":
-                    raise
-                return float("inf")
-
-        def dense(i: int) -> torch.Tensor:
-            return gemm.sparse_linear(x, weights[i], threshold, bias)
-
-        return sparse, median_seconds(dense, copies, device, seconds)
-
-    return timer
-
-
 def file_name(device: str) -> str:
     """The name of a device's file: its words but for the size of its memory."""
     words = configs.words_of(device)
@@ -216,55 +119,110 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_sparse_linear", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda", help="cuda, the only kind of device with anything to tune")
-    parser.add_argument("--dtype", default="bfloat16", help=f"comma-separated: {', '.join(DTYPES)}")
+    parser.add_argument("--dtype", default="bfloat16", help=f"of dense weights, comma-separated: {', '.join(DTYPES)}")
+    parser.add_argument("--format", default="dense", help=f"comma-separated: {', '.join(FORMATS)}")
+    parser.add_argument("--group", type=int, default=128, help="inputs that share a scale of int4; of others all do")
     parser.add_argument("--shapes", default=SHAPES, help="INxOUT, comma-separated (default: %(default)s)")
     parser.add_argument("--rows", default="1,2,4,8,16", help="numbers of rows, ascending (default: %(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.5, help="share of inputs to mask (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.05, help="to measure each candidate for")
+    parser.add_argument("--seconds", type=float, default=0.02, help="to measure each candidate for")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for everything (default: no limit)")
+    parser.add_argument("--json", type=Path, help="write every launch that was measured there")
     parser.add_argument(
         "--output", type=Path, help="where to write (default: the file that serves the GPU, or a new one)"
     )
     options = parser.parse_args(arguments)
+    end = time.monotonic() + options.budget
     if options.device != "cuda" or not torch.cuda.is_available():
         raise SponError.of("--device", options.device, "cuda, and a CUDA device to measure", "Nothing was written.")
-    for kind in options.dtype.split(","):
-        if kind not in DTYPES:
-            raise SponError.of("--dtype", kind, f"one of {', '.join(DTYPES)}")
-    counts = [int(count) for count in options.rows.split(",")]
+    formats, dtypes = options.format.split(","), options.dtype.split(",")
+    for name, given, known in (("--format", formats, FORMATS), ("--dtype", dtypes, tuple(DTYPES))):
+        if wrong := [one for one in given if one not in known]:
+            raise SponError.of(name, wrong[0], f"one of {', '.join(known)}")
+    kinds = [kind for format in formats for kind in (dtypes if format == "dense" else [format])]
     shapes = list(parse_shapes(options.shapes))
+    counts = [int(count) for count in options.rows.split(",")]
+    stages = [
+        [
+            Task(kind, shape, rows, options.group if kind == "int4" else 0)
+            for shape, kind in itertools.product(shapes, kinds)
+            # Products of several rows of float32 run outside the tensor cores.
+            if rows == 1 or kind != "float32"
+        ]
+        for rows in counts
+    ]
 
     name = torch.cuda.get_device_name()
     present = configs.file_of(name)
     own = configs.DIRECTORY / file_name(name) if present.stem == configs.DEFAULT else present
     path = options.output or own
-    old = configs.read(path) if path.exists() else Device({}, ())
+    old = next((configs.read(known) for known in (path, own) if known.exists()), Device({}, ()))
     text = (
         f"measured by benchmarks.tune_sparse_linear on {name}, torch {torch.__version__}, "
         f"Triton {import_module('triton').__version__}, sparsity {options.sparsity}"
     )
-    label = label_of(text, old.sources)
-    new: list[Shape] = []
-    for kind in options.dtype.split(","):
-        for shape in shapes:
-            timer = cuda_timer(DTYPES[kind], *shape, options.sparsity, options.seconds)
-            begin = partial(first_launch, configs.nearest(configs.shapes_of(name, DTYPES[kind]), *shape), shape)
-            tuned = tune_shape(kind, *shape, counts, begin, timer, label, print)
-            # float16 moves the same bytes through the same instructions.
-            new.append(replace(tuned, dtypes=("bfloat16", "float16")) if kind == "bfloat16" else tuned)
-            write(path, merged(old, new, {label: text}))
+    done = Tuned(name, old, text, path, options.json)
+    with torch.no_grad():
+        tune(stages, Timer(options.sparsity, options.seconds), done, end)
     print(path)
     return path
 
 
-def first_launch(nearest: Shape, shape: tuple[int, int], rows: int) -> Launch:
-    """Where to begin for a shape: at what the present configuration would launch."""
-    fit = [launch for most, launch in nearest.launches.items() if rows <= most]
-    return (fit or [START])[0].fitted(shape[0], shape[1:], multiprocessors())
+class Tuned:
+    """What was found so far, and the file that it is written to."""
 
+    def __init__(self, name: str, old: Device, text: str, path: Path, log: Path | None) -> None:
+        self._name, self._old, self._text, self._path, self._log = name, old, text, path, log
+        self._searches: list[Search] = []
+        self._dense: dict[Task, float] = {}
 
-def multiprocessors() -> int:
-    """Those of the current CUDA device."""
-    return torch.cuda.get_device_properties(None).multi_processor_count
+    def present(self, task: Task) -> Launch:
+        """What would be launched for a task as it is."""
+        enough = [launch for most, launch in self._nearest(task).launches.items() if task.rows <= most]
+        return replace((enough or [START])[0].fitted(*fit(task.shape)), splits=None)
+
+    def add(self, search: Search, dense: float) -> None:
+        """Take in what a search has found, say it, and write the file."""
+        task = search.task
+        self._dense[task] = dense
+        if search not in self._searches:
+            self._searches.append(search)
+        print(
+            f"{task.kind} {task.shape[0]}x{task.shape[1]} rows {task.rows}: {search.seconds * 1e6:.1f} us, dense "
+            f"{dense * 1e6:.1f} us ({dense / search.seconds:.2f}x) {len(search.known)} measured {search.best}",
+            flush=True,
+        )
+        self.write()
+
+    def write(self) -> None:
+        """Write the configuration, and the log if there is one."""
+        groups: dict[tuple[str, tuple[int, int]], list[Search]] = {}
+        for search in self._searches:
+            if search.best is not None:
+                groups.setdefault((search.task.kind, search.task.shape), []).append(search)
+        sources: dict[str, str] = {}
+        new = []
+        for (kind, _), found in groups.items():
+            rows = sorted(search.task.rows for search in found)
+            text = f"{self._text}, rows {', '.join(map(str, rows))}; other numbers of rows reasoned, not measured"
+            label = label_of(text, {**self._old.sources, **sources})
+            sources[label] = text
+            dense = {search.task.rows: self._dense[search.task] for search in found if kind in DTYPES}
+            new.append(combined(self._nearest(found[0].task), kind, found, dense, label))
+        if new:
+            write(self._path, merged(self._old, new, sources))
+        if self._log:
+            lines = [
+                {**asdict(search.task), **asdict(launch), "microseconds": taken * 1e6 if taken < float("inf") else None}
+                for search in self._searches
+                for launch, taken in search.known.items()
+            ]
+            self._log.write_text(json.dumps({"device": self._name, "launches": lines}) + "\n", encoding="utf-8")
+
+    def _nearest(self, task: Task) -> Shape:
+        kind = DTYPES.get(task.kind, task.kind)
+        known = [shape for shape in self._old.shapes if task.kind in shape.dtypes]
+        return configs.nearest(known or configs.shapes_of(self._name, kind), *task.shape)
 
 
 def write(path: Path, device: Device) -> None:

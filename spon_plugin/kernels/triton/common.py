@@ -350,6 +350,8 @@ class Problem:
             "num_warps": self.launch.num_warps,
             "num_stages": self.launch.num_stages,
             "DEPENDENT": self.dependent,
+            # Said to the loop, without which the compiler copies ahead for tensor cores alone.
+            "STAGES": self.launch.num_stages if self.rows == 1 and self.launch.num_stages > 1 else None,
             # An option of NVIDIA's compiler alone.
             **({} if torch.version.hip else {"maxnreg": self.launch.maxnreg}),
             **FLOAT_OPTIONS,

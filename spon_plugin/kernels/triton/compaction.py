@@ -192,6 +192,7 @@ def _gather(
     ALIGN: tl.constexpr,
     WIDEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One block of columns over one of SPLITS equal parts of its shard's list."""
     let_next_start(DEPENDENT)
@@ -203,7 +204,7 @@ def _gather(
     stop = tl.minimum((split + 1) * part, count)
     lists = kept_values + shard * row_count * in_features
     sums = empty_sums(BLOCK_ROWS, LANES, BLOCK_OUT)
-    for start in range(split * part, stop, BLOCK_IN):
+    for start in tl.range(split * part, stop, BLOCK_IN, num_stages=STAGES):
         places = start + tl.arange(0, BLOCK_IN)
         listed = places < stop
         channels = tl.load(kept_channels + shard * in_features + places, mask=listed, other=0)

@@ -90,6 +90,7 @@ def _dense_mask(
     ALIGN: tl.constexpr,
     WIDEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One block of columns over every SPLITS-th block of channels.
 
@@ -100,7 +101,7 @@ def _dense_mask(
     shard, first, end = locate(tl.program_id(0), SIZES, BLOCK_OUT, ALIGN)
     columns = first + tl.arange(0, BLOCK_OUT)
     sums = empty_sums(BLOCK_ROWS, LANES, BLOCK_OUT)
-    for start in range(split * BLOCK_IN, in_features, SPLITS * BLOCK_IN):
+    for start in tl.range(split * BLOCK_IN, in_features, SPLITS * BLOCK_IN, num_stages=STAGES):
         channels = start + tl.arange(0, BLOCK_IN)
         value, active = load_kept(
             x, threshold, shard, channels, row_count, in_features, stride_row, PER_CHANNEL, BLOCK_ROWS

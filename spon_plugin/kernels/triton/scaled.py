@@ -208,6 +208,7 @@ def _scaled(
     ALIGN: tl.constexpr,
     WIDEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    STAGES: tl.constexpr,
     FORMAT: tl.constexpr,
     MIDDLE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -225,7 +226,7 @@ def _scaled(
     columns = first + tl.arange(0, BLOCK_OUT)
     inside = columns < end
     sums = empty_sums(BLOCK_ROWS, LANES, BLOCK_OUT)
-    for start in range(split * BLOCK_IN, in_features, SPLITS * BLOCK_IN):
+    for start in tl.range(split * BLOCK_IN, in_features, SPLITS * BLOCK_IN, num_stages=STAGES):
         channels = start + tl.arange(0, BLOCK_IN)
         value, active = load_kept(
             x, threshold, shard, channels, row_count, in_features, stride_row, PER_CHANNEL, BLOCK_ROWS

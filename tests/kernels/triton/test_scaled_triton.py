@@ -3,11 +3,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from spon_plugin.kernels import sparse_linear
+from spon_plugin.kernels.triton import configs
 from spon_plugin.kernels.triton import launch as cuda
 from spon_plugin.kernels.triton.configs import Launch
 from spon_plugin.masking import keep_mask, sparsify
@@ -23,6 +26,7 @@ FORMATS = ("int8", "int4", "fp8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Relative error in the Frobenius norm: float32 sums; an output's rounding, which Triton's interpreter truncates.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="real sizes need a CUDA device")
 LAUNCH = Launch("dense_mask", block_in=64, block_out=32, splits=2, num_warps=1, num_stages=1, resident=4)
 
 
@@ -227,3 +231,62 @@ def test_a_part_of_a_weight_is_read_in_place_and_again_to_the_same_bits(device: 
     y = scaled.sparse_linear(x, part, tau, launch=replace(LAUNCH, splits=3))
     assert_near(y, exact(x, part, [tau]))
     assert torch.equal(y, scaled.sparse_linear(x, part, tau, launch=replace(LAUNCH, splits=3)))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("format", FORMATS)
+def test_tiles_that_are_copied_ahead(format: str, rows: int, device: torch.device) -> None:
+    """More stages than blocks of channels, and the other way round; skipped codes may not be copied either."""
+    weight, tau = moved(make(format, (320, 64), 64), device), torch.tensor([0.8], device=device)
+    x = torch.randn(rows, 320, device=device).to(torch.bfloat16 if rows > 1 else torch.float32)
+    expected, codes = exact(x, weight, [tau]), weight.codes.clone()
+    codes.view(torch.uint8)[~keep_mask(x, tau).any(0)] = 0x7F
+    for stages, splits in ((3, 1), (4, 2), (3, 5)):
+        launch = replace(LAUNCH, num_stages=stages, splits=splits, block_in=32)
+        assert_near(scaled.sparse_linear(x, replace(weight, codes=codes), tau, launch=launch), expected)
+
+
+@pytest.mark.parametrize("kind", ["one", "shards-channels"])
+@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=needs_cuda), pytest.param(8, marks=needs_cuda)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_another_x_and_threshold_through_the_operator(format: str, rows: int, kind: str, device: torch.device) -> None:
+    """On a GPU in one CUDA graph, as a server replays it; the mask is never part of the graph."""
+    inputs, sizes = (128, [32, 16]) if device.type == "cpu" else (2048, [1024, 512])
+    weight = moved(make(format, (inputs, sum(sizes)), 128, scale=torch.bfloat16), device)
+    x = torch.randn(rows, inputs, device=device).bfloat16()
+    sharded = kind == "shards-channels"
+    tau = torch.full((2, inputs) if sharded else (1,), 0.5, device=device)
+    run = partial(cuda.sparse_linear_scaled if device.type == "cpu" else sparse_linear, x, weight, tau)
+    y = run(shard_sizes=sizes if sharded else None)
+    graph = torch.cuda.CUDAGraph() if device.type == "cuda" else None
+    if graph is not None:
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = run(shard_sizes=sizes if sharded else None)
+    for factor in (0.0, 2.0):
+        x.copy_(torch.randn_like(x))
+        tau.fill_(0.5 * factor).mul_(1 + torch.rand_like(tau))
+        if graph is None:
+            y = run(shard_sizes=sizes if sharded else None)
+        else:
+            graph.replay()
+        limits = list(tau) if sharded else [tau]
+        assert_near(y, exact(x, weight, limits, None, sizes if sharded else None))
+
+
+@needs_cuda
+@pytest.mark.parametrize("shape", [(4096, 6144), (14336, 4096), (576, 1536)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("format", FORMATS)
+def test_shipped_launches_at_real_sizes(format: str, rows: int, shape: tuple[int, int], device: torch.device) -> None:
+    group = 0 if format != "int4" else 64 if shape[0] == 576 else 128
+    weight = moved(make(format, shape, group, scale=torch.bfloat16), device)
+    x, tau = torch.randn(rows, shape[0], device=device).bfloat16(), torch.tensor([0.67], device=device)
+    expected = exact(x, weight, [tau])
+    masked = ~keep_mask(x, tau).any(0)
+    weight.codes.view(torch.uint8)[masked] = 0x7F
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "another"):
+        launch = configs.choose(name, format, *shape, rows)
+        assert launch is not None
+        for one in (launch, replace(launch, num_stages=3)) if rows == 1 else (launch,):
+            assert_near(scaled.sparse_linear(x, weight, tau, launch=one), expected)

@@ -138,6 +138,15 @@ def test_same_bits_again(kernel: str, rows: int, device: torch.device) -> None:
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_tiles_that_are_copied_ahead(kernel: str, splits: int, device: torch.device) -> None:
+    case = make(device, torch.bfloat16, 1, (200, 40), sparsity=0.7)
+    expected = case.exact()
+    case.weight_t[case.x[0].abs() <= case.threshold] = float("nan")
+    assert_near(case.run(KERNELS[kernel], launch=replace(LAUNCH, splits=splits, num_stages=3)), expected, 1e-2)
+
+
 @pytest.mark.parametrize("kind", ["one", "channels", "shards"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -1,66 +1,143 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tuner, on a GPU that is a formula."""
 
+import itertools
 import json
 import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import launches, tuning
 from benchmarks import tune_sparse_linear as tune
+from benchmarks.tuning import Search, Task
 from spon_plugin import SponError
 from spon_plugin.kernels.triton import configs
 from spon_plugin.kernels.triton.configs import Device, Launch, Shape
 
-BEST = Launch("compaction", block_in=64, block_out=256, splits=11, num_warps=8, num_stages=2, resident=4)
-START = Launch("dense_mask", block_in=16, block_out=32, splits=1, num_warps=1, num_stages=1, resident=8)
+BEST = Launch("compaction", block_in=32, block_out=256, splits=None, num_warps=4, num_stages=4, resident=7)
+START = Launch("dense_mask", block_in=64, block_out=128, splits=None, num_warps=4, num_stages=1, resident=6)
+TASK = Task("bfloat16", (4096, 4096), 1)
 
 
 def distance(launch: Launch) -> float:
-    """One at `BEST`, more elsewhere; narrow blocks of many warps cannot run."""
-    if launch.block_out < 8 * launch.num_warps:
+    """One at `BEST`, more elsewhere; wide programs of many warps cannot run."""
+    if launch.num_warps > 8:
         return math.inf
-    steps = [abs(math.log2(getattr(launch, axis) / getattr(BEST, axis))) for axis in tune.AXES]
+    steps = [abs(math.log2(getattr(launch, axis) / getattr(BEST, axis))) for axis in launches.AXES]
     return 1 + sum(steps) + (launch.kernel != BEST.kernel)
 
 
-def formula_timer(rows: int):
+def formula(given: Sequence[Launch]) -> dict[Launch, float]:
+    return {launch: distance(launch) for launch in given}
+
+
+class FormulaTimer:
     """Rows make the sparse kernels slower and the dense GEMM not: even at six rows."""
-    return (lambda launch: rows * distance(launch) * 1e-6), 6e-6
+
+    def __init__(self, *args: object) -> None:
+        self.measured: list[tuple[Task, Launch]] = []
+
+    def sparse(self, task: Task, given: Sequence[Launch]) -> dict[Launch, float]:
+        self.measured += [(task, launch) for launch in given]
+        return {launch: task.rows * distance(launch) * 1e-6 for launch in given}
+
+    def dense(self, task: Task) -> float:
+        return 6e-6
 
 
-def test_descent_finds_the_best_and_measures_nothing_twice() -> None:
-    measured = []
+class NoCompilers:
+    """Compile nothing, at once; launches of sixteen warps fail."""
 
-    def seconds(launch: Launch) -> float:
-        measured.append(launch)
-        return distance(launch)
+    def submit(self, kind: str, shape: object, group: int, rows: int, launch: Launch) -> Future[int]:
+        future: Future[int] = Future()
+        if launch.num_stages == 5:
+            future.set_exception(RuntimeError("no room"))
+        else:
+            future.set_result(1 << 10)
+        return future
 
-    assert tune.tune_rows(START, seconds) == (BEST, 1.0)
-    assert len(measured) == len(set(measured))
+    def close(self) -> None:
+        pass
 
 
-def test_descent_ignores_noise() -> None:
-    times = iter([1.0] + [0.995] * 1000)
-    assert tune.descend(START, lambda launch: next(times)) == (START, 1.0)
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU to look at, not to run on."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(tuning, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(tuning, "shared_memory", lambda: 228 << 10)
+    monkeypatch.setattr(tuning, "Compilers", NoCompilers)
+
+
+def searched(timer: Callable[[Sequence[Launch]], dict[Launch, float]]) -> Search:
+    search = Search(TASK, launches.reasoned("bfloat16", 1, START))
+    while search.waiting:
+        search.measure(timer, search.waiting)
+    return search
+
+
+def test_the_search_ends_at_the_best() -> None:
+    search = searched(formula)
+    assert (search.best, search.seconds) == (BEST, 1.0)
+
+
+def test_the_search_ignores_noise() -> None:
+    times = itertools.chain([1.0] + [0.995] * 1000)
+    search = searched(lambda given: {launch: next(times) for launch in given})
+    first = len(launches.reasoned("bfloat16", 1, START))
+    assert len(search.known) <= first + len(list(launches.neighbours("bfloat16", 1, search.best)))
+
+
+def test_no_time_leaves_what_was_measured() -> None:
+    search = Search(TASK, [START, BEST])
+    search.measure(formula, [START])
+    assert search.best == START
+    search.measure(lambda given: dict.fromkeys(given, math.inf), [BEST])
+    assert (search.best, search.seconds, search.waiting) == (START, distance(START), [])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("kind", "group"), [("bfloat16", 0), ("float32", 0), ("int8", 0), ("int4", 128), ("fp8", 0)])
+def test_candidates_are_launches_that_may_be_shipped(kind: str, group: int, rows: int) -> None:
+    dtype = configs.DTYPES.get(kind, kind)
+    present = configs.choose("NVIDIA H100 80GB HBM3", dtype, 4096, 4096, rows if kind != "float32" else 1)
+    found = launches.reasoned(kind, rows, present, group)
+    assert len(found) == len(set(found)) >= 4
+    near = [launch for one in found for launch in launches.neighbours(kind, rows, one, group)]
+    for launch in found + near:
+        threads = 32 * launch.num_warps
+        loads = launch.block_in * launch.block_out / (launches.COLUMNS[kind] * threads)
+        assert launch.splits is None and launch.maxnreg * threads * launch.resident <= configs.REGISTERS
+        assert loads >= 8 or launch.num_stages > 2
+        assert not group or group % launch.block_in == 0
+        assert kind in configs.DTYPES or launch.kernel == "dense_mask"
+        configs.parse(as_file(kind, launch), "here")
+
+
+def as_file(kind: str, launch: Launch) -> dict[str, Any]:
+    shape = Shape("here", (kind,), 4096, 4096, 1, {1: launch})
+    return tune.as_json(Device({"here": "measured"}, (shape,)))
 
 
 def test_crossover_is_the_last_batch_that_wins() -> None:
-    lines = []
-    shape = tune.tune_shape(
-        "bfloat16", 512, 512, [1, 2, 4, 8, 16], lambda rows: START, formula_timer, "here", lines.append
-    )
-    assert shape == Shape("here", ("bfloat16",), 512, 512, 4, {1: BEST, 2: BEST, 4: BEST})
-    assert len(lines) == 4 and "rows 8" in lines[-1], "8 rows lose, 16 are not tried"
-
-
-def test_never_faster_than_dense() -> None:
-    shape = tune.tune_shape(
-        "float32", 512, 512, [1], lambda rows: START, lambda rows: (distance, 1e-9), "here", lambda line: None
-    )
-    assert (shape.crossover, shape.launches) == (0, {})
+    old = Shape("reasoned", ("bfloat16",), 64, 64, 16, {1: START, 16: START})
+    found = [Search(replace(TASK, rows=rows), [], {}, BEST, rows * 1e-6) for rows in (1, 2, 4, 8)]
+    shape = tune.combined(old, "bfloat16", found, dict.fromkeys((1, 2, 4, 8), 6e-6), "here")
+    assert (shape.crossover, shape.launches) == (4, {1: BEST, 2: BEST, 4: BEST})
+    assert shape.dtypes == ("bfloat16", "float16")
+    some = tune.combined(old, "bfloat16", found[:2], dict.fromkeys((1, 2), 6e-6), "here")
+    assert (some.crossover, list(some.launches)) == (16, [1, 2, 16]), "nobody lost: more rows stay as they were"
+    none = tune.combined(old, "bfloat16", found, dict.fromkeys((1, 2, 4, 8), 1e-9), "here")
+    assert (none.crossover, none.launches) == (0, {})
+    scaled = tune.combined(replace(old, dtypes=("int8",)), "int8", found, {}, "here")
+    assert (scaled.crossover, list(scaled.launches)) == (16, [1, 2, 4, 8, 16])
 
 
 def test_old_shapes_stay_with_their_source() -> None:
@@ -94,35 +171,59 @@ def test_file_names_serve_their_device(device: str, file: str, tmp_path: Path) -
     assert configs.file_of(device, tmp_path).name == file
 
 
-def test_the_whole_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(tune, "cuda_timer", lambda *args: formula_timer)
-    monkeypatch.setattr(tune, "multiprocessors", lambda: 132)
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> tuple[FormulaTimer, Device]:
+    """Run the command on a copy of a file; the timer, and the file afterwards."""
     pytest.importorskip("triton")
+    timer = FormulaTimer()
+    monkeypatch.setattr(tune, "Timer", lambda *args: timer)
     path = tmp_path / "nvidia_h100.json"
     path.write_text((configs.DIRECTORY / "nvidia_h100.json").read_text())
-    before = configs.read(path)
     configs.read.cache_clear()
-    tune.main(["--shapes", "4096x4096,512x768", "--rows", "1,2", "--dtype", "bfloat16", "--output", str(path)])
-    after = configs.parse(json.loads(path.read_text()), path.name)
-    assert [(shape.source, shape.in_features, shape.out_features) for shape in after.shapes[:2]] == [
-        ("measured 1", 4096, 4096),
-        ("measured 1", 512, 768),
-    ]
-    assert after.shapes[0].launches[2] == BEST and after.shapes[0].dtypes == ("bfloat16", "float16")
-    assert len(after.shapes) == len(before.shapes) + 1
-    assert "H100" in after.sources["measured 1"] and "reasoned" in after.sources
-    assert "4096x4096 rows 2: 2.0 us, dense 6.0 us (3.00x)" in capsys.readouterr().out
+    tune.main([*arguments, "--output", str(path)])
+    return timer, configs.parse(json.loads(path.read_text()), path.name)
+
+
+def test_the_whole_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    before = configs.read(configs.DIRECTORY / "nvidia_h100.json")
+    log = tmp_path / "log.json"
+    options = ["--shapes", "4096x4096,512x768", "--rows", "1,2", "--format", "dense,int8,int4", "--json", str(log)]
+    timer, after = command(monkeypatch, tmp_path, *options)
+    known = {(shape.dtypes, shape.in_features, shape.out_features): shape for shape in after.shapes}
+    tuned = known[("bfloat16", "float16"), 512, 768]
+    assert tuned.launches[2] == BEST and "rows 1, 2" in after.sources[tuned.source]
+    assert "H100" in after.sources[tuned.source] and "reasoned with scales" in after.sources, "that of fp8"
+    assert known[("int4",), 4096, 4096].launches[1].kernel == "dense_mask"
+    assert known[("int4",), 4096, 4096].launches[16] == before.shapes[-2].launches[16]
+    rows = [task.rows for task, _ in timer.measured]
+    assert rows == sorted(rows), "several rows come after one"
+    assert {task.group for task, _ in timer.measured if task.kind == "int4"} == {128}
+    said = capsys.readouterr().out
+    assert "bfloat16 4096x4096 rows 2: 2.0 us, dense 6.0 us (3.00x)" in said and "does not compile" in said
+    assert {line["kind"] for line in json.loads(log.read_text())["launches"]} == {"bfloat16", "int8", "int4"}
+
+
+def test_the_lists_of_all_come_before_the_neighbours_of_any(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    timer, _ = command(monkeypatch, tmp_path, "--shapes", "4096x4096,512x768", "--rows", "1", "--format", "int8,fp8")
+    order = [key for key, _ in itertools.groupby((task.kind, task.shape) for task, _ in timer.measured)]
+    assert order[:4] == [(kind, shape) for shape in ((4096, 4096), (512, 768)) for kind in ("int8", "fp8")]
+
+
+def test_a_budget_that_is_spent_leaves_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    timer, after = command(monkeypatch, tmp_path, "--budget", "0")
+    assert not timer.measured and after == configs.read(configs.DIRECTORY / "nvidia_h100.json")
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["--device", "cpu"], "--device"), (["--dtype", "int8"], "--dtype"), (["--shapes", "4096"], "--shapes")],
+    [
+        (["--device", "cpu"], "--device"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--format", "q4"], "--format"),
+        (["--shapes", "4096"], "--shapes"),
+    ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_wrong_options(arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_wrong_options(arguments: list[str], named: str) -> None:
     with pytest.raises(SponError, match=named):
         tune.main(arguments)
 
