@@ -3,7 +3,7 @@
 
     python -m benchmarks.block_stack --device cuda --blocks 4 --marlin MARLIN.so --json OUT
 
-Blocks of Llama-3-8B: RMSNorm, qkv, o, RMSNorm, gate_up, SiLU, down, one row, in bfloat16 (float16 for Marlin). Attention
+Blocks of Llama-3-8B: RMSNorm, qkv, o, RMSNorm, gate_up, SiLU, down, one row, in bfloat16 (Marlin: float16). Attention
 is left out; o takes the queries. On a GPU all blocks of a variant are one CUDA graph, and variants take
 turns. Every block has weights of its own, so that they come from memory. A threshold is the quantile of its own input,
 measured in the stack, so that each linear masks the share that is asked for.

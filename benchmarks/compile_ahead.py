@@ -10,7 +10,7 @@ import contextlib
 import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from importlib import import_module
 from typing import Any
 
@@ -94,6 +94,14 @@ def kernel_for(kind: str, launch: Launch) -> Any:
     return import_module(f"spon_plugin.kernels.triton.{module}").sparse_linear
 
 
+def _compile_or_say(*arguments: Any) -> int:
+    try:
+        return compile_launch(*arguments)
+    except Exception as error:
+        # Triton's own errors do not survive the way to another process.
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+
 class Compilers:
     """Processes that compile: one a core but one, started fresh, since a GPU survives no fork."""
 
@@ -103,8 +111,13 @@ class Compilers:
         self._pool = ProcessPoolExecutor(count, context)
 
     def submit(self, *arguments: Any) -> Future[int]:
-        """`compile_launch`, at some time."""
-        return self._pool.submit(compile_launch, *arguments)
+        """`compile_launch`, at some time; fails with a RuntimeError, or as the process ended (`BrokenExecutor`)."""
+        try:
+            return self._pool.submit(_compile_or_say, *arguments)
+        except BrokenExecutor as error:
+            broken: Future[int] = Future()
+            broken.set_exception(error)
+            return broken
 
     def close(self) -> None:
         """Let go of what has not begun."""

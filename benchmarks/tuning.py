@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
 from functools import partial
@@ -184,6 +184,9 @@ def tune(stages: Sequence[Sequence[Task]], timer: Timer, done: Results, end: flo
                 shared = futures.pop((search.task, launch)).result(max(0.0, end - time.monotonic()))
             except NotYet:
                 continue
+            except BrokenExecutor:
+                # A compiler has ended, and its pool with it: what is left compiles here, when it is measured.
+                shared = 0
             except Exception as error:
                 print(f"{search.task}: {launch} does not compile: {str(error)[:200]}", flush=True)
                 continue

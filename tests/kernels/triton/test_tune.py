@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,14 @@ class FormulaTimer:
 
 
 class NoCompilers:
-    """Compile nothing, at once; launches of sixteen warps fail."""
+    """Compile nothing, at once; launches of five stages fail, and those of two warps end the process."""
 
     def submit(self, kind: str, shape: object, group: int, rows: int, launch: Launch) -> Future[int]:
         future: Future[int] = Future()
         if launch.num_stages == 5:
             future.set_exception(RuntimeError("no room"))
+        elif launch.num_warps == 2:
+            future.set_exception(BrokenExecutor("ended"))
         else:
             future.set_result(1 << 10)
         return future
@@ -199,6 +201,7 @@ def test_the_whole_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     assert {task.group for task, _ in timer.measured if task.kind == "int4"} == {128}
     said = capsys.readouterr().out
     assert "bfloat16 4096x4096 rows 2: 2.0 us, dense 6.0 us (3.00x)" in said and "does not compile" in said
+    assert {launch.num_warps for _, launch in timer.measured} >= {2, 4}, "what no process compiled compiles here"
     assert {line["kind"] for line in json.loads(log.read_text())["launches"]} == {"bfloat16", "int8", "int4"}
 
 
