@@ -18,7 +18,7 @@ differences. So thresholds are the geometric mean (`BLEND`) of these and TEAL's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,7 +53,7 @@ class SiteSample:
     """What the thresholds of a site's linears are made from.
 
     Attributes:
-        rows: inputs ``[n, in_features]`` of the dense model, float32, on the CPU.
+        rows: inputs ``[n, in_features]`` of the dense model, float32.
         fisher: module path -> float32 ``[in_features]``, the mean squared gradient of the log-likelihood by the input.
         outputs: module path -> out_features: how many weights an entry of the input meets.
     """
@@ -61,6 +61,11 @@ class SiteSample:
     rows: Tensor
     fisher: dict[str, Tensor]
     outputs: dict[str, int]
+
+    def to(self, device: torch.device) -> SiteSample:
+        """The same on a device."""
+        fisher = {path: values.to(device) for path, values in self.fisher.items()}
+        return SiteSample(self.rows.to(device), fisher, self.outputs)
 
 
 class RowSample:
@@ -163,22 +168,22 @@ def solve(samples: Sequence[SiteSample], sparsity: float, blend: float = BLEND) 
     """Masks that leave a share `sparsity` of the weights unused, on the samples.
 
     Args:
-        samples: of every site, from `RowSample.sample`.
+        samples: of every site, from `RowSample.sample`; the work is done where they are.
         sparsity: the target, in [0, 1).
         blend: 0 for TEAL's uniform thresholds, 1 for those of the quadratic form, their geometric mean between.
 
     Returns:
-        Module path -> thresholds and centres, each float32 ``[in_features]``; the linears of a site have the same
-        centres.
+        Module path -> thresholds and centres, each float32 ``[in_features]``, on the CPU; the linears of a site have
+        the same centres.
 
     Raises:
         SponError: the target lies outside [0, 1).
     """
     check_sparsity(sparsity)
-    centers = [torch.zeros(sample.rows.shape[1]) for sample in samples]
+    centers = [sample.rows.new_zeros(sample.rows.shape[1]) for sample in samples]
     if sparsity == 0:
         nothing = {path: torch.zeros_like(f) for sample in samples for path, f in sample.fisher.items()}
-        return {path: Mask(zero, zero.clone()) for path, zero in nothing.items()}
+        return {path: Mask(zero, zero.clone()).to("cpu") for path, zero in nothing.items()}
     shapes = [_log_shapes(sample, sparsity, blend) for sample in samples]
     level = _level(samples, shapes, centers, sparsity)
     for _ in range(_ROUNDS):  # centres bring entries below the thresholds, which then fall
@@ -187,10 +192,19 @@ def solve(samples: Sequence[SiteSample], sparsity: float, blend: float = BLEND) 
             centers[index] = best_centers(sample.rows, thresholds, list(sample.fisher.values()))
         level = _level(samples, shapes, centers, sparsity)
     return {
-        path: Mask((log + level).exp(), center.clone())
+        path: Mask((log + level).exp(), center.clone()).to("cpu")
         for shape, center in zip(shapes, centers, strict=True)
         for path, log in shape.items()
     }
+
+
+def where_there_is_room(samples: Sequence[SiteSample], device: torch.device) -> list[SiteSample]:
+    """The samples on an accelerator that has room for what `solve` makes of them; otherwise as they are."""
+    if device.type != "cuda":
+        return list(samples)
+    needed = sum(sample.rows.nbytes * (2 + len(sample.fisher)) for sample in samples)
+    free, _ = torch.cuda.mem_get_info(device)
+    return [sample.to(device) for sample in samples] if needed < free else list(samples)
 
 
 def _log_shapes(sample: SiteSample, sparsity: float, blend: float) -> dict[str, Tensor]:
@@ -234,7 +248,7 @@ def best_centers(rows: Tensor, thresholds: Sequence[Tensor], importance: Sequenc
         ``[in_features]``.
     """
     best = least = None
-    for center in (torch.zeros(rows.shape[1]), rows.median(0).values):
+    for center in (rows.new_zeros(rows.shape[1]), rows.median(0).values):
         for _ in range(_CENTER_STEPS):
             distance = (rows - center).abs()
             near = sum(f * (distance <= t).to(rows.dtype) for t, f in zip(thresholds, importance, strict=True))
@@ -281,21 +295,38 @@ def match_sparsity(
         The masks at their new thresholds.
     """
     windows = windows[: max(1, MATCH_TOKENS // windows.shape[1])]
-    factor, slope = 0.0, 1 / 3  # in logarithms; a third of a point per percent is usual around one half
+
+    def achieved(logarithm: float) -> float:
+        return measure_sparsity(model, sites, scaled(masks, logarithm), windows, dense_prefix)[0]
+
+    return scaled(masks, matching_factor(achieved, sparsity, tolerance, passes))
+
+
+def matching_factor(
+    achieved: Callable[[float], float], sparsity: float, tolerance: float = 0.002, passes: int = 4
+) -> float:
+    """The logarithm of the factor on all thresholds at which a sparse model has the target.
+
+    Args:
+        achieved: its sparsity at the logarithm of a factor.
+        sparsity: the target.
+        tolerance: how near is near enough.
+        passes: how often `achieved` is asked, at most.
+    """
+    factor, slope = 0.0, 1 / 3  # a third of a point per percent is usual around one half
     before: tuple[float, float] | None = None
     for _ in range(passes):
-        current = _scaled(masks, factor)
-        achieved, _ = measure_sparsity(model, sites, current, windows, dense_prefix)
-        if abs(achieved - sparsity) <= tolerance:
-            return current
+        now = achieved(factor)
+        if abs(now - sparsity) <= tolerance:
+            return factor
         if before is not None and factor != before[0]:
-            slope = min(1.0, max(0.1, (achieved - before[1]) / (factor - before[0])))
-        before = (factor, achieved)
-        factor += (sparsity - achieved) / slope
-    return _scaled(masks, factor)
+            slope = min(1.0, max(0.1, (now - before[1]) / (factor - before[0])))
+        before = (factor, now)
+        factor += (sparsity - now) / slope
+    return factor
 
 
-def _scaled(masks: Mapping[str, Mask], logarithm: float) -> dict[str, Mask]:
+def scaled(masks: Mapping[str, Mask], logarithm: float) -> dict[str, Mask]:
     """The masks at thresholds that are ``exp(logarithm)`` times as high."""
     factor = torch.tensor(logarithm).exp()
     return {path: replace(mask, threshold=mask.threshold * factor) for path, mask in masks.items()}

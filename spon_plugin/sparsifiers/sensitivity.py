@@ -6,7 +6,14 @@ from __future__ import annotations
 from torch import nn
 
 from spon_plugin.adapter.mask import Mask
-from spon_plugin.calibration.sensitivity import RATE, RowSample, collect_fisher, match_sparsity, solve
+from spon_plugin.calibration.sensitivity import (
+    RATE,
+    RowSample,
+    collect_fisher,
+    match_sparsity,
+    solve,
+    where_there_is_room,
+)
 from spon_plugin.decoder.sites import Site
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers.base import Statistics, linear_by_linear
@@ -45,6 +52,7 @@ class Sensitivity(ThresholdSparsifier):
     ) -> ThresholdFitted:
         """See `Sparsifier.at`."""
         sites, windows, prefix = statistics.sites, statistics.windows, statistics.dense_prefix
-        samples = [statistics.own[site.name] for site in sites]
+        device = next(model.parameters()).device
+        samples = where_there_is_room([statistics.own[site.name] for site in sites], device)
         masks = match_sparsity(model, sites, solve(samples, sparsity), windows, sparsity, prefix)
         return SensitivityFitted(self.name, linear_by_linear(statistics), sparsity, masks, "sensitivity", matched=True)

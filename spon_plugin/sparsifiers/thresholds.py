@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.adapter.config import SponFields
 from spon_plugin.adapter.mask import Mask, with_alphas
+from spon_plugin.calibration.sensitivity import scaled
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.sites import Site
 from spon_plugin.progress import Progress, no_progress
@@ -44,6 +45,7 @@ class ThresholdFitted(Fitted):
         centers = {path: self.site_masks[site.name].center for path, site in self.site_of.items()}
         self.centers = {path: center for path, center in centers.items() if center is not None}
         self.allocation, self.matched = allocation, matched
+        self._placed: dict[tuple[str, torch.device], Mask] = {}
         self.scales = {path: self.alpha_scale(path, mask) for path, mask in self.masks.items()}
         self._tokens = {"tokens": int(statistics.windows.numel()), "window": int(statistics.windows.shape[1])}
         self._tokens_sha256 = windows_digest(statistics.windows)
@@ -61,8 +63,14 @@ class ThresholdFitted(Fitted):
         """
         other = copy.copy(self)
         other.site_masks = {site.name: masks[path].without_alpha() for path, site in self.site_of.items()}
-        other.matched = True
+        centers = {path: other.site_masks[site.name].center for path, site in self.site_of.items()}
+        other.centers = {path: center for path, center in centers.items() if center is not None}
+        other.matched, other._placed = True, {}
         return other
+
+    def with_factor(self, logarithm: float) -> ThresholdFitted:
+        """The same with thresholds that are ``exp(logarithm)`` times as high."""
+        return self.with_masks(scaled(self.masks, logarithm))
 
     def alpha_scale(self, path: str, mask: Mask) -> float:
         """The unit of alpha's learning rate for the linear at `path` under `mask`; see `Fitted.scales`.
@@ -74,7 +82,13 @@ class ThresholdFitted(Fitted):
 
     def sparse_input(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `SparseMethod.sparse_input`."""
-        return self.site_masks[site.name].to(x.device).sparse_deviation(x)
+        return self.mask_on(x.device, site).sparse_deviation(x)
+
+    def mask_on(self, device: torch.device, site: Site) -> Mask:
+        """The mask of a site on a device, moved there once."""
+        if (site.name, device) not in self._placed:
+            self._placed[site.name, device] = self.site_masks[site.name].to(device)
+        return self._placed[site.name, device]
 
     @property
     def mask_bytes(self) -> int:

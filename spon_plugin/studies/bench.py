@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spon_plugin.adapter.mask import with_alphas
-from spon_plugin.calibration.sensitivity import match_sparsity
 from spon_plugin.calibration.text import windows_digest
+from spon_plugin.decoder.attachment import SparseMethod
 from spon_plugin.decoder.sites import Site
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers import Fitted, Statistics, get_sparsifier
+from spon_plugin.sparsifiers.match import match_method
 from spon_plugin.sparsifiers.thresholds import ThresholdFitted
 from spon_plugin.studies.evaluation import ALL, evaluate
 from spon_plugin.studies.last_word import Passage, last_words
@@ -38,6 +38,8 @@ class Bench:
         passages: whose last words are to be guessed; see `last_word`.
         protocol: see `evaluation.dense_prefix_of`.
         seed: of the order of the training windows.
+        batch_size: windows per forward pass, where no gradients are made.
+        keep_on_device: whether the dense model's states stay on the model's device while something is trained on them.
         stage: gives the progress callback of each piece of work by its name.
         done: called with every row when it is there, and whether it had been before.
     """
@@ -48,6 +50,8 @@ class Bench:
     passages: Sequence[Passage] = ()
     protocol: str = ALL
     seed: int = 0
+    batch_size: int = 4
+    keep_on_device: bool = False
     stage: Callable[[str], Progress] = lambda _name: no_progress
     done: Callable[[dict[str, Any], bool], None] = lambda _row, _old: None
     _statistics: dict[tuple[str, str], tuple[Statistics | SponError, float]] = field(default_factory=dict, init=False)
@@ -103,8 +107,7 @@ class Bench:
         """
         if not isinstance(fitted, ThresholdFitted):
             return fitted
-        masks, prefix = with_alphas(fitted.masks, alphas or {}), fitted.dense_prefix
-        return fitted.with_masks(match_sparsity(self.model, self.sites, masks, windows, sparsity, prefix))
+        return match_method(self.model, fitted, windows, sparsity, alphas)
 
     def dense_states(self, windows: Tensor, objective: Objective | None = None) -> Teacher:
         """The dense model's states on the windows ``[count, length]``, as `objective` wants them; the last are kept."""
@@ -112,7 +115,9 @@ class Bench:
         kept = f"{windows_digest(windows)} {0 if blocks is None else len(blocks.blocks)}"
         if self._teacher is None or self._teacher[0] != kept:
             progress = self.stage("Dense model on the training text")
-            self._teacher = kept, Teacher(self.model, windows, progress=progress, blocks=blocks)
+            self._teacher = None  # let go before there is another
+            teacher = Teacher(self.model, windows, self.batch_size, progress, blocks, self.keep_on_device)
+            self._teacher = kept, teacher
         return self._teacher[1]
 
     def train(
@@ -122,7 +127,7 @@ class Bench:
         progress = self.stage(f"{label}: training")
         return train_alphas(self.model, fitted, teacher, recipe, alpha_modules, self.seed, progress)
 
-    def evaluate(self, fitted: Fitted | None, label: str, **added: Any) -> dict[str, dict[str, Any]]:
+    def evaluate(self, fitted: SparseMethod | None, label: str, **added: Any) -> dict[str, dict[str, Any]]:
         """Test -> figures of `evaluation.evaluate`; the dense model's for None. `label` says what is evaluated.
 
         They are compared with the dense model's.
@@ -130,7 +135,7 @@ class Bench:
         figures = {}
         for name, windows in self.tests.items():
             given = {"reference": self.reference(name), "progress": self.stage(f"{label}: evaluating"), **added}
-            figures[name] = evaluate(self.model, fitted, windows, self.protocol, **given).figures()
+            figures[name] = evaluate(self.model, fitted, windows, self.protocol, self.batch_size, **given).figures()
         return figures
 
     def last_words(self, fitted: Fitted | None, label: str, **added: Any) -> dict[str, Any]:
@@ -145,5 +150,5 @@ class Bench:
         """The dense model on the windows of a test."""
         if test not in self._references:
             progress = self.stage("Dense model on the test text")
-            self._references[test] = Reference(self.model, self.tests[test], progress=progress)
+            self._references[test] = Reference(self.model, self.tests[test], self.batch_size, progress)
         return self._references[test]

@@ -8,9 +8,10 @@ serves comparisons: any `sparsifiers.Fitted`, the dense model's hidden states ma
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from spon_plugin.decoder.positions import whole_windows
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers.base import Fitted
+from spon_plugin.training.optimizer import FlatAdamW
 from spon_plugin.training.recipe import Recipe
 
 Losses = list[dict[str, float]]
@@ -33,8 +35,8 @@ class Teacher:
 
     Attributes:
         windows: token ids ``[count, length]``.
-        states: ``[count, length, hidden]`` in the model's dtype, on the CPU; logits where the model's head cannot be
-            run alone. After these, the states of `blocks`.
+        states: ``[count, length, hidden]`` in the model's dtype, on the CPU unless asked for; logits where the model's
+            head cannot be run alone. After these, the states of `blocks`.
         head: from states to logits; None for logits.
         blocks: whose states are beside the last ones, as `Objective.block_states` wants them; None for none.
     """
@@ -46,6 +48,7 @@ class Teacher:
         batch_size: int = 4,
         progress: Progress = no_progress,
         blocks: BlockStates | None = None,
+        keep_on_device: bool = False,
     ) -> None:
         self.windows, self.blocks = windows, blocks
         device = next(model.parameters()).device
@@ -53,7 +56,8 @@ class Teacher:
         with torch.no_grad(), _frozen(model):
             self.head: OutputHead | None = find_head(model, {"input_ids": windows[:1].to(device)})
             for start in range(0, len(windows), batch_size):
-                states.append(self.student(model, windows[start : start + batch_size].to(device)).cpu())
+                made = self.student(model, windows[start : start + batch_size].to(device))
+                states.append(made if keep_on_device else made.cpu())
                 progress(min(start + batch_size, len(windows)), len(windows))
         self.states = torch.cat(states)
 
@@ -81,6 +85,27 @@ class Teacher:
         return part
 
 
+class Trained(NamedTuple):
+    """What `distil` gives."""
+
+    alphas: dict[str, Tensor]
+    """Module path -> float32 ``[in_features]``, on the CPU."""
+    losses: Losses
+    method: Any
+    """The method, at its final thresholds where they were brought to the target on the way."""
+
+
+class Trainable(Protocol):
+    """What `distil` trains beside alphas: a `SparseMethod` with parameters of its own."""
+
+    def parameters(self, recipe: Recipe) -> list[tuple[Tensor, float]]:
+        """Its parameters, leaves on the model's device, each with its highest rate."""
+
+
+Match = Callable[[Any, Mapping[str, Tensor]], Any]
+"""From a method and the alphas of the moment to the method at its target."""
+
+
 def train_alphas(
     model: nn.Module,
     fitted: Fitted,
@@ -90,26 +115,43 @@ def train_alphas(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> tuple[dict[str, Tensor], Losses]:
+    """`distil`, with the method as it is from the first step to the last."""
+    alphas, losses, _ = distil(model, fitted, fitted, teacher, recipe, alpha_modules, seed, progress)
+    return alphas, losses
+
+
+def distil(
+    model: nn.Module,
+    method: Any,
+    fitted: Fitted,
+    teacher: Teacher,
+    recipe: Recipe,
+    alpha_modules: str | list[str] = "all",
+    seed: int = 0,
+    progress: Progress = no_progress,
+    match: Match | None = None,
+) -> Trained:
     """Distil the dense model into alphas on top of a sparsification method.
 
     Minimizes the mean of `Recipe.objective` over the positions that predict a token of the window, with AdamW, each
-    layer at `Recipe.rate` and `Recipe.decay` of its `Fitted.scales`, by `Recipe.factor`, the gradient clipped.
+    layer at `Recipe.rate` and `Recipe.decay` of its `Fitted.scales`, by `Recipe.factor`, the gradient clipped. Nothing
+    waits for an accelerator before the last step.
 
     Args:
         model: the dense model.
-        fitted: the method.
+        method: what runs the model sparsely: `fitted` itself, or something around it, which may be `Trainable`.
+        fitted: the method, which says what a layer's rate is.
         teacher: the dense model's states on the training windows.
         recipe: the schedule; its windows are those of `teacher`.
         alpha_modules: which of the method's linears carry an alpha, as in an adapter's config.
         seed: of the order of the windows.
         progress: called after each step.
-
-    Returns:
-        Module path -> float32 ``[in_features]``, and the loss of every step.
+        match: brings `method` to its target after `Recipe.rematch_steps`.
 
     Raises:
-        SponError: no linear of the method carries an alpha, there are fewer windows than a step takes, or the teacher
-            has not the states that the objective compares.
+        SponError: no linear of the method carries an alpha, there are fewer windows than a step takes, the recipe
+            wants thresholds to be matched and nothing does, or the teacher has not the states that the objective
+            compares.
     """
     carriers = [path for path in fitted.modules if carries_alpha(path, alpha_modules)]
     if not carriers:
@@ -117,6 +159,8 @@ def train_alphas(
         raise SponError.of("alpha_modules", alpha_modules, f'"all" or names of linears that the method covers: {names}')
     if len(teacher.windows) < recipe.batch_size:
         raise SponError.of("training windows", len(teacher.windows), f"at least {recipe.batch_size}, those of one step")
+    if recipe.rematch and match is None:
+        raise SponError.of("rematch", recipe.rematch, "0, where nothing holds the thresholds at a target")
     objective = recipe.objective
     compared, have = objective.hidden_blocks * bool(objective.hidden_weight), len(getattr(teacher.blocks, "blocks", ()))
     if compared and have != compared:
@@ -124,29 +168,34 @@ def train_alphas(
     device = next(model.parameters()).device
     sizes = {path: fitted.site_of[path].in_features for path in carriers}
     alphas = {path: torch.zeros(sizes[path], device=device, requires_grad=True) for path in carriers}
-    rates = [recipe.rate(fitted.scales[path]) for path in carriers]
-    groups = [
-        {"params": [alphas[path]], "lr": rate, "weight_decay": recipe.decay(fitted.scales[path])}
-        for path, rate in zip(carriers, rates, strict=True)
+    others = method.parameters(recipe) if hasattr(method, "parameters") else []
+    optimizer = FlatAdamW(
+        [*alphas.values(), *(parameter for parameter, _ in others)],
+        [*(recipe.rate(fitted.scales[path]) for path in carriers), *(rate for _, rate in others)],
+        [*(recipe.decay(fitted.scales[path]) for path in carriers), *(0.0 for _ in others)],
+        recipe.max_grad_norm,
+    )
+    order = torch.stack(list(_batches(len(teacher.windows), recipe, seed)))
+    windows, places = teacher.windows.to(device), order.to(teacher.states.device)
+    order = order.to(device)
+    made: list[tuple[Tensor, Tensor]] = []
+    with _frozen(model):
+        for begin, end in pairwise([0, *recipe.rematch_steps, recipe.steps]):
+            if begin and match is not None:
+                method = match(method, {path: alpha.detach() for path, alpha in alphas.items()})
+            with method.attach(model, alphas):
+                for step in range(begin, end):
+                    with whole_windows():
+                        student = teacher.student(model, windows[order[step]])[:, :-1].flatten(0, 1)
+                    dense = teacher.states[places[step]][:, :-1].flatten(0, 1).to(device)
+                    loss = objective.loss(student, dense, teacher.head, teacher.blocks) / len(student)
+                    loss.backward()
+                    made.append((loss.detach(), optimizer.step(recipe.factor(step))))
+                    progress(step + 1, recipe.steps)
+    losses = [
+        {"step": step, "loss": loss.item(), "grad_norm": norm.item()} for step, (loss, norm) in enumerate(made, start=1)
     ]
-    optimizer = torch.optim.AdamW(groups)
-    losses: Losses = []
-    with _frozen(model), fitted.attach(model, alphas):
-        for step, rows in enumerate(_batches(len(teacher.windows), recipe, seed)):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * recipe.factor(step)
-            ids = teacher.windows[rows].to(device)
-            with whole_windows():
-                student = teacher.student(model, ids)[:, :-1].flatten(0, 1)
-            dense = teacher.states[rows][:, :-1].flatten(0, 1).to(device)
-            loss = objective.loss(student, dense, teacher.head, teacher.blocks) / len(student)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(list(alphas.values()), recipe.max_grad_norm)
-            optimizer.step()
-            losses.append({"step": step + 1, "loss": loss.item(), "grad_norm": float(norm)})
-            progress(step + 1, recipe.steps)
-    return {path: alpha.detach().cpu() for path, alpha in alphas.items()}, losses
+    return Trained({path: alpha.detach().cpu().clone() for path, alpha in alphas.items()}, losses, method)
 
 
 def loss_ends(losses: Losses) -> dict[str, float]:

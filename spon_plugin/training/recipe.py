@@ -35,6 +35,8 @@ class Recipe:
         entropy_power: likewise.
         hidden_weight: likewise.
         hidden_blocks: likewise.
+        rematch: how often, evenly over the first two thirds of the steps, thresholds are brought back to their target
+            in the sparse model with the alphas of that moment; the last third runs at the final ones. 0 for never.
     """
 
     windows: int
@@ -51,6 +53,7 @@ class Recipe:
     entropy_power: float = 0.0
     hidden_weight: float = 0.0
     hidden_blocks: int = 4
+    rematch: int = 0
 
     @property
     def objective(self) -> Objective:
@@ -65,6 +68,12 @@ class Recipe:
     def steps(self) -> int:
         """Optimizer steps in all."""
         return self.epochs * max(1, self.windows // self.batch_size)
+
+    @property
+    def rematch_steps(self) -> list[int]:
+        """The numbers of steps after which thresholds are brought to the target; the same number once."""
+        last = 2 * self.steps // 3
+        return list(dict.fromkeys(round(last * (turn + 1) / self.rematch) for turn in range(self.rematch) if last))
 
     def factor(self, step: int) -> float:
         """What the rate is multiplied by at a step, counted from 0: a linear rise, then half a cosine down to 0."""
@@ -93,20 +102,22 @@ class Recipe:
         """This recipe with some values replaced; None leaves a value as it is.
 
         Raises:
-            SponError: a value is not positive, a weight decay is negative, or an option of the loss is out of range.
+            SponError: a value is not positive, a weight decay or `rematch` is negative, or an option of the loss is out
+                of range.
         """
         changed = {name: value for name, value in changes.items() if value is not None}
         Objective(**{name: value for name, value in changed.items() if name in _LOSS})
         for name, value in ((name, value) for name, value in changed.items() if name not in _LOSS):
-            if name == "weight_decay" and not 0 <= value < math.inf:
+            if name in ("weight_decay", "rematch") and not 0 <= value < math.inf:
                 raise SponError.of(name, value, "a number of at least 0")
-            if name != "weight_decay" and not value > 0:
+            if name not in ("weight_decay", "rematch") and not value > 0:
                 raise SponError.of(name, value, "a positive number")
         return replace(self, **changed)
 
     def as_dict(self) -> dict[str, Any]:
-        """For the adapter's `calibration` field; options of the loss that are as by default are left out."""
-        return {name: value for name, value in asdict(self).items() if name not in _LOSS} | self.loss_options
+        """For the adapter's `calibration` field; `rematch` and options of the loss are left out at their defaults."""
+        plain = {name: value for name, value in asdict(self).items() if name not in (*_LOSS, "rematch")}
+        return plain | ({"rematch": self.rematch} if self.rematch else {}) | self.loss_options
 
     @property
     def loss_options(self) -> dict[str, float]:
