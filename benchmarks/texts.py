@@ -32,10 +32,12 @@ def main(
     sample: Annotated[str | None, typer.Option(help="A model to sample from: writes sampled.txt only.")] = None,
     tokens: Annotated[int, typer.Option(help="How many to sample.")] = 32768,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    length: Annotated[int, typer.Option(help="Tokens of each sample.")] = 256,
+    batch: Annotated[int, typer.Option(help="Samples at a time: hundreds on a GPU.")] = 32,
 ) -> None:
     """Write wikitext2.txt, lambada.txt and python_docs.txt, or sampled.txt."""
     if sample is not None:
-        write(output, {"sampled.txt": sampled(sample, tokens, seed)})
+        write(output, {"sampled.txt": sampled(sample, tokens, seed, length, batch)})
         return
     if data is None:
         wiki, lambada = (
@@ -59,7 +61,7 @@ def sampled(name: str, tokens: int, seed: int, length: int = 256, batch: int = 3
     torch.manual_seed(seed)
     documents: list[str] = []
     while len(documents) * length < tokens:
-        start = torch.randint(len(tokenizer), (batch, 1))
+        start = torch.randint(len(tokenizer), (batch, 1)).to(model.device)
         made = model.generate(
             start,
             attention_mask=torch.ones_like(start),

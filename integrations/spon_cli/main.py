@@ -18,6 +18,7 @@ from spon_cli.commands.merge import merge_command
 from spon_cli.commands.push import push_command
 from spon_cli.commands.quantize import quantize_command
 from spon_cli.commands.quickstart import quickstart_command
+from spon_cli.commands.recover import recover_command
 from spon_cli.commands.report import report_command
 from spon_cli.commands.train import train_command
 from spon_cli.failures import in_a_sentence
@@ -44,6 +45,7 @@ app.command("report")(report_command)
 app.command("compare")(compare_command)
 app.command("frontier")(frontier_command)
 app.command("ablate")(ablate_command)
+app.command("recover")(recover_command)
 app.command("analyze")(analyze_command)
 
 

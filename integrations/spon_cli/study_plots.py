@@ -190,3 +190,24 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
                 axes.yaxis.set_major_formatter(ScalarFormatter())
                 axes.yaxis.set_minor_formatter(ScalarFormatter())
         panels[0].legend(fontsize=7)
+
+
+def plot_recovery(flat: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """What rows of the first seed recover, a panel for each target, a colour for each test text."""
+    targets = sorted({record["sparsity"] for record in flat})
+    shown = [record for record in flat if record["seed"] == 0 and record["recovered"] is not None]
+    with figure(file, max(1, len(targets)), width=7, height=7) as panels:
+        for target, axes in zip(targets, panels, strict=True):
+            own = [record for record in shown if record["sparsity"] == target]
+            labels = list(dict.fromkeys(record["row"] for record in own))[::-1]
+            for test in dict.fromkeys(record["test"] for record in own):
+                points = [
+                    (record["recovered"], labels.index(record["row"])) for record in own if record["test"] == test
+                ]
+                marker = "o" if test.endswith(" 512") else "x"
+                axes.plot(*zip(*points, strict=True), marker, ms=4, label=test)
+            axes.set_yticks(range(len(labels)), labels, fontsize=7)
+            axes.axvline(1, color=COLORS["dense"], linewidth=1)
+            axes.set(title=f"{target:.0%}", xlabel="share of uniform TEAL's gap recovered", xlim=(0, 1.02))
+        if shown:
+            panels[0].legend(fontsize=6)

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from spon_plugin.errors import SponError
-from spon_plugin.files import make_directory
+from spon_plugin.files import claim, make_directory
 from spon_plugin.studies.tables import json_text
 
 SETTINGS = "settings.json"
@@ -71,6 +73,17 @@ class RowStore:
         done(row, old)
         return row
 
+    def taken(
+        self, name: str, measure: Callable[[], Mapping[str, Any]], done: Callable[[dict[str, Any], bool], None]
+    ) -> dict[str, Any] | None:
+        """`kept`, for several processes at once: None where another one is at the row."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(claim(self._file(name)))
+            except SponError:
+                return None
+            return self.kept(name, measure, done)
+
     def all(self) -> list[dict[str, Any]]:
         """Every row, by file name."""
         return [_read(file) for file in sorted(self._rows.glob("*.json"))]
@@ -90,6 +103,6 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, value: Any) -> None:
-    temporary = file.with_suffix(".tmp")
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json_text(value), encoding="utf-8")
     temporary.replace(file)

@@ -52,14 +52,17 @@ class Teacher:
     ) -> None:
         self.windows, self.blocks = windows, blocks
         device = next(model.parameters()).device
-        states = []
+        states: Tensor | None = None
         with torch.no_grad(), _frozen(model):
             self.head: OutputHead | None = find_head(model, {"input_ids": windows[:1].to(device)})
             for start in range(0, len(windows), batch_size):
                 made = self.student(model, windows[start : start + batch_size].to(device))
-                states.append(made if keep_on_device else made.cpu())
+                if states is None:
+                    states = made.new_empty((len(windows), *made.shape[1:]), device=device if keep_on_device else "cpu")
+                states[start : start + batch_size] = made
                 progress(min(start + batch_size, len(windows)), len(windows))
-        self.states = torch.cat(states)
+        assert states is not None
+        self.states = states
 
     def student(self, model: Any, ids: Tensor) -> Tensor:
         """The same of `model` as it is now, for ``ids [batch, length]``."""

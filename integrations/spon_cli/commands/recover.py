@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`spon recover`: how much of uniform TEAL's gap comes back, by every step that is known to help."""
+
+from __future__ import annotations
+
+import json as json_module
+import multiprocessing
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from spon_cli import options
+from spon_cli.command import Between, command
+from spon_cli.duration import announce
+from spon_cli.output import note, show_json, show_table
+from spon_cli.progress import row_bars
+from spon_cli.study_plots import plot_recovery
+from spon_plugin import SponError
+from spon_plugin.calibration.text import windows_digest
+from spon_plugin.masking import check_sparsity
+from spon_plugin.studies.ablation import DENSE
+from spon_plugin.studies.recovery import Recovery
+from spon_plugin.studies.recovery_plan import Row, rows
+from spon_plugin.studies.recovery_tables import columns, lines, markdown, records
+from spon_plugin.studies.rows import SETTINGS, RowStore
+from spon_plugin.studies.tables import csv_text, json_text, number
+from spon_plugin.training.recipe import PRESETS
+
+SHORT = 128
+"""Tokens of the short windows that every row is evaluated on beside those of ``--window``: the paper's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverOptions(options.StudyOptions):
+    """Options of `spon recover`."""
+
+    sparsity: Annotated[str, typer.Option(help="Comma-separated targets; variants are tried at the first.")] = "0.5,0.6"
+    train_steps: Annotated[int, typer.Option(help="Steps of the common schedule."), Between(1, options.MANY)] = 300
+    batch_size: Annotated[int, typer.Option(help="Windows per step."), Between(1, options.MANY)] = 8
+    train_window: Annotated[int, typer.Option(help="Tokens per training window."), Between(2, options.MANY)] = 512
+    seeds: Annotated[int, typer.Option(help="Seeds of what claims rest on."), Between(1, options.MANY)] = 3
+    only: Annotated[str | None, typer.Option(help="Comma-separated: rows whose label begins so.")] = None
+    workers: Annotated[
+        int,
+        typer.Option(help="Processes that measure rows at once; 0 writes the tables of what is there."),
+        Between(0, 64),
+    ] = 1
+
+    def rows(self) -> list[Row]:
+        """What is to be measured."""
+        targets = [check_sparsity(value) for value in options.split_numbers("sparsity", self.sparsity)]
+        if not targets:
+            raise SponError.of("sparsity", self.sparsity, "comma-separated numbers, as 0.5,0.6")
+        every = rows(targets, self.train_steps, self.batch_size, self.train_window, seeds=self.seeds)
+        words = options.split_names(self.only)
+        return [row for row in every if words is None or row.label.startswith(tuple(words))]
+
+
+@command
+def recover_command(given: RecoverOptions) -> None:
+    """Show how much of uniform TEAL's gap comes back at equal bytes, by every step that is known to help.
+
+    Masks alone, alphas, thresholds that are matched on the way, longer windows, the model's own samples (the last
+    --text), more steps; and at the first target what was tried beside them. Each row is kept in OUTPUT as soon as it is
+    measured, its adapter in OUTPUT/adapters; the same command goes on where it stopped.
+
+    [dim]spon recover ./model -o out --text wiki.txt --text speeches.txt --text own.txt --test test.txt --workers 5[/dim]
+    """
+    wanted = given.rows()
+    given.check(PRESETS["fast"])
+    announce(f"This measures {len(wanted)} rows, less those that {given.output} has")
+    if given.workers == 1:
+        work(given, wanted)
+    elif given.workers > 1:
+        context = multiprocessing.get_context("spawn")
+        processes = [context.Process(target=work, args=(given, wanted), daemon=True) for _ in range(given.workers)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    found, dense = write_tables(given.output, wanted)
+    if dense is None:
+        raise SponError.of("output", str(given.output), "rows that were measured", "The lines above say what failed.")
+    if given.json:
+        show_json({"rows": records(found, dense)})
+        return
+    show_table("Recovery", columns(dense), lines(found, dense))
+    note(f"Tables and plot written to {given.output}")
+
+
+def work(given: RecoverOptions, wanted: Sequence[Row]) -> None:
+    """Measure what no other process has or is at."""
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // max(1, given.workers))))
+    sources, held_out = given.sources("train"), given.tests()
+    loaded = given.load()
+    tests = {
+        f"{test.name}, {length}": loaded.leading_windows(test, length, given.max_tokens)
+        for length in dict.fromkeys((given.window, SHORT))
+        for test in held_out
+    }
+
+    @cache
+    def windows(texts: int | None, window: int, count: int) -> Tensor:
+        return loaded.mixed_windows(sources[:texts], window, count, given.seed)
+
+    length = PRESETS["fast"].window
+    calibration = loaded.mixed_windows(sources[:2], length, given.calibration_tokens // length, given.seed)
+    settings = {**given.common(loaded, tests, PRESETS["fast"]), "calibration": windows_digest(calibration)}
+    on_device = loaded.model.device.type != "cpu"
+    study = Recovery(
+        model=loaded.model, sites=loaded.sites, tests=tests, protocol=given.protocol, seed=given.seed,
+        batch_size=16 if on_device else 4, keep_on_device=on_device, windows=windows, calibration=calibration,
+    )  # fmt: skip
+    with row_bars(len(wanted) + 1, _line) as (study.stage, study.done):
+        study.run(wanted, RowStore(given.output, settings))
+
+
+def write_tables(output: Path, wanted: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Write table.md, table.csv, table.json and recovery.png of the rows that are there, and give them."""
+    if not (output / SETTINGS).is_file():
+        return [], None
+    settings = json_module.loads((output / SETTINGS).read_text(encoding="utf-8"))
+    store = RowStore(output, settings)
+    found = [store.read(row.name) for row in wanted if store.has(row.name)]
+    dense = store.read(DENSE) if store.has(DENSE) else None
+    if dense is not None and found:
+        flat = records(found, dense)
+        (output / "table.md").write_text(markdown(found, dense), encoding="utf-8")
+        (output / "table.csv").write_text(csv_text(flat), encoding="utf-8")
+        (output / "table.json").write_text(json_text({"settings": settings, "rows": flat}), encoding="utf-8")
+        plot_recovery(flat, output / "recovery.png")
+    return found, dense
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row that was just measured, in words."""
+    tests = ", ".join(f"{name} {number(result['perplexity'])}" for name, result in row["tests"].items())
+    if row["name"] == DENSE:
+        return f"{DENSE}: {tests}"
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in row["seconds"].items())
+    loss = f", loss {row['loss']['last']:.4f}" if "loss" in row else ""
+    return f"{row['sparsity']:.0%} {row['label']}, seed {row['seed']}: {tests}{loss} ({seconds})"

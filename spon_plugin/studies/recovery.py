@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of uniform TEAL's gap comes back, at equal bytes read, by every step that is known to help.
+
+Several processes may measure the rows of one directory at once: each takes what nobody has or is at.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spon_plugin.adapter.directory import write_adapter
+from spon_plugin.decoder.attachment import SparseMethod
+from spon_plugin.errors import SponError
+from spon_plugin.sparsifiers.match import match_method
+from spon_plugin.sparsifiers.thresholds import ThresholdFitted
+from spon_plugin.studies.ablation import DENSE
+from spon_plugin.studies.bench import Bench
+from spon_plugin.studies.recovery_plan import Row
+from spon_plugin.studies.rows import RowStore
+from spon_plugin.training.extension import Extended
+from spon_plugin.training.loop import distil, loss_ends
+from spon_plugin.training.recipe import Recipe
+
+POOL_TOKENS = 1 << 20
+"""The dense model's states of these are kept, 4 bytes times the hidden size each; more steps read them again."""
+_CURVE = 40  # points that are kept of a row's losses
+
+
+@dataclass(kw_only=True)
+class Recovery(Bench):
+    """What the rows have in common.
+
+    Attributes:
+        windows: from how many of the training texts (None for all), tokens per window and a count to token ids.
+        calibration: token ids ``[count, length]`` that thresholds come from and are matched on.
+    """
+
+    windows: Callable[[int | None, int, int], Tensor]
+    calibration: Tensor
+
+    def run(self, rows: Sequence[Row], store: RowStore) -> None:
+        """Measure the rows that `store` does not have and no other process is at, with the dense model."""
+        store.taken(DENSE, lambda: {"name": DENSE, "label": DENSE, "tests": self.evaluate(None, DENSE)}, self.done)
+        for row in rows:
+            try:
+                store.taken(row.name, partial(self.measure, row, store), self.done)
+            except (SponError, RuntimeError) as error:  # such as memory that others have: the row stays missing
+                warnings.warn(f"{row.name}: {error}", stacklevel=2)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+    def measure(self, row: Row, store: RowStore) -> dict[str, Any]:
+        """One row; its adapter, where the format can hold it, lies beside the rows."""
+        start = time.perf_counter()
+        fitted, _ = self.fit(row.method, self.calibration, row.sparsity)
+        assert isinstance(fitted, ThresholdFitted)
+        target = row.sparsity + row.extension.extra_reads(self.sites) / sum(fitted.weights.values())
+        method: Any = Extended(fitted, self.model, self.sites, row.extension, row.seed) if row.extension else fitted
+        match = lambda method, alphas: match_method(  # noqa: E731
+            self.model, method, self.calibration, target, alphas, self.batch_size
+        )
+        method = match(method, {})
+        seconds = {"calibration": time.perf_counter() - start}
+        found: dict[str, Any] = {"name": row.name, **row.as_dict(), "target": target}
+        alphas: dict[str, Tensor] = {}
+        if row.recipe is not None:
+            recipe, start = row.recipe, time.perf_counter()
+            windows = self.windows(row.texts, recipe.window, _pool(recipe))
+            with tensor_cores():
+                teacher = self.dense_states(windows, recipe.objective)
+                seconds["dense states"], start = time.perf_counter() - start, time.perf_counter()
+                progress = self.stage(f"{row.name}: training")
+                alphas, losses, method = distil(
+                    self.model, method, fitted, teacher, recipe, "all", row.seed, progress, match
+                )
+            seconds["training"], start = time.perf_counter() - start, time.perf_counter()
+            width = max(1, len(losses) // _CURVE)
+            points = [losses[at : at + width] for at in range(0, len(losses), width)]
+            found |= {
+                "steps": recipe.steps,
+                "tokens": recipe.steps * recipe.batch_size * recipe.window,
+                "loss": loss_ends(losses),
+                "loss_curve": [sum(step["loss"] for step in part) / len(part) for part in points],
+            }
+            method = match(method, alphas)
+            seconds["matching"] = time.perf_counter() - start
+        start = time.perf_counter()
+        found["tests"] = self.evaluate(method, row.name, alphas=alphas)
+        seconds["evaluation"] = time.perf_counter() - start
+        found |= {"seconds": seconds, "extra_bytes": fitted.extra_bytes(self.model, list(alphas))}
+        self._keep(row, method, alphas, store)
+        return found
+
+    def _keep(self, row: Row, method: SparseMethod, alphas: Mapping[str, Tensor], store: RowStore) -> None:
+        fitted = method.fitted() if isinstance(method, Extended) else method
+        directory = store.directory / "adapters" / row.name
+        if isinstance(fitted, ThresholdFitted) and not directory.exists():
+            write_adapter(fitted.adapter(alphas), directory)
+
+
+def _pool(recipe: Recipe) -> int:
+    """How many windows are drawn from: as many as are read, or a pool that the rows of many steps share."""
+    most = max(1, POOL_TOKENS // recipe.window)
+    return most if 2 * recipe.windows > most else recipe.windows
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Products in TF32 where there is any, while the block runs."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

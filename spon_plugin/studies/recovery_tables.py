@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of `spon recover` as a table: shares of uniform TEAL's gap, with paired intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spon_plugin.studies.bootstrap import Interval, interval
+from spon_plugin.studies.evaluation import share_recovered
+from spon_plugin.studies.recovery_plan import UNIFORM
+from spon_plugin.studies.tables import markdown_table, number
+
+NOTES = (
+    "`recovered`: (TEAL - row) / (TEAL - dense), of perplexities; TEAL is uniform and brought to the same share of "
+    "bytes read in the sparse model, as every row is after its training. In brackets the interval of 95% of a paired "
+    "bootstrap over windows. `masked` and `read`: on the test texts, the mean of all; `read` with what a row reads "
+    "beside the weights. Seconds of training beside other processes."
+)
+
+
+def share(dense: Mapping[str, Any], teal: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[float | None, Any]:
+    """The share that a row recovers on one test, and its interval; see `bootstrap.interval`."""
+    value = share_recovered(dense["perplexity"], teal["perplexity"], row["perplexity"])
+    columns = [side.get("windows", {}).get("nll") for side in (dense, teal, row)]
+    ends: Interval | None = None
+    if value is not None and all(column and None not in column for column in columns):
+        ends = interval(torch.tensor(columns, dtype=torch.float64), _share)
+    return value, ends
+
+
+def _share(means: Tensor) -> Tensor:
+    dense, teal, row = means.exp()
+    return (teal - row) / (teal - dense)
+
+
+def records(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One flat record per row and test text; rows whose uniform TEAL is missing have no share."""
+    flat = []
+    uniform = {row["sparsity"]: row for row in rows if row["label"] == UNIFORM}
+    for row in rows:
+        teal = uniform.get(row["sparsity"])
+        for test, result in row["tests"].items():
+            value, ends = (None, None) if teal is None else share(dense["tests"][test], teal["tests"][test], result)
+            flat.append(
+                {
+                    "sparsity": row["sparsity"],
+                    "row": row["label"],
+                    "seed": row["seed"],
+                    "test": test,
+                    "dense": dense["tests"][test]["perplexity"],
+                    "uniform_teal": None if teal is None else teal["tests"][test]["perplexity"],
+                    "perplexity": result["perplexity"],
+                    "kl": result.get("kl"),
+                    "recovered": value,
+                    "low": None if ends is None else ends[0],
+                    "high": None if ends is None else ends[1],
+                    "masked": result["masked"],
+                    "saved": result["saved"],
+                    "training_tokens": row.get("tokens", 0),
+                    "loss": row.get("loss", {}).get("last"),
+                    "seconds": row["seconds"].get("training"),
+                }
+            )
+    return flat
+
+
+def columns(dense: Mapping[str, Any]) -> list[str]:
+    """Headings of the table."""
+    tests = [f"{test} (dense {number(result['perplexity'])})" for test, result in dense["tests"].items()]
+    return ["target", "row", "seed", *tests, "masked", "read", "loss", "tokens", "train, s"]
+
+
+def lines(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[list[str]]:
+    """Lines of the table."""
+    flat = records(rows, dense)
+    body = []
+    for row in rows:
+        own = [r for r in flat if (r["sparsity"], r["row"], r["seed"]) == (row["sparsity"], row["label"], row["seed"])]
+        line = [f"{row['sparsity']:.0%}", row["label"], str(row["seed"])]
+        for r in own:
+            words = number(r["perplexity"])
+            if r["recovered"] is not None and row["label"] != UNIFORM:
+                words += f": {r['recovered']:.2f}"
+                words += "" if r["low"] is None else f" [{r['low']:.2f}, {r['high']:.2f}]"
+            line.append(words)
+        masked, saved = (sum(r[name] for r in own) / len(own) for name in ("masked", "saved"))
+        last, seconds = own[0]["loss"], own[0]["seconds"]
+        line += [f"{masked:.1%}", f"{1 - saved:.1%}", "" if last is None else f"{last:.4f}"]
+        body.append([*line, str(row.get("tokens", "")), "" if seconds is None else f"{seconds:.0f}"])
+    return body
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> str:
+    """The table under its title."""
+    first = next(iter(dense["tests"].values()))
+    table = markdown_table(columns(dense), lines(rows, dense), text=2)
+    return "\n".join(["## Recovery", "", *table, "", f"{first['tokens']} tokens of each text. {NOTES}", ""])

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+from commands import TEXT, run
+from tiny_models import make_byte_tokenizer, make_tiny_llama
+
+SMALL = ["--train-steps", "2", "--batch-size", "2", "--train-window", "64", "--window", "256", "--max-tokens", "1024"]
+
+
+def test_recover_writes_tables_and_a_plot_and_goes_on(tmp_path):
+    make_tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    make_byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    call = ["recover", tmp_path / "model", "-o", out, "--text", text, "--test", text, *SMALL]
+    call += ["--sparsity", "0.5", "--calibration-tokens", "512", "--seeds", "1"]
+    code, _, err = run(*call, "--workers", "0")
+    assert code == 2 and "expected rows that were measured" in err
+    code, printed, err = run(*call, "--only", "four times,uniform TEAL")
+    assert code == 0, err
+    assert "four times the steps, centres" in printed and "50% uniform TEAL, seed 0" in err
+    names = {path.name for path in out.iterdir()}
+    assert names == {"table.md", "table.csv", "table.json", "recovery.png", "settings.json", "rows", "adapters"}
+    before = {path.name: path.read_bytes() for path in (out / "rows").iterdir()}
+    code, printed, err = run(*call, "--only", "four times,uniform TEAL", "--workers", "0", "--json")
+    assert code == 0, err
+    assert {path.name: path.read_bytes() for path in (out / "rows").iterdir()} == before
+    tests = {row["test"] for row in json.loads(printed)["rows"]}
+    assert tests == {"text.txt, 256", "text.txt, 128"}

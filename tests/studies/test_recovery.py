@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spon_plugin import find_sites, read_adapter
+from spon_plugin.files import claim
+from spon_plugin.studies.ablation import DENSE
+from spon_plugin.studies.recovery import Recovery
+from spon_plugin.studies.recovery_plan import BEST, UNIFORM, Row, rows
+from spon_plugin.studies.recovery_tables import lines, markdown, records
+from spon_plugin.studies.rows import RowStore
+
+WINDOWS = torch.randint(0, 256, (20, 32), generator=torch.Generator().manual_seed(0))
+
+
+def wanted():
+    planned = rows([0.5], 2, 2, 32, paper=False, seeds=1)
+    return [row for row in planned if row.label in (UNIFORM, "sensitivity", "rank 4", BEST)]
+
+
+@pytest.fixture
+def study(tiny_llama):
+    return Recovery(
+        model=tiny_llama, sites=find_sites(tiny_llama), tests={"a": WINDOWS[:10]}, calibration=WINDOWS[10:],
+        windows=lambda texts, window, count: WINDOWS[10:][:count],
+    )  # fmt: skip
+
+
+def test_rows_are_measured_once_and_become_a_table(study, tmp_path):
+    store, seen = RowStore(tmp_path, {}), []
+    study.done = lambda row, old: seen.append((row["name"], old))
+    study.run(wanted(), store)
+    study.run(wanted(), store)
+    assert [old for _, old in seen] == [False] * 5 + [True] * 5
+    found = [store.read(row.name) for row in wanted()]
+    assert [Row.of(row) for row in found] == wanted()
+    flat = records(found, store.read(DENSE))
+    teal, best, rank = (next(r for r in flat if r["row"] == label) for label in (UNIFORM, BEST, "rank 4"))
+    assert teal["recovered"] == 0 or teal["recovered"] is None
+    gap = best["uniform_teal"] - best["dense"]
+    if gap > 0:
+        assert best["recovered"] == pytest.approx((best["uniform_teal"] - best["perplexity"]) / gap)
+    assert rank["saved"] == pytest.approx(best["saved"], abs=0.03) and rank["masked"] > best["masked"] + 0.05
+    assert len(lines(found, store.read(DENSE))) == 4 and markdown(found, store.read(DENSE)).count("\n| ") == 6
+    kept = {path.name: path for path in (tmp_path / "adapters").iterdir()}
+    assert sorted(kept) == sorted(row.name for row in wanted() if not row.extension)
+    assert all(read_adapter(path).fields.calibration["matched"] for path in kept.values())
+
+
+def test_a_row_that_another_process_is_at_is_left(study, tmp_path):
+    store = RowStore(tmp_path, {})
+    first, second = wanted()[:2]
+    with claim(tmp_path / "rows" / f"{first.name}.json"):
+        study.run([first, second], store)
+    assert not store.has(first.name) and store.has(second.name)
+
+
+def test_a_row_that_fails_does_not_end_the_rest(study, tmp_path):
+    store = RowStore(tmp_path, {})
+    broken = next(row for row in rows([0.5], 2, 2, 32) if row.label == "hidden states, 4 blocks")  # of two blocks
+    with pytest.warns(UserWarning, match="hidden_blocks: got 4"):
+        study.run([broken, wanted()[0]], store)
+    assert not store.has(broken.name) and store.has(wanted()[0].name)
+
+
+def test_the_name_says_everything():
+    every = rows([0.5, 0.6], 2, 2, 32)
+    assert len({row.name for row in every}) == len(every)
+    row = every[-1]
+    assert replace(row, seed=1).name != row.name
+    json.dumps([row.as_dict() for row in every])
