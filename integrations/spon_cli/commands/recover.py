@@ -71,7 +71,7 @@ def recover_command(given: RecoverOptions) -> None:
     --text), more steps; and at the first target what was tried beside them. Each row is kept in OUTPUT as soon as it is
     measured, its adapter in OUTPUT/adapters; the same command goes on where it stopped.
 
-    [dim]spon recover ./model -o out --text wiki.txt --text speeches.txt --text own.txt --test test.txt --workers 5[/dim]
+    [dim]spon recover ./model -o o --text wiki.txt --text speeches.txt --text own.txt --test test.txt --workers 5[/dim]
     """
     wanted = given.rows()
     given.check(PRESETS["fast"])
