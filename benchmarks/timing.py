@@ -68,9 +68,12 @@ def interleaved_medians(
 
 def _cpu_rounds(calls: Mapping[str, Callable[[int], object]], copies: int, seconds: float) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for i in range(copies):  # the first call on a weight is checked, and costs more than a small weight's reading
+    end = time.perf_counter() + seconds
+    for i in range(copies):  # the first call on a weight is checked, which costs more than reading a small one
+        for call in calls.values():
             call(i)
+        if i > 1 and time.perf_counter() > end:
+            break
     turn, end = 0, time.perf_counter() + seconds
     while time.perf_counter() < end or turn < 5:
         for offset, (name, call) in enumerate(calls.items()):
