@@ -97,7 +97,7 @@ def baselines(
     if first.format == "int8" and first.scales.shape[0] == 1:
         by_output = _copies(first.codes.t().contiguous(), weights)
         calls["packed"] = lambda i: torch._weight_int8pack_mm(x, by_output[i % len(by_output)], first.scales[0]) + bias
-    elif first.format == "int4" and group in (32, 64, 128, 256) and out_features % 16 == 0:
+    elif first.format == "int4" and group in (32, 64, 128, 256) and not in_features % group and out_features % 16 == 0:
         codes = unpack_nibbles(first.codes, out_features).t().contiguous().int()
         packed = _copies(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), weights)
         pairs = torch.stack([first.scales, torch.zeros_like(first.scales)], -1)
