@@ -108,15 +108,15 @@ class Results(Protocol):
 
 
 class Timer:
-    """What measures tasks on the current CUDA device; holds the weights of one shape at a time."""
+    """What measures tasks on a device; holds the weights of one shape at a time."""
 
-    def __init__(self, sparsity: float, seconds: float) -> None:
-        self._sparsity, self._seconds = sparsity, seconds
+    def __init__(self, sparsity: float, seconds: float, device: str = "cuda") -> None:
+        self._sparsity, self._seconds, self._device = sparsity, seconds, torch.device(device)
         self._key: tuple[str, tuple[int, int], int] | None = None
         self._weights: list[RowWeight] = []
 
     def _prepare(self, task: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        device = torch.device("cuda")
+        device = self._device
         dtype = DTYPES.get(task.kind, torch.bfloat16)
         if (key := (task.kind, task.shape, task.group)) != self._key:
             self._weights = []
