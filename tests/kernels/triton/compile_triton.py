@@ -23,15 +23,12 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
+from benchmarks.compile_ahead import compiled_only, empty_weight
 from spon_plugin.kernels.triton import common, configs, scaled
 from spon_plugin.kernels.triton import compaction as triton_compaction
 from spon_plugin.kernels.triton import dense_mask as triton_dense_mask
 from spon_plugin.kernels.triton.configs import Launch
-from spon_plugin.weights.fp8 import Fp8Weight
-from spon_plugin.weights.int4 import Int4Weight
-from spon_plugin.weights.int8 import Int8Weight
 from spon_plugin.weights.scaled import ScaledWeight
 from tests.kernels.triton.schedule import resources, schedule, waits_first
 
@@ -106,15 +103,9 @@ def compile_scaled(
 
 def scaled_weight(format: str, group: int, zeros: bool = False, shape: tuple[int, int] = (4096, 512)) -> ScaledWeight:
     """A weight without values; one scale an output if `group` is 0."""
-    inputs, outputs = shape
-    groups = inputs // group if group else 1
-    scales = torch.empty(groups, outputs, dtype=torch.bfloat16)
-    points = torch.empty(groups, outputs, dtype=torch.uint8 if format == "int4" else torch.int8) if zeros else None
-    if format == "int4":
-        return Int4Weight(torch.empty(inputs, outputs // 2, dtype=torch.uint8), scales, points, group or inputs)
-    if format == "int8":
-        return Int8Weight(torch.empty(inputs, outputs, dtype=torch.int8), scales, points, group or inputs)
-    return Fp8Weight(torch.empty(inputs, outputs, dtype=torch.float8_e4m3fn), scales, points, group or inputs)
+    weight = empty_weight(format, shape, group, "cpu", zeros)
+    assert isinstance(weight, ScaledWeight)
+    return weight
 
 
 def _compile(
@@ -128,14 +119,8 @@ def _compile(
     bias: torch.Tensor | None,
     name: str,
 ) -> Iterator[dict[str, object]]:
-    compiled = {}
-
-    def compile_only(function: JITFunction, *args: object, warmup: bool, **options: object) -> None:
-        compiled[function.__name__] = run(function, *args, warmup=True, **options)
-
     in_features = weight.shape[0] if isinstance(weight, torch.Tensor) else weight.in_features
-    run, JITFunction.run = JITFunction.run, compile_only
-    try:
+    with compiled_only() as compiled:
         sparse_linear(
             torch.empty(rows, in_features, dtype=dtype),
             weight,
@@ -144,8 +129,6 @@ def _compile(
             shard_sizes=sizes,
             launch=launch,
         )
-    finally:
-        JITFunction.run = run
     for kernel_name, kernel in compiled.items():
         described = {"rows": rows, "dtype": name, "sizes": sizes, "per_channel": per_channel}
         yield {"kernel": kernel_name, **described, "launch": asdict(launch), **report(kernel)}
