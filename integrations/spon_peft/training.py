@@ -23,6 +23,7 @@ from spon_peft.trainer import SponTrainer
 from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.adapter.directory import write_adapter
 from spon_plugin.calibration.text import windows_digest
+from spon_plugin.errors import SponError
 from spon_plugin.training.recipe import Recipe, alpha_scales
 
 Losses = list[dict[str, float]]
@@ -60,8 +61,11 @@ def train_adapter(
         The adapter with trained alphas, and the loss of every step.
 
     Raises:
-        SponError: the checkpoints in `work` are of another recipe, seed, adapter, text or dtype of the base model.
+        SponError: the checkpoints in `work` are of another recipe, seed, adapter, text or dtype of the base model; or
+            the recipe moves thresholds, which are the adapter's here.
     """
+    if recipe.rematch:
+        raise SponError.of("rematch", recipe.rematch, "0 to train an adapter", "Its thresholds stay as they are.")
     plan = {**recipe.as_dict(), "seed": seed, "adapter": adapter.digest, "windows": windows_digest(windows)}
     check_plan(work, {**plan, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")})
     start = work / "start"

@@ -27,6 +27,14 @@ def run(tmp_path_factory):
     return work
 
 
+def test_a_recipe_that_moves_thresholds_is_refused_before_work(tmp_path):
+    path, windows = "model.layers.0.mlp.down_proj", torch.ones(2, 8, dtype=torch.int64)
+    adapter = Adapter(SponFields(), {path: Mask(torch.ones(1), None, torch.zeros(24))}, {"target_modules": [path]})
+    with pytest.raises(SponError, match="rematch: got 2, expected 0 to train an adapter"):
+        train_adapter(tiny(), adapter, windows, preset("fast").with_changes(rematch=2), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.fixture
 def two(run, tmp_path):
     """A run with two checkpoints, both whole."""
