@@ -78,7 +78,7 @@ def test_frontier_refuses_wrong_input_before_work_starts(tmp_path, changes, mess
 
 @pytest.mark.slow
 def test_on_a_real_model_int8_is_better_than_half_of_bf16_and_reads_less(smollm2_dir, tmp_path):
-    """What holds at any budget; the figures of a whole run are in docs/results.md."""
+    """What holds at any budget; the figures of a run are in docs/results/frontier.md."""
     few = ["--max-tokens", "320", "--window", "40", "--calibration-tokens", "256"]
     call = ["frontier", smollm2_dir, "-o", tmp_path / "out", "--formats", "bf16,int8", "--sparsity", "0,0.5"]
     code, printed, err = run(*call, "--alpha", "off", *few, "--json")
