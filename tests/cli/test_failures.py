@@ -92,11 +92,14 @@ def test_a_signal_leaves_nothing_behind(tiny_model_dir, text, tmp_path, number, 
     command = [sys.executable, "-m", "spon_cli", "train", tiny_model_dir, "--text", text, "--epochs", "1000"]
     output = tmp_path / "out"
     process = subprocess.Popen([*map(str, command), "-o", output], stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
-    while not (tmp_path / "out.training" / "plan.json").exists() and time.monotonic() < until:
-        time.sleep(0.1)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    try:
+        until = time.monotonic() + 120
+        while not (tmp_path / "out.training" / "plan.json").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == code and "Traceback" not in err, err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]
 
