@@ -16,7 +16,14 @@ from torch import Tensor
 
 from spon_plugin.errors import SponError
 
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "gemma3_text": "gemma3"}
+"""transformers' name of an architecture -> llama.cpp's."""
+
+_GEMMA_DEFAULTS = (
+    "layer_types", "rope_parameters", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+    "hidden_activation", "attention_bias", "use_bidirectional_attention",
+)  # fmt: skip
+"""What a `.gguf` file of Gemma 3 does not say."""
 _PREFIX = "LLAMA_FTYPE_MOSTLY_"
 
 
@@ -45,6 +52,9 @@ def check_architecture(model: Any) -> None:
         raise SponError.of("model", config.model_type, expected, "Convert it with llama.cpp's script.")
     if config.model_type == "llama" and (config.attention_bias or config.mlp_bias):
         raise SponError.of("model", "a Llama with biases", "for a .gguf file, one without, which alone is read back")
+    if config.model_type == "gemma3_text":
+        _check_gemma(config)
+        return
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope != "default":
         raise SponError.of("model", f"rope_type {rope}", "for a .gguf file, plain rotary positions")
@@ -111,6 +121,30 @@ def _llama_cpp() -> Any:
     return llama_cpp
 
 
+def _check_gemma(config: Any) -> None:
+    """Raise `SponError` for a Gemma 3 whose file would be read back as another model."""
+    said = {"num_hidden_layers": config.num_hidden_layers, "head_dim": config.head_dim}
+    usual = type(config)(**said, rope_parameters=_gemma_rope(_rope_base(config)))
+    for name in _GEMMA_DEFAULTS:
+        if getattr(config, name, None) != getattr(usual, name, None):
+            expected = f"for a .gguf file, {getattr(usual, name, None)}, as in every Gemma 3 of this size"
+            raise SponError.of(f"model's {name}", getattr(config, name, None), expected)
+
+
+def _gemma_rope(base: float) -> dict[str, Any]:
+    plain = {"rope_type": "default"}
+    return {
+        "full_attention": {**plain, "rope_theta": base},
+        "sliding_attention": {**plain, "rope_theta": 10000.0},
+    }
+
+
+def _rope_base(config: Any) -> float:
+    """Of the layers that attend to everything."""
+    rope = config.rope_parameters
+    return float(rope.get("full_attention", rope)["rope_theta"])
+
+
 def _log_of_the_package(llama_cpp: Any) -> Callable[..., Any] | None:
     """What llama-cpp-python has llama.cpp log by."""
     return getattr(getattr(llama_cpp, "_logger", None), "llama_log_callback", None)
@@ -121,8 +155,9 @@ def _write(model: Any, file: Path) -> None:
     import gguf
 
     config = model.config
-    arch = gguf.MODEL_ARCH.LLAMA if config.model_type == "llama" else gguf.MODEL_ARCH.QWEN2
-    writer = gguf.GGUFWriter(file, config.model_type)
+    name_there = ARCHITECTURES[config.model_type]
+    arch = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name_there)
+    writer = gguf.GGUFWriter(file, name_there)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -130,9 +165,13 @@ def _write(model: Any, file: Path) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(_rope_base(config))
     if config.model_type == "llama":
         writer.add_rope_dimension_count(_head_size(config))
+    if config.model_type == "gemma3_text":
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_sliding_window(config.sliding_window)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
@@ -144,7 +183,7 @@ def _write(model: Any, file: Path) -> None:
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise SponError.of("model", name, "for a .gguf file, a tensor that llama.cpp knows")
-        array = _in_llama_cpps_order(name, tensor, config).float().cpu().numpy()
+        array = _as_llama_cpp_has_it(name, tensor, config).float().cpu().numpy()
         if array.ndim > 1:
             bf16 = gguf.GGMLQuantizationType.BF16
             writer.add_tensor(target, gguf.quants.quantize(array, bf16), raw_dtype=bf16)
@@ -156,8 +195,14 @@ def _write(model: Any, file: Path) -> None:
     writer.close()
 
 
-def _in_llama_cpps_order(name: str, tensor: Tensor, config: Any) -> Tensor:
-    """Queries and keys of Llama: llama.cpp rotates neighbours, transformers the two halves of a head."""
+def _as_llama_cpp_has_it(name: str, tensor: Tensor, config: Any) -> Tensor:
+    """A tensor in the order and with the values of llama.cpp.
+
+    Queries and keys of Llama: llama.cpp rotates neighbours, transformers the two halves of a head. Norms of Gemma:
+    transformers adds one to them as it runs, the file has it in them.
+    """
+    if config.model_type == "gemma3_text" and name.endswith("norm.weight"):
+        return tensor.float() + 1
     parts = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     heads = parts.get(name.split(".")[-2])
     if heads is None or config.model_type != "llama":

@@ -14,6 +14,7 @@ from spon_plugin import machine
 from spon_plugin.adapter.merged import QUANT_METHOD
 from spon_plugin.errors import SponError
 from spon_plugin.files import user_path
+from spon_transformers.gguf_metadata import read_metadata
 
 DTYPES: dict[str, torch.dtype | None] = {"auto": None, **machine.DTYPES}
 """What ``--dtype`` takes; ``auto`` follows the machine."""
@@ -150,6 +151,9 @@ def follow_machine(model: Any) -> Any:
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model.
 
+    That of a `.gguf` file begins texts with a special token where the file asks for it, which transformers leaves out;
+    Gemma without it is another model.
+
     Args:
         name: see `model_source`.
         trust_remote_code: run Python code that comes with the model.
@@ -162,6 +166,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     source = model_source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.kwargs())
+        if source.gguf_file:
+            begins = read_metadata(Path(source.name, source.gguf_file), "tokenizer.ggml.add_bos_token")
+            if begins is not None and getattr(tokenizer, "add_bos_token", None) is not None:
+                tokenizer.add_bos_token = begins
         tokenizer("a")  # some wrong configs show at the first text only
         return tokenizer
     except Exception as error:

@@ -3,7 +3,16 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from spon_plugin import SponError
 from spon_transformers.formats import check_format, is_masked, load_format, rounding_of
@@ -22,7 +31,10 @@ KINDS = {
     "llama, tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "llama, biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
-}
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 6,
+               "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in
+                                   (("full_attention", 5000.0), ("sliding_attention", 10000.0))}}),
+}  # fmt: skip
 
 
 def make(kind):
@@ -30,19 +42,23 @@ def make(kind):
     torch.manual_seed(0)
     model = cls(config(**{**SIZES, **changes})).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith("bias") or (kind == "gemma3" and name.endswith("norm.weight")):
             parameter.normal_()
         parameter.copy_(parameter.bfloat16())
     return model
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "llama, tied"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "llama, tied", "gemma3"])
 def test_transformers_reads_back_the_same_model(tmp_path, kind):
     model = make(kind)
     file = write_gguf(model, tmp_path / "m.gguf", "BF16")
     again = load_model(str(file), "float32")
-    assert again.config.rope_parameters["rope_theta"] == 5000.0 and again.config.rms_norm_eps == pytest.approx(1e-5)
-    assert torch.equal(model(input_ids=IDS).logits, again(input_ids=IDS).logits)
+    rope = again.config.rope_parameters
+    assert rope.get("full_attention", rope)["rope_theta"] == 5000.0
+    assert again.config.rms_norm_eps == pytest.approx(1e-5)
+    # Gemma's norms are stored with one added, which rounds them in float32.
+    close = {"rtol": 1e-4, "atol": 1e-4} if kind == "gemma3" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits, **close)
     size, weights = bytes_read(file)
     plain = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
@@ -50,9 +66,10 @@ def test_transformers_reads_back_the_same_model(tmp_path, kind):
     assert weights == plain + vectors - table and size == 2 * (plain - table) + 4 * vectors
 
 
-def test_llama_cpp_rounds_it(tmp_path):
+@pytest.mark.parametrize("kind_of_model", ["llama", "gemma3"])
+def test_llama_cpp_rounds_it(tmp_path, kind_of_model):
     pytest.importorskip("llama_cpp")
-    model = make("llama")
+    model = make(kind_of_model)
     truth, before = model(input_ids=IDS).logits, 0.0
     for kind, low, high in (("Q8_0", 8.4, 8.7), ("Q4_K_M", 4.5, 6.5), ("Q2_K", 2.5, 5.0)):
         file = write_gguf(model, tmp_path / f"{kind}.gguf", kind)
@@ -73,7 +90,9 @@ def test_kinds_are_those_that_need_no_importance_matrix():
 
 def test_what_the_file_cannot_hold_is_refused(tmp_path):
     other = MistralForCausalLM(MistralConfig(**{k: v for k, v in SIZES.items() if k != "rope_parameters"}))
-    with pytest.raises(SponError, match="model: got 'mistral', expected for a .gguf file, one of llama, qwen2"):
+    with pytest.raises(
+        SponError, match="model: got 'mistral', expected for a .gguf file, one of llama, qwen2, gemma3_text"
+    ):
         write_gguf(other, tmp_path / "m.gguf")
     with pytest.raises(SponError, match="a Llama with biases"):
         write_gguf(make("llama, biases"), tmp_path / "m.gguf")
@@ -81,6 +100,11 @@ def test_what_the_file_cannot_hold_is_refused(tmp_path):
     model.config.rope_parameters = {"rope_type": "llama3", "rope_theta": 5000.0}
     with pytest.raises(SponError, match="rope_type llama3"):
         write_gguf(model, tmp_path / "m.gguf")
+    for name, value in (("query_pre_attn_scalar", 168), ("final_logit_softcapping", 30.0)):
+        model = make("gemma3")
+        setattr(model.config, name, value)
+        with pytest.raises(SponError, match=f"model's {name}: got '?{value}'?, expected for a .gguf file"):
+            write_gguf(model, tmp_path / "m.gguf")
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
