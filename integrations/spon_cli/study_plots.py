@@ -141,10 +141,21 @@ def plot_precisions(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         panels[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
+_GIVEN = ", given adapters"
+
+
+def _series(row: Mapping[str, Any]) -> str:
+    """What a row of the frontier is joined with, beside its format; empty for dense rows and masks of the study."""
+    if row.get("adapter"):
+        return _GIVEN
+    return " + alpha" if row["alpha"] != OFF else ""
+
+
 def plot_frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Perplexity, and mean KL, against the bits that a token reads of a weight; two panels for each text.
 
-    A line for each format over its sparsities, dotted without alphas; rows of different formats that read as many bytes
+    A line for each format over its sparsities: dotted without alphas, dashed with those of the study, unbroken with
+    adapters that were given; rows of different formats that read as many bytes
     are joined, and the convex hull is drawn under all of them.
     """
     from matplotlib import colormaps
@@ -163,15 +174,15 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
                     axes.plot(*zip(*ends, strict=True), color="0.75", linewidth=0.8, zorder=1)
             for number, name in enumerate(formats):
                 color = colormaps["tab10"](number % 10)
-                for alpha in dict.fromkeys(row["alpha"] for row in rows):
-                    mine = [row for row in rows if row["format"] == name and row["alpha"] in (alpha, OFF)]
-                    mine = [row for row in mine if row["alpha"] == alpha or not row["sparsity"]]
+                for series in dict.fromkeys(_series(row) for row in rows):
+                    mine = [row for row in rows if row["format"] == name and _series(row) in (series, "")]
+                    mine = [row for row in mine if _series(row) == series or not row["sparsity"]]
                     places = [(bits, row["texts"][text].get(figure_name)) for bits, _, row in points(mine, text)]
                     places = [(bits, value) for bits, value in places if value and value > 1e-6]
-                    if not places or (alpha != OFF and len(mine) < 2):
+                    if not places or (series and len(mine) < 2):
                         continue
-                    line, marker = (":", "o") if alpha == OFF else ("-", "s")
-                    title = name if alpha == OFF else f"{name} + alpha"
+                    line, marker = {"": (":", "o"), _GIVEN: ("-", "D")}.get(series, ("--", "s"))
+                    title = f"{name}{series}"
                     axes.plot(*zip(*places, strict=True), line, marker=marker, ms=4, color=color, label=title, zorder=2)
             if figure_name == "perplexity":
                 under = [(row["bits_per_weight"], row["texts"][text]["perplexity"]) for row in best]

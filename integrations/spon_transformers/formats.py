@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,14 +20,15 @@ from spon_plugin.weights.row_weight import RowWeight
 from spon_transformers.gguf_writer import bytes_read, check_kind, write_gguf
 from spon_transformers.head import Int8Head, round_head
 from spon_transformers.loading import DTYPES, follow_machine, load_model
-from spon_transformers.quantize import Rounding, check_quantizer, quantize, widest_group
+from spon_transformers.quantize import Rounding, check_quantizer, quantize, round_values, widest_group
 
 FULL = "bf16"
 GGUF = "gguf:"
-ROUNDED = re.compile(r"int(?P<bits>8|4)(-g(?P<group>\d+))?(?P<asymmetric>-asym)?")
+ROUNDED = re.compile(r"int(?P<bits>8|4|3)(-g(?P<group>\d+))?(?P<asymmetric>-asym)?")
 """As `spon quantize` rounds, the head in int8. ``int8`` has a scale for each output, ``int4`` one for each output and
 group of 128 inputs, or of half of that and so on where 128 does not divide them; ``-g32`` says groups of 32, ``-asym``
-zero points."""
+zero points. ``int3`` is rounded as ``int4``, for comparison: nothing here runs it."""
+VALUES_ONLY = 3  # bits
 
 
 def rounding_of(name: str, model: Any = None) -> Rounding | None:
@@ -40,7 +42,7 @@ def rounding_of(name: str, model: Any = None) -> Rounding | None:
     if found is None:
         return None
     bits, group = int(found["bits"]), int(found["group"] or 0) or None
-    if group is None and bits == 4 and model is not None:
+    if group is None and bits < 8 and model is not None:
         group = widest_group(model)
     return Rounding(bits, group, symmetric=found["asymmetric"] is None)
 
@@ -56,13 +58,19 @@ def check_format(name: str) -> None:
     elif rounding_of(name) is not None:
         check_quantizer()
     elif name != FULL:
-        expected = f"{FULL}, int8, int4 (both with -g32 and -asym), or gguf: and a kind of llama.cpp's as gguf:Q4_K_M"
+        expected = (
+            f"{FULL}, int8, int4, int3 (each with -g32 and -asym), or gguf: and a kind of llama.cpp's as gguf:Q4_K_M"
+        )
         raise SponError.of("format", name, expected)
 
 
 def is_masked(name: str) -> bool:
-    """Whether linears in this format can skip rows: those in k-quants, which share blocks along the inputs, cannot."""
-    return not name.startswith(GGUF)
+    """Whether linears in this format can skip rows.
+
+    Those in k-quants, which share blocks along the inputs, cannot; and there is no kernel for three bits.
+    """
+    rounding = rounding_of(name)
+    return not name.startswith(GGUF) and (rounding is None or rounding.bits != VALUES_ONLY)
 
 
 def load_format(name: str, format: str, dtype: str = "auto", trust_remote_code: bool = False) -> Stored:
@@ -91,10 +99,17 @@ def load_format(name: str, format: str, dtype: str = "auto", trust_remote_code: 
             return Stored(dense.to(computing) if computing else follow_machine(dense), TokenBytes({}, size, weights))
     sites = find_sites(model)
     rounding = rounding_of(format, model)
-    if rounding is not None:
+    scales: dict[str, int] = {}
+    if rounding is not None and rounding.bits == VALUES_ONLY:
+        scales = round_values(model, rounding)
+    elif rounding is not None:
         quantize(model, rounding)
+    if rounding is not None:
         round_head(model, "int8")
     held = stored_bytes(model, sites)
+    if scales and rounding is not None:
+        codes = {path: -(-size * rounding.bits // 16) for path, size in held.codes.items()}  # of those in bfloat16
+        held = replace(held, codes=codes, rest=held.rest + sum(scales.values()))
     model = decoded(model)
     return Stored(model.to(computing) if computing else follow_machine(model), held)
 

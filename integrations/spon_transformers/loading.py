@@ -165,7 +165,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
     source = model_source(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.kwargs())
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            source.name, trust_remote_code=trust_remote_code, **source.kwargs()
+        )
         if source.gguf_file:
             begins = read_metadata(Path(source.name, source.gguf_file), "tokenizer.ggml.add_bos_token")
             if begins is not None and getattr(tokenizer, "add_bos_token", None) is not None:

@@ -28,7 +28,7 @@ class Rounding:
     """How weights are rounded.
 
     Attributes:
-        bits: 8 or 4.
+        bits: 8 or 4; others for `round_values` alone.
         group: inputs that share a scale; None for all inputs of an output.
         symmetric: whether the range is as wide below zero as above; otherwise there are zero points.
         head: whether the output head is rounded too. A tied one gets weights of its own.
@@ -89,6 +89,32 @@ def quantize(model: Any, rounding: Rounding, progress: Callable[[int, int], None
         if progress:
             progress(done + 1, len(linears))
     return list(linears)
+
+
+@torch.no_grad()
+def round_values(model: Any, rounding: Rounding) -> dict[str, int]:
+    """As `quantize`, but leave each linear as it is, with the values that its codes would stand for.
+
+    For formats of other bits than `BITS`, which are only measured.
+
+    Returns:
+        Path of each linear -> bytes that its scales and zero points would take.
+
+    Raises:
+        SponError: as `quantize`.
+    """
+    from compressed_tensors.quantization import fake_quantize
+
+    linears: dict[str, Any] = {path: model.get_submodule(path) for site in find_sites(model) for path in site.modules}
+    _check_fit(linears, rounding.group)
+    scheme = _scheme(rounding).weights
+    sizes = {}
+    for path, module in linears.items():
+        scale, zero = _least_error(module.weight, rounding, scheme)
+        module.weight.copy_(fake_quantize(module.weight, scale, zero, scheme))
+        zeros = 0 if rounding.symmetric else -(-scale.numel() * rounding.bits // 8)
+        sizes[path] = scale.numel() * scale.element_size() + zeros
+    return sizes
 
 
 def widest_group(model: nn.Module) -> int:
@@ -174,31 +200,34 @@ def _divisor(sizes: Iterable[int]) -> int:
 def _round(module: Any, rounding: Rounding) -> None:
     """Round one linear and pack it."""
     from compressed_tensors.compressors import compress_module
-    from compressed_tensors.quantization import (
-        QuantizationStatus,
-        fake_quantize,
-        initialize_module_for_quantization,
-    )
-    from compressed_tensors.quantization.utils import calculate_qparams
+    from compressed_tensors.quantization import QuantizationStatus, initialize_module_for_quantization
 
     scheme = _scheme(rounding)
     initialize_module_for_quantization(module, scheme)
-    weight = module.weight.detach()
-    groups = weight.unflatten(1, (-1, rounding.group or module.in_features))
+    scale, zero = _least_error(module.weight.detach(), rounding, scheme.weights)
+    module.weight_scale.data.copy_(scale)
+    if not rounding.symmetric:
+        module.weight_zero_point.data.copy_(zero)
+    module.quantization_status = QuantizationStatus.FROZEN
+    compress_module(module)
+
+
+def _least_error(weight: Tensor, rounding: Rounding, scheme: Any) -> tuple[Tensor, Tensor]:
+    """Scales in the dtype of the weight, and zero points, each ``[out_features, groups]``."""
+    from compressed_tensors.quantization import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    groups = weight.unflatten(1, (-1, rounding.group or weight.shape[1]))
     low, high = groups.amin(-1), groups.amax(-1)
     best = torch.full(low.shape, torch.inf, device=weight.device)
-    scale, zero = torch.zeros_like(module.weight_scale), None
+    scale = zero = torch.zeros_like(low)
     for share in RANGES:
-        tried, tried_zero = calculate_qparams(share * low, share * high, scheme.weights)
-        tried = tried.to(scale.dtype)
-        error = (fake_quantize(weight, tried, tried_zero, scheme.weights) - weight).float()
+        tried, tried_zero = calculate_qparams(share * low, share * high, scheme)
+        tried = tried.to(weight.dtype)
+        error = (fake_quantize(weight, tried, tried_zero, scheme) - weight).float()
         error = error.unflatten(1, groups.shape[1:]).square().sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, tried, scale)
-        zero = tried_zero if zero is None else torch.where(better, tried_zero, zero)
-    module.weight_scale.data.copy_(scale)
-    if not rounding.symmetric and zero is not None:
-        module.weight_zero_point.data.copy_(zero)
-    module.quantization_status = QuantizationStatus.FROZEN
-    compress_module(module)
+        zero = torch.where(better, tried_zero, zero.to(tried_zero.dtype))
+    return scale, zero

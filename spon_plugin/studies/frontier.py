@@ -47,15 +47,26 @@ class Key:
         format: of the weights.
         sparsity: the target; 0 for the dense model.
         alpha: ``off`` or ``on``.
+        adapter: name of the adapter that was given for it; empty where the study makes its own.
+        digest: of that adapter.
     """
 
     format: str
     sparsity: float = 0.0
     alpha: str = OFF
+    adapter: str = ""
+    digest: str = ""
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the study makes an adapter for it."""
+        return bool(self.sparsity) and not self.adapter
 
     @property
     def name(self) -> str:
         """Of the row's file."""
+        if self.adapter:
+            return f"{self.format}-{self.adapter}-{self.digest[:8]}"
         return f"{self.format}-{100 * self.sparsity:g}-{self.alpha}"
 
 
@@ -64,6 +75,7 @@ def keys(
     sparsities: Sequence[float],
     alphas: Sequence[str],
     is_masked: Callable[[str], bool],
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> list[Key]:
     """Every row, in the order in which they are measured: one format after another.
 
@@ -72,6 +84,7 @@ def keys(
         sparsities: shares, 0 among them for the dense model.
         alphas: ``off``, ``on`` or both; the dense model has none.
         is_masked: whether weights in a format can skip rows; those that cannot have a dense row alone.
+        adapters: name -> an adapter that was made before, to be measured in every format, too.
 
     Raises:
         SponError: a list is empty, a sparsity lies outside [0, 1), or there is no such alpha.
@@ -89,6 +102,9 @@ def keys(
                 found.append(Key(name))
             else:
                 found += [Key(name, sparsity, alpha) for alpha in alphas]
+        for given, adapter in (adapters or {}).items() if is_masked(name) else ():
+            alpha = ON if adapter.has_alpha else OFF
+            found.append(Key(name, adapter.fields.sparsity, alpha, given, adapter.digest))
     return list(dict.fromkeys(found))
 
 
@@ -103,6 +119,7 @@ class Frontier:
         calibration: token ids ``[count, length]``.
         training: token ids ``[count, length]`` to train alphas on.
         directory: where adapters are kept.
+        adapters: name -> an adapter that was given; those of the keys.
         passages: whose last words are to be guessed.
         method: name of a sparsifier with thresholds.
         recipe: the schedule of the alphas.
@@ -118,6 +135,7 @@ class Frontier:
     calibration: Tensor
     training: Tensor
     directory: Path
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
     passages: Sequence[Passage] = ()
     method: str = "teal"
     recipe: Recipe = QUICK
@@ -138,7 +156,7 @@ class Frontier:
             SponError: there is less text than the recipe takes.
         """
         least = max(self.recipe.batch_size, self.recipe.windows)
-        if any(key.alpha == ON for key in wanted) and len(self.training) < least:
+        if any(key.alpha == ON and not key.adapter for key in wanted) and len(self.training) < least:
             remedy = "Use more text, or fewer windows, but not fewer than a step's."
             raise SponError.of("training windows", len(self.training), f"at least {least}", remedy)
         missing = [key for key in wanted if not store.has(key.name)]
@@ -156,7 +174,7 @@ class Frontier:
             stage=self.stage,
         )  # fmt: skip
         self._references = {name: bench.reference(name) for name in self.tests}
-        for sparsity, alpha in dict.fromkeys((key.sparsity, key.alpha) for key in missing if key.sparsity):
+        for sparsity, alpha in dict.fromkeys((key.sparsity, key.alpha) for key in missing if key.is_made):
             if not self._adapter_directory(sparsity, alpha).is_dir():
                 write_adapter(self._made(bench, sparsity, alpha), self._adapter_directory(sparsity, alpha))
 
@@ -177,6 +195,11 @@ class Frontier:
         adapter.fields.calibration |= {**made, "seconds": round(time.perf_counter() - start, 1)}
         return adapter
 
+    def _adapter(self, key: Key) -> Adapter | None:
+        if key.adapter:
+            return self.adapters[key.adapter]
+        return read_adapter(self._adapter_directory(key.sparsity, key.alpha)) if key.sparsity else None
+
     def _adapter_directory(self, sparsity: float, alpha: str) -> Path:
         return self.directory / f"adapter-{100 * sparsity:g}-{alpha}"
 
@@ -190,11 +213,11 @@ class Frontier:
     def _measure(self, key: Key) -> dict[str, Any]:
         stored = self._stored(key.format)
         start = time.perf_counter()
-        adapter = None if not key.sparsity else read_adapter(self._adapter_directory(key.sparsity, key.alpha))
+        adapter = self._adapter(key)
         masks = {} if adapter is None else adapter.masks
-        method = None if adapter is None else MaskedLinears.of(stored.model, masks)
+        method = None if adapter is None else MaskedLinears.of(stored.model, masks, adapter.fields.dense_prefix)
         added = {} if method is None else {"alphas": method.alphas}
-        label = f"{key.format} {key.sparsity:.0%}, alpha {key.alpha}"
+        label = f"{key.format} {key.sparsity:.0%}, {key.adapter or 'alpha ' + key.alpha}"
         texts: dict[str, Measurement] = {}
         for name, windows in self.tests.items():
             given: dict[str, Any] = {
@@ -209,6 +232,7 @@ class Frontier:
             "format": key.format,
             "sparsity": key.sparsity,
             "alpha": key.alpha,
+            "adapter": key.adapter,
             "bits_per_weight": stored.bytes.bits(read),
             "bytes_per_token": read,
             "bytes_dense": stored.bytes.read(),
@@ -217,7 +241,7 @@ class Frontier:
         if self.passages:
             row["last_word"] = self._last_words(stored.model, method, label).figures()
         seconds = {"evaluation": time.perf_counter() - start}
-        if adapter is not None:
+        if adapter is not None and key.is_made:
             seconds["adapter"] = adapter.fields.calibration["seconds"]
         return {**row, "seconds": seconds}
 

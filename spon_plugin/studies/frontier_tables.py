@@ -29,8 +29,9 @@ FRONTIER_NOTES = (
     "`bits a weight`: what a generated token reads, in bits for each weight that it multiplies by: codes of rows that "
     "are not skipped, scales, output head, norms, thresholds and biases; embeddings only where they are the head. "
     "Formats: bf16; int8 with a scale for each output, int4 with one for each output and group of inputs, rounded as "
-    "`spon quantize` does, their head in int8; gguf: by llama.cpp's quantizer without an importance matrix. Masks and "
-    "alphas are made on bf16. `hull`: no row, and no mix of two, is better for as many bytes."
+    "`spon quantize` does, their head in int8; int3 likewise, for comparison, as nothing here runs it; gguf: by "
+    "llama.cpp's quantizer without an importance matrix. Masks and alphas are made on bf16; a name after the sparsity "
+    "is an adapter's that was given. `hull`: no row, and no mix of two, is better for as many bytes."
 )
 
 
@@ -38,6 +39,8 @@ def label(row: Row) -> str:
     """A row in a few words."""
     if not row["sparsity"]:
         return f"{row['format']}"
+    if row.get("adapter"):
+        return f"{row['format']} {row['sparsity']:.0%}, {row['adapter']}"
     return f"{row['format']} {row['sparsity']:.0%}" + (" + alpha" if row["alpha"] != OFF else "")
 
 
@@ -93,6 +96,7 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
                         name: row[name]
                         for name in ("format", "sparsity", "alpha", "bits_per_weight", "bytes_per_token")
                     },
+                    "adapter": row.get("adapter", ""),
                     "text": text,
                     **flat_record(result),
                     "masked": result.get("masked"),

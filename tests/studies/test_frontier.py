@@ -94,6 +94,23 @@ def test_a_row_is_the_formats_model_under_the_adapter_of_the_full_one(whole):
     assert "saved" in row["texts"]["a.txt"] and "adapter" in row["seconds"]
 
 
+def test_an_adapter_that_was_given_is_measured_in_every_format_that_skips_rows(whole, tmp_path):
+    directory, rows = whole
+    given = {"mine": read_adapter(directory / "adapter-50-on")}
+    wanted = keys(["full", "half", "blocks"], [0], ["on"], lambda name: name != "blocks", given)
+    assert [key.format for key in wanted if key.adapter] == ["full", "half"]
+    measured = study(tmp_path, adapters=given, training=WINDOWS[:0]).run(wanted, RowStore(tmp_path, {}))
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "rows"}  # none was made
+    for row in [row for row in measured if row["adapter"]]:
+        own = next(r for r in rows if (r["format"], r["sparsity"], r["alpha"]) == (row["format"], 0.5, "on"))
+        assert row["texts"] == own["texts"] and row["bytes_per_token"] == own["bytes_per_token"]
+        assert label(row) == f"{row['format']} 50%, mine" and (row["sparsity"], row["alpha"]) == (0.5, "on")
+    assert [record["adapter"] for record in records(measured)].count("mine") == 2
+    other = {"mine": read_adapter(directory / "adapter-50-off")}
+    again = keys(["full"], [0], ["on"], lambda _name: True, other)
+    assert not {key.name for key in again if key.adapter} & {key.name for key in wanted}
+
+
 def test_thresholds_meet_the_target_in_the_sparse_model(whole):
     directory, _ = whole
     for alpha in ("off", "on"):

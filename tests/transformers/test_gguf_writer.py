@@ -117,8 +117,9 @@ def test_formats_are_known_by_name():
     for name in ("bf16", "int8", "int4", "int4-g32", "int4-g32-asym"):
         check_format(name)
         assert is_masked(name)
-    assert not is_masked("gguf:Q2_K")
-    with pytest.raises(SponError, match="format: got 'fp3', expected bf16, int8, int4 .*, or gguf:"):
+    check_format("int3-g32-asym")
+    assert not is_masked("gguf:Q2_K") and not is_masked("int3-g32-asym")
+    with pytest.raises(SponError, match="format: got 'fp3', expected bf16, int8, int4, int3 .*, or gguf:"):
         check_format("fp3")
     assert rounding_of("int8") == Rounding(8, None) and rounding_of("bf16") is None
     assert (
@@ -155,3 +156,19 @@ def test_a_rounded_model_has_the_values_of_spon_quantize(tmp_path, format, optio
     assert 0 < (head - full).abs().max() < full.abs().max() / 127
     assert type(stored.model.lm_head) is torch.nn.Linear and stored.model.dtype == torch.float32
     assert load_format(str(tmp_path / "m"), format, "bfloat16").model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("format", ["int3", "int3-g32-asym"])
+def test_three_bits_are_values_of_eight_levels_a_group(tmp_path, format):
+    model = make("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "m")
+    stored = load_format(str(tmp_path / "m"), format)
+    group = 32 if "g32" in format else 64
+    for path, size in stored.bytes.codes.items():
+        values, full = stored.model.get_submodule(path).weight, model.get_submodule(path).weight
+        groups = values.unflatten(1, (-1, group)).flatten(0, 1)
+        assert all(len(row.unique()) <= 8 for row in groups)
+        assert size == full.numel() * 3 // 8 and 0 < (values - full).abs().mean() < 0.3 * full.abs().mean()
+    dense = load_format(str(tmp_path / "m"), "int4-g32-asym" if "g32" in format else "int4").bytes
+    scales = sum(stored.bytes.codes.values()) // 24 if "asym" in format else 0  # a bit less of each zero point
+    assert stored.bytes.weights == dense.weights and stored.bytes.rest < dense.rest + (not scales)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,12 @@ from spon_cli.duration import READ, announce, announce_time, calibration_passes,
 from spon_cli.output import note, show_json, show_table
 from spon_cli.progress import row_bars
 from spon_cli.study_plots import plot_frontier
+from spon_plugin import SponError, read_adapter
+from spon_plugin.adapter.adapter import Adapter
+from spon_plugin.adapter.base import base_digest
 from spon_plugin.calibration.sensitivity import MATCH_TOKENS
 from spon_plugin.calibration.text import windows_digest
+from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.sparsifiers.registry import adapter_sparsifier
 from spon_plugin.studies.comparison import ON
 from spon_plugin.studies.frontier import QUICK, Frontier, Key, keys
@@ -50,11 +54,15 @@ class FrontierOptions(options.StudyOptions, options.LastWordOptions):
         str,
         typer.Option(
             help="Comma-separated: bf16, int8, int4 (int4-g32, int4-g32-asym: groups of 32, zero points), "
-            "and gguf: with a kind of llama.cpp's."
+            "int3 (likewise, dense alone), and gguf: with a kind of llama.cpp's."
         ),
     ] = "bf16,int8,int4,gguf:Q4_K_M,gguf:Q3_K_M,gguf:Q2_K"
     sparsity: Annotated[str, typer.Option(help="Comma-separated shares; 0 is the dense model.")] = "0,0.25,0.4,0.5,0.6"
     alpha: Annotated[str, typer.Option(help="Comma-separated: off, on.")] = "off,on"
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="An adapter of this model, to be measured in every format as well; may repeat."),
+    ] = None
     method: Annotated[str, typer.Option(help="What makes the masks, as for spon calibrate.")] = "teal"
     preset: Annotated[
         str | None,
@@ -72,13 +80,24 @@ class FrontierOptions(options.StudyOptions, options.LastWordOptions):
     ] = None
     window: Annotated[int, typer.Option(help="Tokens per window to evaluate on."), Between(2, options.MANY)] = 256
 
-    def keys(self) -> list[Key]:
+    def adapters(self) -> dict[str, Adapter]:
+        """Those that were given, by the names of their directories."""
+        found: dict[str, Adapter] = {}
+        for directory in self.adapter or ():
+            name = directory.resolve().name
+            if name in found:
+                raise SponError.of("adapter", f"two called {name}", "directories of different names")
+            found[name] = read_adapter(directory)
+            found[name].check_masks_alone("spon frontier")
+        return found
+
+    def keys(self, adapters: Mapping[str, Adapter]) -> list[Key]:
         """The rows that the user asked for, formats checked."""
         formats = options.split_names(self.formats) or []
         for name in formats:
             check_format(name)
         shares, alphas = options.split_numbers("sparsity", self.sparsity), options.split_names(self.alpha) or []
-        return keys(formats, shares, alphas, is_masked)
+        return keys(formats, shares, alphas, is_masked, adapters)
 
     def recipe(self) -> Recipe:
         """The schedule of the alphas."""
@@ -92,8 +111,8 @@ def frontier_command(given: FrontierOptions) -> None:
 
     Weights in every format are scored with every share of their inputs skipped, with alphas and without; those of
     llama.cpp (gguf:) dense, as what would be used instead. Everything is compared with the model in bfloat16. Masks and
-    alphas are made on that model, once for each sparsity. gguf: needs llama-cpp-python and a model of the kind of Llama
-    or Qwen2.
+    alphas are made on that model, once for each sparsity, and run on all formats; adapters that you have already may be
+    given instead. gguf: needs llama-cpp-python and a model of the kind of Llama, Qwen2 or Gemma 3.
 
     Each row is kept in OUTPUT as soon as it is measured; the same command goes on where it stopped, and formats or
     sparsities may be added. Without --text and --test, four fifths of Python's language reference are trained on and
@@ -102,13 +121,18 @@ def frontier_command(given: FrontierOptions) -> None:
     [dim]spon frontier ./model -o frontier --text wiki.txt --test wiki.test.txt --lambada lambada.jsonl[/dim]
 
     [dim]spon frontier ./model -o frontier --formats bf16,int4,gguf:Q3_K_M --sparsity 0,0.4 --windows 300[/dim]
+
+    [dim]spon frontier ./model -o frontier --formats bf16,int4,int3 --sparsity 0 --adapter spon40 --adapter spon50[/dim]
     """
-    wanted, recipe = given.keys(), given.recipe()
+    adapters, recipe = given.adapters(), given.recipe()
+    wanted = given.keys(adapters)
     adapter_sparsifier(given.method)
     given.check(recipe)
     announce(f"This measures {len(wanted)} rows, less those that {given.output} has")
     sources, tests, last_words = given.sources("train"), given.tests(), given.last_word_texts()
     loaded = given.load()
+    for adapter in adapters.values():
+        adapter.check_base(linear_inputs(loaded.model), given.model, base_digest(loaded.model))
     calibration = loaded.mixed_windows(sources, recipe.window, given.calibration_tokens // recipe.window, given.seed)
     training = loaded.mixed_windows(sources, recipe.window, recipe.windows, given.seed)
     evaluated = given.test_windows(loaded, tests)
@@ -123,7 +147,8 @@ def frontier_command(given: FrontierOptions) -> None:
     study = Frontier(
         load=partial(load_format, given.model, dtype=given.dtype, trust_remote_code=given.trust_remote_code),
         full=FULL, tests=evaluated,
-        calibration=calibration, training=training, directory=given.output, passages=loaded.encoded(last_words),
+        calibration=calibration, training=training, directory=given.output, adapters=adapters,
+        passages=loaded.encoded(last_words),
         method=given.method, recipe=recipe, protocol=given.protocol, seed=given.seed,
     )  # fmt: skip
     store = RowStore(given.output, settings)
@@ -145,7 +170,7 @@ def frontier_command(given: FrontierOptions) -> None:
 
 def _passes(new: Sequence[Key], given: FrontierOptions, recipe: Recipe, read: int) -> int:
     """Passes of tokens through the model that these rows take, each of which is evaluated on `read` tokens."""
-    made = {(key.sparsity, key.alpha) for key in new if key.sparsity}
+    made = {(key.sparsity, key.alpha) for key in new if key.is_made}
     trained = sum(alpha == ON for _, alpha in made)
     matching = _MATCHES * (len(made) + trained) * min(MATCH_TOKENS, given.calibration_tokens)
     calibrating = calibration_passes(given.method, given.calibration_tokens) if made else 0
