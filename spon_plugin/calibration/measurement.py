@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.streaming import SINKS, Observe, counted_rows, stream_inputs, window_batches
+from spon_plugin.decoder.head import run_backbone
 from spon_plugin.decoder.masked_linears import sparse_inputs
 from spon_plugin.decoder.positions import whole_windows
 from spon_plugin.decoder.sites import Site, module_weights
@@ -42,8 +43,9 @@ def measure_sparsity(
     counter = SparsityCounter()
     with sparse_inputs(model, masks, dense_prefix, counter), whole_windows():
         device = next(model.parameters()).device
+        masked = [model.get_submodule(path) for path in masks]
         for _, batch in window_batches(windows, batch_size):
-            model(input_ids=batch.to(device))
+            run_backbone(model, batch.to(device), masked)
     return counter.overall(module_weights(sites)), counter.per_module()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.decoder.head import run_backbone
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 
@@ -83,9 +84,10 @@ def stream_inputs(
         handles.append(model.get_submodule(path).register_forward_hook(on_output(observe)))
     try:
         device = next(model.parameters()).device
+        seen = [model.get_submodule(path) for path in (*observers, *(outputs or {}))]
         for done, batch in window_batches(windows, batch_size):
             shape = batch.shape
-            model(input_ids=batch.to(device))
+            run_backbone(model, batch.to(device), seen)
             progress(done, len(windows))
     finally:
         for handle in handles:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -43,6 +44,26 @@ def backbone_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
     """Hidden states ``[batch, sequence, hidden]`` of a causal language model's backbone."""
     hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
     return hidden
+
+
+def run_backbone(model: Any, ids: Tensor, seen: Iterable[nn.Module] = ()) -> None:
+    """Run a model for what hooks see of it, without its output head where that is apart.
+
+    The head is most of the arithmetic where the vocabulary is large and the model small (Gemma 3 of 270M: 0.34 of 0.54
+    GFLOP a token), and its logits most of the memory.
+
+    Args:
+        model: a causal language model of transformers, or any module that maps ``input_ids=``.
+        ids: token ids ``[batch, length]``, on the model's device.
+        seen: modules with hooks, all of which are run.
+    """
+    backbone = getattr(model, "base_model", None)
+    if isinstance(backbone, nn.Module) and backbone is not model and hasattr(model, "get_output_embeddings"):
+        inside = {id(module) for module in backbone.modules()}
+        if all(id(module) in inside for module in seen):
+            backbone(input_ids=ids, use_cache=False)
+            return
+    model(input_ids=ids)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spon_plugin.calibration.sensitivity import MATCH_TOKENS, matching_factor
 from spon_plugin.calibration.streaming import window_batches
+from spon_plugin.decoder.head import run_backbone
 from spon_plugin.decoder.positions import whole_windows
 from spon_plugin.decoder.sparsity import SparsityCounter
 
@@ -58,7 +59,7 @@ def match_method(
         counter, scaled = SparsityCounter(), method.with_factor(logarithm)
         with scaled.attach(model, alphas, counter), whole_windows():
             for _, batch in window_batches(windows, batch_size):
-                model(input_ids=batch.to(device))
+                run_backbone(model, batch.to(device))
         return float(scaled.masked_share(counter))
 
     matched: Method = method.with_factor(matching_factor(achieved, sparsity))
