@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A merged model's output head in int8: dense, through the kernels of the sparse layers.
 
-The file keeps the head in floating point, tied or not, and says ``head: int8``; a head is rounded once it is loaded.
-Hosts that do not read the field run the head as the file has it.
+The file keeps the head in floating point, tied or not, and says ``head: int8``; a head is rounded once it is loaded,
+here and by `spon_vllm.head`. Hosts that do not read the field run the head as the file has it.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from spon_plugin.kernels.triton.launch import LEAST_CAPABILITY
 from spon_plugin.machine import DTYPES
 from spon_vllm import hosts
 from spon_vllm.checks import check_centers, check_fit, check_shards
+from spon_vllm.head import method_for
 from spon_vllm.linear import SponLinearMethod
 from spon_vllm.report import Coverage
 from spon_vllm.settings import Settings, resolve
@@ -169,9 +170,10 @@ class SponConfig(QuantizationConfig):
             if not isinstance(inner, UnquantizedEmbeddingMethod | None):
                 raise SponError.of("modules_to_save", prefix, f"none, as the base has it in {type(inner).__name__}")
             self.coverage.trained.add(prefix)
-            return TrainedEmbeddingMethod(self.trained[prefix])
+            inner = TrainedEmbeddingMethod(self.trained[prefix])
         if not isinstance(layer, LinearBase):
-            return inner
+            rounds = self.settings is not None and self.settings.head is not None
+            return method_for(layer, inner, self.coverage) if rounds else inner
         parent, _, leaf = prefix.rpartition(".")
         shards = list(self.packed_modules_mapping.get(leaf, [leaf]))
         paths = [f"{parent}.{shard}" if parent else shard for shard in shards]

@@ -123,14 +123,18 @@ def linear_rows(
         metrics.COUNTERS.count_dense(x, threshold)
         if host is not None and hosts.takes(host, x.shape[:-1].numel()):
             return hosts.dense(host, x, dense_bias)
-        nothing = _NOTHING if x.is_cpu else threshold.new_zeros(1)
-        return sparse_linear(x, weight, nothing, dense_bias, exact=exact)
+        return sparse_linear(x, weight, nothing(x), dense_bias, exact=exact)
     x = _masked_input(x, threshold, center)
     tokens = x.shape[:-1].numel()
     if host is not None and tokens > 1 and not shard_sizes and choose(Problem(x, weight)).name == DECODED:
         return (hosts.dense(host, sparsify(x, threshold), None).float() + sparse_bias).to(x.dtype)
     sizes = shard_sizes or [weight.out_features]
     return sparse_linear(x, weight, threshold, sparse_bias, shard_sizes=sizes, exact=exact)
+
+
+def nothing(x: Tensor) -> Tensor:
+    """A threshold for `x` that masks nothing, as dense steps run on our kernels."""
+    return _NOTHING if x.is_cpu else x.new_zeros(1, dtype=torch.float32)
 
 
 def _masked_input(x: Tensor, threshold: Tensor, center: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -53,6 +54,7 @@ class Coverage:
         trained: the embedding and output head that take their weights from the adapter.
         held: (`ROWS` or `BESIDE`, format, kernel) -> how many layers hold a quantized weight so, and the bytes that our
             kernels read.
+        heads: the output heads that are rounded to int8 once they are loaded.
         fallback: the base's own method that cannot run here, and why; empty for none.
     """
 
@@ -64,6 +66,7 @@ class Coverage:
     thresholds: list[Tensor] = field(default_factory=list)
     trained: set[str] = field(default_factory=set)
     held: dict[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)
+    heads: list[weakref.ref[Any]] = field(default_factory=list)
     fallback: str = ""
 
     def add(self, modules: Iterable[str]) -> None:
@@ -148,10 +151,25 @@ class Coverage:
         if mode == "decode":
             served = steps.served_limit(_most(settings))
             mode += f" (sparse in decoding steps of up to {served} token{'s' * (served != 1)}, dense else)"
+        extra = self.extra_bytes + sum(size for size, _, tied in self._head_bytes() if tied)
         return (
             f"SPON: adapter {source}, digest {settings.digest[:12]}, target sparsity {settings.sparsity:.0%}, "
             f"{len(self.modules)} linears in {self.made} layers, tokens: {mode}, "
-            f"extra memory {self.extra_bytes / 2**20:.2f} MiB per worker{self._weights()}"
+            f"extra memory {extra / 2**20:.2f} MiB per worker{self._weights()}{self._head()}"
+        )
+
+    def _head_bytes(self) -> list[tuple[int, int, bool]]:
+        """Of each rounded head: bytes in int8, in its own precision, and whether it is tied."""
+        heads = [head for head in (reference() for reference in self.heads) if head is not None]
+        shapes = [(head.num_embeddings_per_partition, head.embedding_dim, head) for head in heads]
+        return [(n * (d + 4), n * d * head.params_dtype.itemsize, head.quant_method.tied) for n, d, head in shapes]
+
+    def _head(self) -> str:
+        """How the output head is held; one that the host has taken out of the model is not there."""
+        return "".join(
+            f", output head in int8 ({size / 2**20:.1f} MiB, {'beside the embedding of' if tied else 'instead of'} "
+            f"{own / 2**20:.1f})"
+            for size, own, tied in self._head_bytes()
         )
 
     def _weights(self) -> str:

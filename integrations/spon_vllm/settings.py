@@ -20,6 +20,7 @@ from spon_plugin.adapter.merged import (
     DIGEST,
     FIELD,
     HEAD,
+    HEADS,
     MASK_FIELDS,
     QUANT_METHOD,
     Announced,
@@ -34,10 +35,13 @@ TOKEN_MODE_VARIABLE = "SPON_TOKEN_MODE"
 MAX_SPARSE_TOKENS_VARIABLE = "SPON_MAX_SPARSE_TOKENS"
 WEIGHTS_VARIABLE = "SPON_WEIGHTS"
 EXACT_VARIABLE = "SPON_EXACT"
+HEAD_VARIABLE = "SPON_HEAD"
 
 DEFAULT_TOKEN_MODE = "decode"
 AUTO, ROWS, BESIDE = "auto", "rows", "beside"
 """How a quantized weight is held: see `Settings.weights`."""
+FLOAT_HEAD = "none"
+"""The output head as the base has it, as `spon merge --head` calls it."""
 EVERY_STEP, NO_STEP, MEASURED = -1, 0, -2
 """Limits that are no number of tokens: every step is sparse, as in mode ``all``; none is; `steps.measured` says it."""
 
@@ -91,6 +95,8 @@ class Settings:
             beside the base's own method, which then runs large and dense steps; ``auto``, beside where the base's own
             method can run here.
         exact: whether four-bit weights are multiplied by inputs as they are; see `spon_plugin.kernels.sparse_linear`.
+        head: what a floating-point output head is rounded to, one of `HEADS`; None for none. Where nobody says it, a
+            merged checkpoint's own word counts, and with an adapter ``int8`` on a quantized base.
     """
 
     adapter: str | None = None
@@ -105,6 +111,7 @@ class Settings:
     base_quantization: Mapping[str, Any] | None = None
     weights: str = AUTO
     exact: bool = False
+    head: str | None = None
 
     @property
     def merged(self) -> bool:
@@ -130,6 +137,7 @@ class Settings:
             DIGEST: self.digest,
             "token_mode": self.token_mode,
             "max_sparse_tokens": AUTO if self.measures else self.max_sparse_tokens,
+            HEAD: self.head or FLOAT_HEAD,
         }
         if self.adapter is not None:
             config["adapter"] = self.adapter
@@ -155,8 +163,13 @@ def resolve(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -
             checkpoint for what it does not hold.
     """
     given, base, merged = _split(given, stored)
+    own_head = (stored or {}).get(HEAD) if merged is not None else HEADS[0] if base is not None else None
     settings = Settings(
-        token_mode=_token_mode(given), base_quantization=base, weights=_weights(given), exact=_exact(given)
+        token_mode=_token_mode(given),
+        base_quantization=base,
+        weights=_weights(given),
+        exact=_exact(given),
+        head=_head(given, own_head),
     )
     limit, measures = _max_sparse_tokens(given)
     settings = replace(settings, measures=measures)
@@ -205,6 +218,9 @@ def _split(
         base = stored.get(BASE_QUANTIZATION)
     # An override on a merged checkpoint takes the place of the whole object, masks and all: bring them back.
     fields = {**{key: stored[key] for key in (*MASK_FIELDS, DIGEST) if key in stored}, **given}
+    fields.pop(HEAD, None)  # `_head` reads it
+    if given.get(HEAD) == stored.get(HEAD):  # the checkpoint's own word
+        given.pop(HEAD, None)
     merged = fields if "thresholds" in fields else None
     unknown = sorted(key for key in given if key not in _KNOWN and key not in MASK_FIELDS)
     if unknown:
@@ -239,6 +255,14 @@ def _exact(given: Mapping[str, Any]) -> bool:
     if not isinstance(exact, bool):
         raise SponError.of("exact", exact, f"true or false, or {EXACT_VARIABLE} 0 or 1")
     return exact
+
+
+def _head(given: Mapping[str, Any], own: Any) -> str | None:
+    """What the head is rounded to: as asked for, or else `own`, which is the checkpoint's word or the default."""
+    asked = given.get(HEAD) or os.environ.get(HEAD_VARIABLE) or own
+    if asked not in (None, FLOAT_HEAD, *HEADS):
+        raise SponError.of(HEAD, asked, "one of " + ", ".join((FLOAT_HEAD, *HEADS)))
+    return None if asked == FLOAT_HEAD else asked
 
 
 def _max_sparse_tokens(given: Mapping[str, Any]) -> tuple[int | None, bool]:

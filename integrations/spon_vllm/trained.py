@@ -75,8 +75,12 @@ class TrainedEmbeddingMethod(UnquantizedEmbeddingMethod):
         self.tensors = dict(tensors)
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        """`put`, and make the layer ready."""
+        self.put(layer)
+        super().process_weights_after_loading(layer)
+
+    def put(self, layer: Any) -> None:
         """Put the adapter's weights, this rank's part of them, in the place of the checkpoint's."""
         for name, tensor in self.tensors.items():
             parameter = getattr(layer, name)
             parameter.weight_loader(parameter, tensor)
-        super().process_weights_after_loading(layer)

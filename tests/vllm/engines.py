@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_byte_tokenizer
 
 from spon_plugin import Adapter, SponFields, find_sites, write_adapter
+from spon_plugin.weights.int8 import round_to_int8
 
 # A name below vllm: this folder alone would pass for a package called so.
 pytest.importorskip(
@@ -204,6 +205,14 @@ def dense_model(base: Path):
 def peft_model(base: Path, adapter: Path):
     """The adapter on its base in PEFT, float32."""
     return PeftModel.from_pretrained(dense_model(base), str(adapter)).eval()
+
+
+def with_int8_head(model):
+    """`model` of transformers or PEFT with its output head rounded as a server rounds it, embeddings as they were."""
+    head = model.get_output_embeddings()
+    rounded = round_to_int8(head.weight.detach()).dense().t().contiguous()
+    head.weight = torch.nn.Parameter(rounded.to(head.weight.dtype), requires_grad=False)
+    return model
 
 
 def merge(base: Path, adapter: Path, path: Path) -> Path:

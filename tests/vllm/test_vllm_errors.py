@@ -139,6 +139,7 @@ def test_layer_that_is_not_linear(llama, tmp_path):
         pytest.param({"max_sparse_tokens": "many"}, "max_sparse_tokens: got 'many'", id="words"),
         pytest.param({"weights": "columns"}, "weights: got 'columns'.*auto, rows, beside", id="weights"),
         pytest.param({"exact": "yes"}, "exact: got 'yes'.*true or false", id="exact"),
+        pytest.param({"head": "int3"}, "head: got 'int3'.*none, int8", id="head"),
         pytest.param({"tau": 1}, "tau.*fields among", id="unknown field"),
     ],
 )
@@ -193,9 +194,9 @@ def test_the_compile_cache_tells_adapters_and_modes_apart(llama, tmp_path):
     other = make_adapter(tmp_path / "other", make_model(tmp_path / "base"), base, alpha=0.5)
     assert other.digest != llama[2].digest
     sources = [override(adapter), override(tmp_path / "other"), override(adapter, token_mode="all")]
-    sources.append(override(adapter, max_sparse_tokens=3))
+    sources += [override(adapter, max_sparse_tokens=3), override(adapter, head="int8")]
     hashes = {configure(base, **source).compute_hash() for source in sources}
-    assert len(hashes) == 4 and configure(base, **override(adapter)).compute_hash() in hashes
+    assert len(hashes) == 5 and configure(base, **override(adapter)).compute_hash() in hashes
 
 
 def test_register_never_raises(monkeypatch, caplog):

@@ -90,7 +90,8 @@ def test_lm_eval_runs_an_adapter_on_a_quantized_base_in_vllm(tmp_path, task):
     save_quantized(task, base)
     transformers.AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(base)
     vllm = f"pretrained={base},quantization=spon,{OPTIONS}"
-    served = logprobs(tmp_path, "vllm", *VLLM, vllm, SPON_ADAPTER=str(tmp_path / "adapter"), SPON_TOKEN_MODE="all")
+    own = {"SPON_ADAPTER": str(tmp_path / "adapter"), "SPON_TOKEN_MODE": "all", "SPON_HEAD": "none"}  # as ours has it
+    served = logprobs(tmp_path, "vllm", *VLLM, vllm, **own)
     ours = ("--model", "spon-hf", "--device", "cpu", "--model_args")
     expected = logprobs(tmp_path, "ours", *ours, f"pretrained={base},spon={tmp_path / 'adapter'},dtype=float32")
     dense = logprobs(tmp_path, "dense", *HF, f"pretrained={base},dtype=float32")

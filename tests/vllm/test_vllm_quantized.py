@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines of vLLM's on a checkpoint that `spon quantize` wrote: the adapter, merged into it, and on two workers."""
+"""Engines of vLLM's on a checkpoint that `spon quantize` wrote: the adapter, merged into it, and on two workers.
+
+All of them have their output head in int8, as is the default there.
+"""
 
 import pytest
 import torch
-from engines import engine, forced, generate, make_adapter, make_model, merge, override, peft_model
+from engines import engine, forced, generate, make_adapter, make_model, merge, override, peft_model, with_int8_head
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spon_vllm.settings import ROWS
@@ -34,7 +37,9 @@ def served(bases):
     first, second, adapter = bases
     with engine(first, **override(adapter, token_mode="all", weights=ROWS)) as llm:
         before = generate(llm)
-        ways = llm.apply_model(lambda m: [p.quant_method.weights for p in m.modules() if hasattr(p, "spon_codes")])[0]
+        ways = llm.apply_model(lambda m: [p.quant_method.weights for p in m.modules() if hasattr(p, "spon_threshold")])[
+            0
+        ]
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(second)})
         after = generate(llm)
     return before, after, ways
@@ -45,7 +50,7 @@ def test_engine_says_what_peft_says_before_and_after_a_reload(bases, served):
     before, after, ways = served
     assert ways == [ROWS] * 8
     for base, (tokens, logprobs) in ((first, before), (second, after)):
-        reference = peft_model(base, adapter)
+        reference = with_int8_head(peft_model(base, adapter))
         assert (logprobs - forced(reference, tokens)).abs().mean() <= 0.001
     dense = AutoModelForCausalLM.from_pretrained(first, dtype=torch.float32).eval()
     assert (before[1] - forced(dense, before[0])).abs().mean() > 0.05
@@ -54,7 +59,7 @@ def test_engine_says_what_peft_says_before_and_after_a_reload(bases, served):
 def test_merged_into_the_quantized_base(bases, served, tmp_path):
     first, _, adapter = bases
     merged = merge(first, adapter, tmp_path / "merged")
-    settings = {"quantization_config": {"quant_method": "spon", "token_mode": "all", "weights": ROWS}}
+    settings = {"quantization_config": {"quant_method": "spon", "token_mode": "all", "weights": ROWS, "head": "int8"}}
     with engine(merged, hf_overrides=settings) as llm:
         tokens, logprobs = generate(llm)
     assert torch.equal(tokens, served[0][0])

@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 import torch
-from engines import dense_model, forced, make_adapter, peft_model
+from engines import dense_model, forced, make_adapter, peft_model, with_int8_head
 from openai import OpenAI
 from quantized import awq, gptq
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -84,10 +84,11 @@ def answers(address, name, prompts):
 
 
 def check(said, meant, adapter, prompts):
-    """As on a base in its own precision: see test_engine_says_what_peft_says."""
+    """As on a base in its own precision, with the head that a server rounds: see test_engine_says_what_peft_says."""
     tokens, logprobs = said
     meant.save_pretrained(path := adapter.with_name("meant"))
-    single, double = (forced(peft_model(path, adapter).to(d), tokens, prompts) for d in (torch.float32, torch.float64))
+    reference = with_int8_head(peft_model(path, adapter))
+    single, double = (forced(reference.to(d), tokens, prompts) for d in (torch.float32, torch.float64))
     noise = (single - double).abs().mean()
     assert (logprobs - double).abs().mean() <= 0.02 + 2 * noise
     assert (logprobs - double)[:, 0].abs().median() <= 1e-4
@@ -118,5 +119,6 @@ def test_server_says_what_peft_says_before_and_after_a_reload(name, made, tmp_pa
     lines = [line for line in log.read_text().splitlines() if "SPON: adapter" in line]
     bits = 8 if "8" in name else 4
     assert len(lines) == 1 and f"weights: {4 * BLOCKS} layers of int{bits} in rows" in lines[0]
+    assert "output head in int8 (4.5 MiB, beside the embedding of 18.0)" in lines[0]
     for said, model in ((first, meant[0]), (second, meant[1])):
         check(said, model, adapter, prompts)
