@@ -83,7 +83,16 @@ def write_random_model(folder: Path, shape: str, layers: int | None, sparsities:
 
 @contextmanager
 def serving(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[str]:
-    """`vllm serve` with these arguments; yields its address once it is healthy.
+    """The address of `server_process`."""
+    with server_process(command, environment, log) as (_process, address):
+        yield address
+
+
+@contextmanager
+def server_process(
+    command: Sequence[str], environment: Mapping[str, str], log: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`vllm serve` with these arguments; yields the process, which leads a session, and its address once it is healthy.
 
     Args:
         command: what follows `vllm serve`.
@@ -108,7 +117,7 @@ def serving(command: Sequence[str], environment: Mapping[str, str], log: Path) -
             if process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"vllm serve is not ready:\n{log.read_text()[-4000:]}")
             time.sleep(1)
-        yield address
+        yield process, address
     finally:
         process.terminate()
         try:
@@ -230,7 +239,7 @@ def main() -> None:
     parser.add_argument("--together", action="store_true", help="keep all servers up, where memory allows it")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("serve", nargs="*", help="after --: more arguments of vllm serve")
-    own, extra = _split(sys.argv[1:])
+    own, extra = split_words(sys.argv[1:])
     arguments = parser.parse_args(own)
     arguments.serve = extra
     if bool(arguments.shape) == bool(arguments.model) or bool(arguments.model) != bool(arguments.adapter):
@@ -269,7 +278,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments before ``--``, and those after it."""
     at = words.index("--") if "--" in words else len(words)
     return list(words[:at]), list(words[at + 1 :])
