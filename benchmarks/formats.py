@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks import cuda_baselines
 from spon_plugin import RowWeight, machine
+from spon_plugin.kernels.few_rows import CPU_ROWS
 from spon_plugin.weights.dense import DenseWeight
 from spon_plugin.weights.formats import SCALED
 from spon_plugin.weights.fp8 import Fp8Weight
@@ -79,8 +80,10 @@ def baselines(
         library: Marlin's (`benchmarks.marlin`), on a GPU.
 
     Returns:
-        "torch", in the dtype of x; "torch float32" where the machine emulates that dtype; "packed", torch's weight-only
-        kernel for int8 by output and for int4 by group, in bfloat16 alone; and what `cuda_baselines` has besides.
+        "torch", in the dtype of x; "torch float32" where the machine emulates that dtype; "oneDNN" on a CPU, for more
+        rows than our kernels for few take: its product of a float32 weight that it has packed, as vLLM runs it;
+        "packed", torch's weight-only kernel for int8 by output and for int4 by group, in bfloat16 alone; and what
+        `cuda_baselines` has besides.
     """
     in_features, out_features = weights[0].in_features, weights[0].out_features
     matrices = _copies(torch.randn(out_features, in_features, device=x.device).to(x.dtype), weights)
@@ -88,6 +91,11 @@ def baselines(
     if not machine.is_native(x.dtype, x.device):
         wide, wide_x, wide_bias = _copies(matrices[0].float(), weights), x.float(), bias.float()
         calls["torch float32"] = lambda i: F.linear(wide_x, wide[i % len(wide)], wide_bias)
+    if not x.is_cuda and x.shape[0] > CPU_ROWS:
+        blocked = [torch.ops.mkldnn._reorder_linear_weight(m.float(), x.shape[0]) for m in matrices[:3]]
+        calls["oneDNN"] = lambda i: torch.ops.mkldnn._linear_pointwise(
+            x.float(), blocked[i % len(blocked)], bias.float(), "none", [], ""
+        )
     first = weights[0]
     if x.dtype != torch.bfloat16 or not isinstance(first, ScaledWeight):
         return calls

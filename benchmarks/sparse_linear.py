@@ -6,8 +6,9 @@
 
 Weights are cold: calls rotate over copies that exceed the cache several times. All variants of a shape and batch are
 measured in turns, so that they see the same machine, and medians are reported. Dense baselines: torch's linear layer on
-its own layout, in `--dtype` and in float32 where the machine emulates that; our kernel with nothing masked; and torch's
-own kernel for the format of `--format`, where it has one; on a GPU Marlin too, from `--marlin` (`benchmarks.marlin`).
+its own layout, in `--dtype` and in float32 where the machine emulates that; our kernel with nothing masked; torch's own
+kernel for the format of `--format`, where it has one; oneDNN's packed float32 for more than 8 rows on a CPU (prompts:
+``--dtype float32 --sparsity 0 --batch 16,128,512``); on a GPU Marlin too, from `--marlin` (`benchmarks.marlin`).
 `read` is a bandwidth measured in the same turns: on a CPU, that at which torch sums up the cold weights; on a GPU, that
 of bytes read and written by a copy.
 Inputs are Gaussian and independent between rows, the worst case for a batch; `benchmarks.real_masks` has real ones.
@@ -93,6 +94,7 @@ def measure(
                 "torch_microseconds": times["torch"] * 1e6,
                 "over_torch": times["torch"] / taken,
                 "over_torch_float32": times["torch float32"] / taken if "torch float32" in times else None,
+                "over_onednn": times["oneDNN"] / taken if "oneDNN" in times else None,
                 "packed_microseconds": times["packed"] * 1e6 if "packed" in times else None,
                 "over_packed": times["packed"] / taken if "packed" in times else None,
                 "marlin_microseconds": times["marlin"] * 1e6 if "marlin" in times else None,
@@ -109,11 +111,11 @@ def measure(
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     head = "| in x out | format | batch | sparsity | skipped | µs | GB/s | read GB/s | torch µs | over torch "
-    lines = [head + "| over float32 | over packed | over Marlin | over own dense | of ideal | of read |"]
-    lines.append("| --- | --- " + "| ---: " * 14 + "|")
+    lines = [head + "| over float32 | over oneDNN | over packed | over Marlin | over own dense | of ideal | of read |"]
+    lines.append("| --- | --- " + "| ---: " * 15 + "|")
     for row in rows:
         size = f" g{row['group']}" if row["group"] else ""
-        ratios = ("over_torch", "over_torch_float32", "over_packed", "over_marlin", "over_own_dense", "share_of_ideal")
+        ratios = ("over_torch", "over_torch_float32", "over_onednn", "over_packed", "over_marlin", "over_own_dense")
         cells = [
             f"{row['in_features']} x {row['out_features']}",
             f"{row['format']}{size}",
@@ -124,7 +126,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['gigabytes_per_second']:.1f}",
             f"{row['read_gigabytes_per_second']:.1f}",
             f"{row['torch_microseconds']:.1f}",
-            *("" if row[name] is None else f"{row[name]:.2f}" for name in (*ratios, "share_of_read")),
+            *("" if row[name] is None else f"{row[name]:.2f}" for name in (*ratios, "share_of_ideal", "share_of_read")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

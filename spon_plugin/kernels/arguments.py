@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spon_plugin.errors import SponError
 
@@ -106,3 +106,17 @@ def check_arguments(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> None:
         )
     if bias is not None and bias.dtype not in (torch.float32, x.dtype):
         raise SponError.of("bias", bias.dtype, f"float32 or the dtype of x ({x.dtype})")
+
+
+def is_plain(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> bool:
+    """Whether nobody has to see this call: no compiler, tracer or transform, no tensor subclass, no gradient."""
+    if type(x) is not Tensor or type(weight_t) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+        return False
+    # Dispatch modes (make_fx, fake tensors), jit.trace and torch.func would miss what the kernel writes.
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return not torch.is_grad_enabled() or not (
+        x.requires_grad or weight_t.requires_grad or (bias is not None and bias.requires_grad)
+    )

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sparse_linear` for a weight in any format, by dense products on rows that are decoded a panel at a time."""
+"""`sparse_linear` for a weight in any format, by dense products on rows that are decoded a panel at a time.
+
+On a CPU `cpu.panels` does both at once, unless it says `why_not`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from spon_plugin.kernels.arguments import Thresholds
-from spon_plugin.kernels.cpu import decode, scaled
+from spon_plugin.kernels.cpu import decode, panels, scaled
 from spon_plugin.masking import sparsify
 from spon_plugin.weights.product import chunk_elements
 from spon_plugin.weights.row_weight import RowWeight
@@ -37,6 +41,9 @@ def sparse_linear(
         exact: it always is.
     """
     thresholds = Thresholds.of(threshold, weight.codes, shard_sizes, weight.out_features)
+    whole = all(end % weight.unit == 0 for end in list(accumulate(thresholds.sizes))[:-1])
+    if isinstance(weight, ScaledWeight) and whole and not panels.why_not(x, weight):
+        return panels.sparse_linear(x, weight, threshold, bias, shard_sizes=shard_sizes)
     rows = x.shape[:-1].numel()
     flat = x.reshape(rows, weight.in_features)
     kept = [sparsify(flat, row).float() for row in thresholds.rows]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense products on a weight that lies ``[in, out]``: for batches in which hardly any channel is masked in all rows.
 
-Where the machine multiplies the weight's dtype natively they run in the device's own GEMM. A CPU that emulates bfloat16
-or float16 takes up to a hundred times as long as it need: there they run in float32, a panel of the weight at a time.
+On a CPU `cpu.panels` multiplies, unless it says `why_not`. Otherwise, where the machine multiplies the weight's dtype
+natively, they run in the device's own GEMM. A CPU that emulates bfloat16 or float16 takes up to a hundred times as long
+as it need: there they run in float32, a panel of the weight at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spon_plugin import machine
-from spon_plugin.kernels.arguments import Thresholds
+from spon_plugin.kernels.arguments import Thresholds, is_plain
+from spon_plugin.kernels.cpu import panels
 from spon_plugin.masking import sparsify
 
 # Floats of a panel: 1 MiB. It is read while the caches still hold it; smaller ones add up the result more often.
@@ -53,6 +55,8 @@ def sparse_linear(
     Raises:
         SponError: a threshold that does not fit. The operator has checked the rest.
     """
+    if not panels.why_not(x, weight_t):
+        return panels.sparse_linear(x, weight_t, threshold, bias, shard_sizes=shard_sizes)
     thresholds = Thresholds.of(threshold, weight_t, shard_sizes)
     in_features, out_features = weight_t.shape
     rows = x.shape[:-1].numel()
@@ -82,7 +86,7 @@ def sparse_linear(
 def dense_linear(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = x weight_t + bias``: `torch.nn.functional.linear` for a weight that lies ``[in, out]``.
 
-    It is that function itself where the machine multiplies `x.dtype` natively, where the weight lies otherwise, and
+    It is that function itself where torch is the faster one (`panels.why_not`), where the weight lies otherwise, and
     whenever a gradient, autocast or a compiler has to see it.
 
     Args:
@@ -96,8 +100,11 @@ def dense_linear(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Ten
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight_t.t(), bias)
     asks = x.requires_grad or weight_t.requires_grad or (bias is not None and bias.requires_grad)
-    own = x.dtype == weight_t.dtype and weight_t.is_contiguous() and not machine.is_native(x.dtype, x.device)
-    if not own or (asks and torch.is_grad_enabled()):
+    if x.dtype != weight_t.dtype or not weight_t.is_contiguous() or (asks and torch.is_grad_enabled()):
+        return F.linear(x, weight_t.t(), bias)
+    if is_plain(x, weight_t, bias) and not panels.why_not(x, weight_t):
+        return panels.sparse_linear(x, weight_t, None, bias)
+    if machine.is_native(x.dtype, x.device):
         return F.linear(x, weight_t.t(), bias)
     with torch.no_grad():
         y = _by_panels(x.reshape(x.shape[:-1].numel(), x.shape[-1]).float(), weight_t, bias).to(x.dtype)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spon_plugin.kernels import row_op
-from spon_plugin.kernels.arguments import Thresholds, check_arguments, check_threshold
+from spon_plugin.kernels.arguments import Thresholds, check_arguments, check_threshold, is_plain
 from spon_plugin.kernels.table import Problem, choose
 from spon_plugin.masking import keep_mask, sparsify
 from spon_plugin.weights.row_weight import RowWeight
@@ -65,20 +65,6 @@ def sparse_linear(
 def implementation(x: Tensor) -> str:
     """The name of what `sparse_linear` runs on a matrix for an input like `x`, as in `table.KERNELS`."""
     return choose(Problem(x)).name
-
-
-def is_plain(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> bool:
-    """Whether nobody has to see this call: no compiler, tracer or transform, no tensor subclass, no gradient."""
-    if type(x) is not Tensor or type(weight_t) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
-        return False
-    # Dispatch modes (make_fx, fake tensors), jit.trace and torch.func would miss what the kernel writes.
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return False
-    if torch._C._functorch.maybe_current_level() is not None:
-        return False
-    return not torch.is_grad_enabled() or not (
-        x.requires_grad or weight_t.requires_grad or (bias is not None and bias.requires_grad)
-    )
 
 
 # The dispatcher leaves out trailing arguments that equal their defaults.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spon_plugin.kernels import decoded, gemm
 from spon_plugin.kernels.cpu import kernel as cpu
-from spon_plugin.kernels.cpu import known_calls, scaled
+from spon_plugin.kernels.cpu import known_calls, panels, scaled
 from spon_plugin.kernels.few_rows import CPU_ROWS, GPU_ROWS
 from spon_plugin.kernels.triton import launch as cuda
 from spon_plugin.machine import DTYPES
@@ -84,6 +84,8 @@ def choose(problem: Problem) -> Kernel:
 def described(problem: Problem) -> str:
     """The name of the kernel that takes `problem`, and how it sums where that depends on the processor."""
     kernel, weight = choose(problem), problem.weight
+    if kernel.run in MANY_ROWS and not _not_panels(problem):
+        return f"{kernel.name} ({panels.NAME})"
     if kernel.run is not known_calls.sparse_linear or not isinstance(weight, ScaledWeight):
         return kernel.name
     how = scaled.sums_of(weight)
@@ -96,6 +98,8 @@ def reasons(problem: Problem) -> dict[str, str]:
     for kernel in KERNELS:
         reason = kernel.why_not(problem)
         if not reason:
+            if kernel.run in MANY_ROWS and (objection := _not_panels(problem)):
+                found[panels.NAME] = objection
             break
         found[kernel.name] = reason
     return found
@@ -127,6 +131,14 @@ def _cuda_scaled(problem: Problem) -> str:
     return _within_bytes(problem, weight) or cuda.why_not(problem.x, weight)
 
 
+def _not_panels(problem: Problem) -> str:
+    """Why what takes any number of rows does not multiply by `cpu.panels`; empty where it does."""
+    weight = problem.weight
+    if not isinstance(weight, ScaledWeight):
+        return panels.why_not(problem.x, None if weight is None else weight.codes)
+    return _within_bytes(problem, weight) or panels.why_not(problem.x, weight)
+
+
 def _within_bytes(problem: Problem, weight: ScaledWeight) -> str:
     if problem.shard_sizes and any(end % weight.unit for end in list(accumulate(problem.shard_sizes))[:-1]):
         return "shards that begin within a byte"
@@ -134,6 +146,7 @@ def _within_bytes(problem: Problem, weight: ScaledWeight) -> str:
 
 
 _SCALED = tuple(SCALED)
+MANY_ROWS = (gemm.sparse_linear, decoded.sparse_linear)
 KERNELS = (
     Kernel("cuda", "cuda", (DENSE,), None, _nothing, cuda.sparse_linear),
     Kernel("cuda scaled", "cuda", _SCALED, GPU_ROWS, _cuda_scaled, cuda.sparse_linear_scaled),

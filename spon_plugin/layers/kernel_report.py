@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spon_plugin.kernels.few_rows import CPU_ROWS, GPU_ROWS
-from spon_plugin.kernels.table import DENSE, Problem, choose, described, reasons
+from spon_plugin.kernels.table import DENSE, Problem, described, reasons
 from spon_plugin.layers.sparse_linear import SparseLayer
 from spon_plugin.weights import Opaque, RowWeight, linear_features, weight_of
 from spon_plugin.weights.dense import DenseWeight
@@ -72,9 +72,7 @@ def _row(name: str, number: int, module: nn.Module, dtype: torch.dtype) -> Kerne
             own, why = "masked dense product", {"all": "the weight lies by outputs, as at threshold 0"}
             return KernelRow(name, number, DENSE, *sizes, _short(dtype), own, own, why)
     one, many = (_problem(weight, rows, dtype) for rows in (1, 1 + max(CPU_ROWS, GPU_ROWS)))
-    return KernelRow(
-        name, number, weight.format, *sizes, _short(dtype), described(one), choose(many).name, reasons(one)
-    )
+    return KernelRow(name, number, weight.format, *sizes, _short(dtype), described(one), described(many), reasons(one))
 
 
 def _problem(weight: RowWeight, rows: int, dtype: torch.dtype) -> Problem:

@@ -24,8 +24,12 @@ def native(request, monkeypatch) -> bool:
 
 @pytest.fixture
 def panels(monkeypatch) -> list[int]:
-    """How many rows of x each product by panels had; with panels of a few rows, so that several make a weight."""
+    """How many rows of x each product by panels had; with panels of a few rows, so that several make a weight.
+
+    They are torch's, as where our own kernel (`cpu.panels`) does not run.
+    """
     rows, by_panels = [], gemm._by_panels
+    monkeypatch.setattr(gemm.panels, "why_not", lambda x, weight: "not here")
     monkeypatch.setattr(gemm, "_PANEL", 1000)
     monkeypatch.setattr(gemm, "_by_panels", lambda x, *rest: (rows.append(len(x)), by_panels(x, *rest))[1])
     return rows
@@ -105,6 +109,7 @@ def test_nothing_to_multiply(monkeypatch, shape):
 
 def test_a_panel_is_held_by_its_thread_and_survives_inference_mode(monkeypatch):
     monkeypatch.setattr(machine, "native_dtypes", frozenset)
+    monkeypatch.setattr(gemm.panels, "why_not", lambda x, weight: "not here")
     monkeypatch.setattr(gemm, "_local", threading.local())
     x, weight_t, _ = tensors(torch.bfloat16, 9)
     with torch.inference_mode():

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.kernels.arguments import is_plain
 from spon_plugin.kernels.cpu import kernel as cpu
 from spon_plugin.kernels.few_rows import CPU_ROWS
-from spon_plugin.kernels.op import is_plain
 
 
 class LayerCall:

@@ -19,6 +19,7 @@ BFLOAT16, FLOAT16, FLOAT32 = types.uint16, types.int16, types.float32
 INT8, FLOAT8 = types.int8, types.uint8
 
 _FLOAT, _I16, _I32 = ir.FloatType(), ir.IntType(16), ir.IntType(32)
+_BYTES = ir.IntType(8).as_pointer()
 
 
 def widened(builder: Any, kind: Any, value: Any) -> Any:
@@ -94,12 +95,23 @@ def prefetch(_typing: Any, array: Any, index: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        address = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
-        kinds = [address.type, _I32, _I32, _I32]
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0"
-        )
-        builder.call(function, [address, _I32(0), _I32(3), _I32(1)])
-        return context.get_dummy_value()
+        return _prefetched(context, builder, builder.gep(data, [args[1]]), 3)
 
     return types.void(array, types.int64), generate
+
+
+@intrinsic
+def prefetch_far(_typing: Any, address: Any) -> Any:
+    """Ask for the cache line of an address, which may be any, into the second cache."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return _prefetched(context, builder, builder.inttoptr(args[0], _BYTES), 2)
+
+    return types.void(types.int64), generate
+
+
+def _prefetched(context: Any, builder: Any, address: Any, near: int) -> Any:
+    kind = ir.FunctionType(ir.VoidType(), [_BYTES, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.bitcast(address, _BYTES), _I32(0), _I32(near), _I32(1)])
+    return context.get_dummy_value()

@@ -25,7 +25,7 @@ from spon_plugin.kernels.cpu.scaled_layout import (
 )
 from spon_plugin.weights.scaled import ScaledWeight
 
-_KINDS = {
+KINDS = {
     torch.float32: layout.FLOAT32,
     torch.bfloat16: layout.BFLOAT16,
     torch.float16: layout.FLOAT16,
@@ -52,7 +52,7 @@ def why_not(weight: ScaledWeight) -> str:
             continue
         if not part.is_cpu:
             return f"{name} on {part.device}"
-        if name != "codes" and part.dtype not in _KINDS:
+        if name != "codes" and part.dtype not in KINDS:
             return f"{name} of {part.dtype}"
         if part.stride(1) != 1:
             return f"{name} that do not lie by inputs: call arranged() once"
@@ -155,7 +155,7 @@ class Prepared:
         self._shards: list[tuple[int, int, bytes]] = []
         first = 0
         for tau, width in zip(taus, thresholds.sizes, strict=True):
-            layer = _LAYER.pack(tau.data_ptr(), int(tau.numel() > 1), *_part(bias, first)[:2], self.out_features)
+            layer = _LAYER.pack(tau.data_ptr(), int(tau.numel() > 1), *part_words(bias, first)[:2], self.out_features)
             words = weight_words(weight, first, width) + layer
             self._shards.append((first, width, words))
             first += width
@@ -165,7 +165,7 @@ class Prepared:
         """The output for a CPU tensor x ``[..., in_features]`` with a row at least."""
         x, batch = x.contiguous(), x.numel() // self.in_features
         y = x.new_empty((*x.shape[:-1], self.out_features))
-        source, target, kind, size = x.data_ptr(), y.data_ptr(), _KINDS[x.dtype], x.element_size()
+        source, target, kind, size = x.data_ptr(), y.data_ptr(), KINDS[x.dtype], x.element_size()
         threads, worker, run = torch.get_num_threads(), _worker(self._kind)[1], cpu.parallel()
         for first, words, tile, sums, per_thread in self._settled.get(batch) or self._settle(batch):
             scratch = cpu.scratch(-(-threads * sums // 16) * 16 + threads * per_thread)
@@ -193,17 +193,17 @@ def weight_words(weight: ScaledWeight, first: int, width: int) -> bytes:
     several = groups > 1
     return _WEIGHT.pack(
         *(weight.codes.data_ptr() + first // weight.unit, weight.codes.stride(0)),
-        *_part(weight.scales, first),
-        *_part(weight.zeros, first),
-        *_part(weight.offsets, first),
+        *part_words(weight.scales, first),
+        *part_words(weight.zeros, first),
+        *part_words(weight.offsets, first),
         order.data_ptr() if several and order is not None else 0,
         weight.group_size if several else weight.in_features,
         *(groups, weight.in_features, width),
     )
 
 
-def _part(tensor: Tensor | None, first: int) -> tuple[int, int, int]:
+def part_words(tensor: Tensor | None, first: int) -> tuple[int, int, int]:
     """Address, kind and stride of what belongs to the outputs from `first` on."""
     if tensor is None:
         return 0, layout.NOTHING, 0
-    return tensor.data_ptr() + first * tensor.element_size(), _KINDS[tensor.dtype], tensor.stride(0)
+    return tensor.data_ptr() + first * tensor.element_size(), KINDS[tensor.dtype], tensor.stride(0)

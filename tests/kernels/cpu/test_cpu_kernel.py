@@ -5,7 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from spon_plugin.kernels import op, reference, table
 from spon_plugin.kernels.arguments import Thresholds
 from spon_plugin.kernels.cpu import kernel as cpu
+from spon_plugin.kernels.cpu import panels
 from spon_plugin.kernels.few_rows import CPU_ROWS
 from spon_plugin.masking import keep_mask
 
@@ -96,12 +97,13 @@ def sweep() -> list[tuple]:
     ]
 
 
+@pytest.mark.parametrize("run", [cpu.sparse_linear, panels.sparse_linear], ids=["cpu", "panels"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", sweep(), ids=lambda case: "-".join(map(str, case)).replace(" ", ""))
-def test_matches_float64(dtype: str, case: tuple) -> None:
+def test_matches_float64(dtype: str, case: tuple, run: Callable[..., Tensor]) -> None:
     shape, rows, kind, bias, sparsity = case
     given = arguments(DTYPES[dtype], rows, shape, sparsity, kind, bias)
-    y = cpu.sparse_linear(**given)
+    y = run(*list(given.values())[:4], shard_sizes=given["shard_sizes"])
     assert y.dtype == DTYPES[dtype]
     assert_near(y, exact(given), TOLERANCE[y.dtype])
 

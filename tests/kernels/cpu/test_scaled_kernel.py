@@ -89,6 +89,7 @@ def test_rows_are_decoded_as_the_weight_says(shape, format, zeros, offsets, orde
 
 def test_many_rows_are_multiplied_with_what_the_kernel_decodes(monkeypatch):
     weight, x, seen = make("int4", (300, 96)), torch.randn(20, 300), []
+    monkeypatch.setattr(decoded.panels, "why_not", lambda x, weight: "not here")
     monkeypatch.setattr(decoded.decode, "rows", lambda *a: seen.append(a[1:]) or decode_rows(*a))
     monkeypatch.setattr(decoded, "chunk_elements", lambda device: 96 * 128)
     check(sparse_linear(x, weight, torch.tensor([0.5])), truth(x, weight, [torch.tensor([0.5])]), 1e-6)
