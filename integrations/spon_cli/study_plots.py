@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
     A line for each format over its sparsities: dotted without alphas, dashed with those of the study, unbroken with
     adapters that were given; rows of different formats that read as many bytes
-    are joined, and the convex hull is drawn under all of them.
+    are joined, and each panel's convex hull is drawn under all of them.
     """
     from matplotlib import colormaps
     from matplotlib.ticker import ScalarFormatter
@@ -167,7 +168,7 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     with figure(file, 2 * len(texts), width=7, height=6) as panels:
         for index, (text, figure_name) in enumerate((t, f) for t in texts for f in ("perplexity", "kl")):
             axes = panels[index]
-            best = hull(rows, text)
+            best = hull(rows, text, figure_name)
             for first, second in equal_bytes(rows):
                 ends = [(row["bits_per_weight"], row["texts"][text].get(figure_name)) for row in (first, second)]
                 if all(value for _, value in ends):
@@ -177,22 +178,23 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
                 for series in dict.fromkeys(_series(row) for row in rows):
                     mine = [row for row in rows if row["format"] == name and _series(row) in (series, "")]
                     mine = [row for row in mine if _series(row) == series or not row["sparsity"]]
-                    places = [(bits, row["texts"][text].get(figure_name)) for bits, _, row in points(mine, text)]
-                    places = [(bits, value) for bits, value in places if value and value > 1e-6]
+                    places = [(bits, math.exp(log)) for bits, log, _ in points(mine, text, figure_name)]
                     if not places or (series and len(mine) < 2):
                         continue
                     line, marker = {"": (":", "o"), _GIVEN: ("-", "D")}.get(series, ("--", "s"))
                     title = f"{name}{series}"
                     axes.plot(*zip(*places, strict=True), line, marker=marker, ms=4, color=color, label=title, zorder=2)
-            if figure_name == "perplexity":
-                under = [(row["bits_per_weight"], row["texts"][text]["perplexity"]) for row in best]
-                axes.plot(
-                    *zip(*under, strict=True), color="0.2", linewidth=3, alpha=0.25, label="convex hull", zorder=0
-                )
-                for row in best:
-                    place = row["bits_per_weight"], row["texts"][text]["perplexity"]
-                    axes.annotate(label(row), place, xytext=(3, -9), textcoords="offset points", fontsize=6)
-            axes.set(title=text, xlabel="bits read for each weight, by a token", yscale="log")
+            under = [(row["bits_per_weight"], row["texts"][text][figure_name]) for row in best]
+            axes.plot(*zip(*under, strict=True), color="0.2", linewidth=3, alpha=0.25, label="convex hull", zorder=0)
+            for row, place in zip(best, under, strict=True):
+                axes.annotate(
+                    label(row), place, xytext=(5, -3), textcoords="offset points", fontsize=7, va="top", zorder=3,
+                    bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
+                )  # fmt: skip
+            widest = max(row["bits_per_weight"] for row in rows)
+            axes.set(
+                title=text, xlabel="bits read for each weight, by a token", yscale="log", xlim=(None, 1.08 * widest)
+            )
             axes.set_ylabel("perplexity" if figure_name == "perplexity" else "mean KL to bf16, nats a token")
             axes.secondary_xaxis("top", functions=(lambda x: x * a_weight, lambda x: x / a_weight)).set_xlabel(
                 "MB a token"

@@ -22,6 +22,8 @@ from spon_plugin.studies.tables import markdown_table, number
 
 Row = Mapping[str, Any]
 
+_NOTHING = 1e-6  # a divergence that is rounding
+
 EQUAL = 0.05
 """Rows whose bytes differ by no more than this share of them are taken to read as many."""
 
@@ -44,20 +46,20 @@ def label(row: Row) -> str:
     return f"{row['format']} {row['sparsity']:.0%}" + (" + alpha" if row["alpha"] != OFF else "")
 
 
-def points(rows: Sequence[Row], text: str) -> list[tuple[float, float, Row]]:
-    """Bits and logarithm of the perplexity of every row that has one, by bits."""
+def points(rows: Sequence[Row], text: str, figure: str = "perplexity") -> list[tuple[float, float, Row]]:
+    """Bits and logarithm of a figure, `perplexity` or `kl`, of every row where it is above nothing, by bits."""
     found = [
-        (row["bits_per_weight"], math.log(row["texts"][text]["perplexity"]), row)
+        (row["bits_per_weight"], math.log(row["texts"][text][figure]), row)
         for row in rows
-        if row["texts"][text].get("perplexity")
+        if (row["texts"][text].get(figure) or 0) > _NOTHING
     ]
     return sorted(found, key=lambda point: point[:2])
 
 
-def hull(rows: Sequence[Row], text: str) -> list[Row]:
-    """The rows on the lower convex hull of bits and log perplexity, from the fewest bits to the best."""
+def hull(rows: Sequence[Row], text: str, figure: str = "perplexity") -> list[Row]:
+    """The rows on the lower convex hull of bits and the logarithm of a figure, from the fewest bits to the best."""
     kept: list[tuple[float, float, Row]] = []
-    for point in points(rows, text):
+    for point in points(rows, text, figure):
         if kept and point[1] >= kept[-1][1]:
             continue  # more bits for nothing
         while len(kept) > 1 and _above(kept[-2], kept[-1], point):
