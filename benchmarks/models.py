@@ -101,7 +101,8 @@ that. Every command lists what it leaves dense of the model at hand.
 - **vLLM.** *tested*: in the tests. Others that vLLM serves by its own linear layers are found by the names of their
   linears, and refused in words where these do not match.
 
-PEFT and transformers take every row, lm-eval every one but encoder-decoders.
+PEFT and transformers take every row, lm-eval every one but encoder-decoders. On real weights two models were measured
+here, SmolLM2-135M (a Llama) and Gemma 3 of 270M ([results](results/frontier.md)); the others on random ones.
 
 | model | class | masked, by input | left dense | by position | vLLM |
 | --- | --- | --- | --- | --- | --- |

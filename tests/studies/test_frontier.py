@@ -165,6 +165,9 @@ def test_the_hull_is_what_no_mix_of_rows_beats():
     assert [r["format"] for r in hull(rows, "t")] == ["e", "g", "d", "b", "a"]
     on_hull = {r["format"] for r in records(rows) if r["on_hull"]}
     assert on_hull == {"a", "b", "d", "e", "g"}
+    for tried, kl in zip(rows, (0.0, 0.5, 0.6, 0.8, 0.9, 0.4, 0.85, 1e-9, 2.0), strict=True):
+        tried["texts"]["t"]["kl"] = kl
+    assert [r["format"] for r in hull(rows, "t", "kl")] == ["i", "e", "f"]  # a and h diverge by rounding alone
 
 
 def test_rows_of_equal_bytes_are_compared_in_pairs():
