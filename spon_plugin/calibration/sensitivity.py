@@ -12,14 +12,20 @@ which spreads the target over layers, linears and channels at once. Given the th
 the entries that are dropped, which depends on `c_i`: it is found by iteration (Lloyd), from zero and from the median.
 The linears of a site share it, so that a layer which fuses them can subtract it once.
 
+The first position is one of hundreds and the one that every other attends to: its own `f_i` are far above the mean, and
+where its keys and values are zero, a centre that serves the others makes them something else for all. So entries of the
+first positions count in the centres by sensitivities of their own.
+
 The quadratic form holds for small errors, and half of a model's inputs is not small: taken literally it overdoes the
 differences. So thresholds are the geometric mean (`BLEND`) of these and TEAL's uniform ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +55,48 @@ _BISECTIONS = 20
 
 
 @dataclass
+class Group:
+    """Inputs of a site that count alike.
+
+    Attributes:
+        rows: ``[n, in_features]``, float32.
+        importance: of each linear of the site, ``[in_features]``: its sensitivity at these inputs, times their share of
+            all tokens.
+    """
+
+    rows: Tensor
+    importance: list[Tensor]
+
+    def to(self, device: torch.device) -> Group:
+        """The same on a device."""
+        return Group(self.rows.to(device), [values.to(device) for values in self.importance])
+
+
+@dataclass
+class Sensitivities:
+    """How much the output feels the inputs of linears: mean squared gradients of the log-likelihood.
+
+    Attributes:
+        counted: module path -> float32 ``[in_features]``, over the counted tokens.
+        first: the same over the first positions that are masked but not counted; empty where there are none.
+        first_rows: path of a site's first linear -> float32 ``[windows * positions, in_features]``, its input there.
+        first_share: their share of all masked tokens.
+    """
+
+    counted: dict[str, Tensor]
+    first: dict[str, Tensor]
+    first_rows: dict[str, Tensor]
+    first_share: float
+
+    def groups(self, rows: Tensor, paths: Sequence[str]) -> list[Group]:
+        """What the centres of the site of these linears are made from; `rows` are its counted inputs."""
+        groups = [Group(rows, [self.counted[path] * (1 - self.first_share) for path in paths])]
+        if self.first:
+            groups.append(Group(self.first_rows[paths[0]], [self.first[path] * self.first_share for path in paths]))
+        return groups
+
+
+@dataclass
 class SiteSample:
     """What the thresholds of a site's linears are made from.
 
@@ -56,16 +104,28 @@ class SiteSample:
         rows: inputs ``[n, in_features]`` of the dense model, float32.
         fisher: module path -> float32 ``[in_features]``, the mean squared gradient of the log-likelihood by the input.
         outputs: module path -> out_features: how many weights an entry of the input meets.
+        groups: what the centres are made from: the rows, and the first positions where these are masked. The rows
+            alone if empty.
     """
 
     rows: Tensor
     fisher: dict[str, Tensor]
     outputs: dict[str, int]
+    groups: list[Group] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Without groups the rows are the only one."""
+        self.groups = self.groups or [Group(self.rows, list(self.fisher.values()))]
 
     def to(self, device: torch.device) -> SiteSample:
         """The same on a device."""
         fisher = {path: values.to(device) for path, values in self.fisher.items()}
-        return SiteSample(self.rows.to(device), fisher, self.outputs)
+        return SiteSample(self.rows.to(device), fisher, self.outputs, [group.to(device) for group in self.groups])
+
+    @property
+    def nbytes(self) -> int:
+        """Of the inputs."""
+        return sum(group.rows.nbytes for group in self.groups)
 
 
 class RowSample:
@@ -88,10 +148,11 @@ class RowSample:
         """See ``[tokens, in_features]``."""
         self._rows.append(rows[:: self.every].float().cpu())
 
-    def sample(self, site: Site, fisher: Mapping[str, Tensor]) -> SiteSample:
+    def sample(self, site: Site, fisher: Sensitivities) -> SiteSample:
         """What `solve` takes, with the sensitivities of the site's linears from `collect_fisher`."""
         outputs = {p: n // site.in_features for p, n in zip(site.modules, site.module_weights, strict=True)}
-        return SiteSample(torch.cat(self._rows), {path: fisher[path] for path in site.modules}, outputs)
+        rows, counted = torch.cat(self._rows), {path: fisher.counted[path] for path in site.modules}
+        return SiteSample(rows, counted, outputs, fisher.groups(rows, site.modules))
 
 
 def collect_fisher(
@@ -99,9 +160,10 @@ def collect_fisher(
     sites: Sequence[Site],
     windows: Tensor,
     skip: int = SINKS,
+    dense_prefix: int = 0,
     seed: int = 0,
     progress: Progress = no_progress,
-) -> dict[str, Tensor]:
+) -> Sensitivities:
     """The diagonal of the output's Fisher information by every linear's input, averaged over tokens.
 
     Args:
@@ -109,26 +171,38 @@ def collect_fisher(
         sites: from `find_sites`.
         windows: token ids ``[count, length]``.
         skip: first positions of each window that are not counted.
+        dense_prefix: how many of these are never masked; the others are averaged by themselves.
         seed: of the sampled tokens.
         progress: called after each window.
 
     Returns:
-        Module path -> float32 ``[in_features]``, on the CPU.
+        The averages, on the CPU.
 
     Raises:
         SponError: there are no windows, or none has a position after the prefix.
     """
     check_windows(windows, skip)
-    sums: dict[str, Tensor] = {}
+    shape, masked_first = windows[:1].shape, max(0, skip - dense_prefix)
+    counted: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+    first: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+    first_rows: dict[str, list[Tensor]] = {site.modules[0]: [] for site in sites}
     handles: list[Any] = []
 
     def watch(path: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            special = first_positions(args[0], windows[:1].shape, skip)
+            special = first_positions(args[0], shape, skip)
+            apart = None
+            if special is not None and masked_first:
+                dense = first_positions(args[0], shape, dense_prefix)
+                apart = special if dense is None else special & ~dense
+                if path in first_rows:
+                    first_rows[path].append(args[0].detach()[apart].float().cpu())
 
             def add(gradient: Tensor) -> None:
-                squares = counted_rows(gradient, special).float().square().sum(0).cpu()
-                sums[path] = sums.get(path, torch.zeros_like(squares)) + squares
+                squares = gradient.float().square()
+                counted[path] = counted[path] + counted_rows(squares, special).sum(0).cpu()
+                if apart is not None:
+                    first[path] = first[path] + squares[apart].sum(0).cpu()
 
             own = args[0].view_as(args[0])  # the linears of a site read one tensor; each has its own gradient here
             own.register_hook(add)
@@ -161,7 +235,12 @@ def collect_fisher(
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
-    return {path: total / windows[:, skip:].numel() for path, total in sums.items()}
+    return Sensitivities(
+        counted={path: total / windows[:, skip:].numel() for path, total in counted.items()},
+        first={path: total / (len(windows) * masked_first) for path, total in first.items()},
+        first_rows={path: torch.cat(rows) for path, rows in first_rows.items() if rows},
+        first_share=masked_first / (windows.shape[1] - skip + masked_first),
+    )
 
 
 def solve(samples: Sequence[SiteSample], sparsity: float, blend: float = BLEND) -> dict[str, Mask]:
@@ -189,7 +268,7 @@ def solve(samples: Sequence[SiteSample], sparsity: float, blend: float = BLEND) 
     for _ in range(_ROUNDS):  # centres bring entries below the thresholds, which then fall
         for index, (sample, shape) in enumerate(zip(samples, shapes, strict=True)):
             thresholds = [(log + level).exp() for log in shape.values()]
-            centers[index] = best_centers(sample.rows, thresholds, list(sample.fisher.values()))
+            centers[index] = best_centers(sample.groups, thresholds)
         level = _level(samples, shapes, centers, sparsity)
     return {
         path: Mask((log + level).exp(), center.clone()).to("cpu")
@@ -202,7 +281,7 @@ def where_there_is_room(samples: Sequence[SiteSample], device: torch.device) -> 
     """The samples on an accelerator that has room for what `solve` makes of them; otherwise as they are."""
     if device.type != "cuda":
         return list(samples)
-    needed = sum(sample.rows.nbytes * (2 + len(sample.fisher)) for sample in samples)
+    needed = sum(sample.nbytes * (2 + len(sample.fisher)) for sample in samples)
     free, _ = torch.cuda.mem_get_info(device)
     return [sample.to(device) for sample in samples] if needed < free else list(samples)
 
@@ -236,34 +315,45 @@ def _level(
     return (low + high) / 2
 
 
-def best_centers(rows: Tensor, thresholds: Sequence[Tensor], importance: Sequence[Tensor]) -> Tensor:
+def best_centers(groups: Sequence[Group], thresholds: Sequence[Tensor]) -> Tensor:
     """Per channel, the `c` with the least ``E[sum_l f_l min((x - c)^2, threshold_l^2)]`` that Lloyd's iteration finds.
 
     Args:
-        rows: ``[n, in_features]``, the input that all linears share.
+        groups: the inputs ``x`` that all linears share, and the ``f_l`` of each linear at them, in shares of all.
         thresholds: ``[in_features]`` of each linear.
-        importance: ``f_l``, ``[in_features]`` of each linear.
 
     Returns:
         ``[in_features]``.
     """
+    rows = groups[0].rows
     best = least = None
     for center in (rows.new_zeros(rows.shape[1]), rows.median(0).values):
         for _ in range(_CENTER_STEPS):
-            distance = (rows - center).abs()
-            near = sum(f * (distance <= t).to(rows.dtype) for t, f in zip(thresholds, importance, strict=True))
-            assert isinstance(near, Tensor)
-            weight = near.sum(0)
-            center = torch.where(weight > 0, (rows * near).sum(0) / weight.clamp(min=_TINY), center)
-        squares = (rows - center).square()
-        parts = [f * squares.minimum(t.square()).mean(0) for t, f in zip(thresholds, importance, strict=True)]
-        cost = torch.stack(parts).sum(0)
+            weight, moment = torch.zeros_like(center), torch.zeros_like(center)
+            for group in groups:
+                near = _total(
+                    f * ((group.rows - center).abs() <= t).to(rows.dtype)
+                    for t, f in zip(thresholds, group.importance, strict=True)
+                )
+                weight += near.mean(0)
+                moment += (group.rows * near).mean(0)
+            center = torch.where(weight > 0, moment / weight.clamp(min=_TINY), center)
+        cost = _total(
+            f * (group.rows - center).square().minimum(t.square()).mean(0)
+            for group in groups
+            for t, f in zip(thresholds, group.importance, strict=True)
+        )
         if best is None or least is None:
             best, least = center, cost
         else:
             best, least = torch.where(cost < least, center, best), cost.minimum(least)
     assert best is not None
     return best
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    """Their sum, of one at least."""
+    return functools.reduce(torch.add, parts)
 
 
 def match_sparsity(

@@ -44,7 +44,8 @@ class Sensitivity(ThresholdSparsifier):
     def complete(self, model: nn.Module, statistics: Statistics, progress: Progress) -> None:
         """See `Sparsifier.complete`: the model runs forward and backward."""
         sites = statistics.sites
-        fisher = collect_fisher(model, sites, statistics.windows, statistics.skip, progress=progress)
+        windows, skip, prefix = statistics.windows, statistics.skip, statistics.dense_prefix
+        fisher = collect_fisher(model, sites, windows, skip, prefix, progress=progress)
         statistics.own = {site.name: statistics.own[site.name].sample(site, fisher) for site in sites}
 
     def at(

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from spon_plugin import SponError, find_sites, read_adapter, sparse_inputs, write_adapter
 from spon_plugin.calibration.measurement import measure_sparsity
 from spon_plugin.calibration.sensitivity import (
+    Group,
     RowSample,
     SiteSample,
     best_centers,
@@ -44,7 +45,9 @@ def test_fisher_is_the_mean_squared_gradient_of_the_sampled_log_likelihood(tiny_
     assert leaf[0].grad is not None
     expected = leaf[0].grad[0, 1:].square().mean(0)
     fisher = collect_fisher(tiny_llama, find_sites(tiny_llama), ids, seed=5)
-    torch.testing.assert_close(fisher[path], expected, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(fisher.counted[path], expected, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(fisher.first[path], leaf[0].grad[0, 0].square(), rtol=1e-4, atol=1e-9)
+    assert fisher.first_share == 1 / 24
 
 
 def test_reading_sensitivity_leaves_the_model_as_it_was(tiny_llama):
@@ -98,7 +101,8 @@ def test_the_quadratic_form_gives_thresholds_by_the_formula():
 @pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
 def test_the_target_is_met_on_the_samples_weighted_by_weights(sparsity, blend):
     samples = samples_of((1.0, 5.0), ([1.0, 9.0], [0.01, 0.02, 3.0]), outputs=(10, 1))
-    samples[0].fisher["other"], samples[0].outputs["other"] = torch.tensor([5.0, 2.0]), 3
+    fisher = samples[0].fisher | {"other": torch.tensor([5.0, 2.0])}
+    samples[0] = SiteSample(samples[0].rows, fisher, samples[0].outputs | {"other": 3})
     masks = solve(samples, sparsity, blend)
     assert torch.equal(masks["0"].center, masks["other"].center)
     dropped = total = 0.0
@@ -120,7 +124,7 @@ def test_a_center_finds_the_entries_that_lie_close_together():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(5000, 3, generator=generator) * torch.tensor([1.0, 0.1, 1.0]) + torch.tensor([0.0, 2.0, 0.0])
     rows[::10, 1] += 30  # outliers, which are kept and must not pull the centre
-    centers = best_centers(rows, [torch.tensor([0.5, 0.5, 0.0])], [torch.ones(3)])
+    centers = best_centers([Group(rows, [torch.ones(3)])], [torch.tensor([0.5, 0.5, 0.0])])
     torch.testing.assert_close(centers, torch.tensor([0.0, 2.0, 0.0]), rtol=0, atol=0.1)
     near = (rows[:, 1] - centers[1]).abs() <= 0.5
     assert centers[1].item() == pytest.approx(rows[near, 1].mean().item(), abs=1e-4)
@@ -131,8 +135,37 @@ def test_linears_share_the_center_that_serves_them_together():
     wide, narrow = torch.tensor([10.0]), torch.tensor([0.5])
     mean, mode = torch.tensor([0.6]), torch.tensor([-1.0])
     for importance, expected in (((1.0, 0.0), mean), ((0.0, 1.0), mode), ((1e-6, 1.0), mode)):
-        centers = best_centers(rows, [wide, narrow], [torch.tensor([f]) for f in importance])
+        centers = best_centers([Group(rows, [torch.tensor([f]) for f in importance])], [wide, narrow])
         torch.testing.assert_close(centers, expected, rtol=0, atol=1e-3)
+
+
+def test_a_center_minds_the_first_positions_as_much_as_the_output_does():
+    """What serves a hundred rows is given up where one first row feels it more than all of them."""
+    rows, first = torch.full((100, 3), 1.0), torch.zeros(2, 3)
+    others = Group(rows, [torch.tensor([0.99, 0.99, 0.99])])
+    apart = Group(first, [torch.tensor([0.0, 0.99, 1000.0])])
+    centers = best_centers([others, apart], [torch.full((3,), 2.0)])
+    torch.testing.assert_close(centers, torch.tensor([1.0, 0.5, 0.0]), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("skip", "prefix", "first"), [(1, 0, [0]), (3, 0, [0, 1, 2]), (3, 2, [2]), (2, 2, [])], ids=str
+)
+def test_the_first_positions_that_are_masked_are_kept_apart(tiny_llama, skip, prefix, first):
+    sites, ids = find_sites(tiny_llama), windows(2, 16)
+    inputs: list[torch.Tensor] = []
+    lead = sites[3].modules[0]
+    handle = tiny_llama.get_submodule(lead).register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
+    tiny_llama(input_ids=ids)
+    handle.remove()
+    fisher = collect_fisher(tiny_llama, sites, ids, skip, prefix)
+    groups = fisher.groups(inputs[0][:, skip:].flatten(0, 1), sites[3].modules)
+    assert fisher.first_share == len(first) / (16 - prefix)
+    assert len(groups) == (2 if first else 1)
+    if first:
+        torch.testing.assert_close(groups[1].rows, inputs[0][:, first].flatten(0, 1))
+        torch.testing.assert_close(groups[1].importance[0], fisher.first[lead] * fisher.first_share)
+    torch.testing.assert_close(groups[0].importance[0], fisher.counted[lead] * (1 - fisher.first_share))
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5])
