@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -120,3 +121,13 @@ def is_plain(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> bool:
     return not torch.is_grad_enabled() or not (
         x.requires_grad or weight_t.requires_grad or (bias is not None and bias.requires_grad)
     )
+
+
+def begins_within_a_byte(sizes: Sequence[int], unit: int) -> bool:
+    """Whether a shard after the first begins within a byte of codes.
+
+    Args:
+        sizes: outputs of each shard.
+        unit: outputs of a byte.
+    """
+    return any(end % unit for end in accumulate(sizes[:-1]))

@@ -7,12 +7,11 @@ On a CPU `cpu.panels` does both at once, unless it says `why_not`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from spon_plugin.kernels.arguments import Thresholds
+from spon_plugin.kernels.arguments import Thresholds, begins_within_a_byte
 from spon_plugin.kernels.cpu import decode, panels, scaled
 from spon_plugin.masking import sparsify
 from spon_plugin.weights.product import chunk_elements
@@ -41,7 +40,7 @@ def sparse_linear(
         exact: it always is.
     """
     thresholds = Thresholds.of(threshold, weight.codes, shard_sizes, weight.out_features)
-    whole = all(end % weight.unit == 0 for end in list(accumulate(thresholds.sizes))[:-1])
+    whole = not begins_within_a_byte(thresholds.sizes, weight.unit)
     if isinstance(weight, ScaledWeight) and whole and not panels.why_not(x, weight):
         return panels.sparse_linear(x, weight, threshold, bias, shard_sizes=shard_sizes)
     rows = x.shape[:-1].numel()

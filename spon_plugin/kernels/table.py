@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 from torch import Tensor
 
 from spon_plugin.kernels import decoded, gemm
+from spon_plugin.kernels.arguments import begins_within_a_byte
 from spon_plugin.kernels.cpu import kernel as cpu
 from spon_plugin.kernels.cpu import known_calls, panels, scaled
 from spon_plugin.kernels.few_rows import CPU_ROWS, GPU_ROWS
@@ -140,7 +140,7 @@ def _not_panels(problem: Problem) -> str:
 
 
 def _within_bytes(problem: Problem, weight: ScaledWeight) -> str:
-    if problem.shard_sizes and any(end % weight.unit for end in list(accumulate(problem.shard_sizes))[:-1]):
+    if problem.shard_sizes and begins_within_a_byte(problem.shard_sizes, weight.unit):
         return "shards that begin within a byte"
     return ""
 
