@@ -26,17 +26,21 @@ import torch
 
 from benchmarks.decode import SHAPES
 from benchmarks.serve import write_random_model
-from spon_plugin.machine import device_name
+from spon_plugin.machine import compute_dtype, device_name, name_of
 
 VARIANTS = {
     "bf16": ("base", "bfloat16", False),
     "float32": ("base", "float32", False),
     "bf16-50": ("base", "bfloat16", True),
     "float32-50": ("base", "float32", True),
-    "int8-50": ("int8", "float32", True),
-    "int4-50": ("int4", "float32", True),
+    "int4": ("int4", None, False),
+    "int8-50": ("int8", None, True),
+    "int4-50": ("int4", None, True),
 }
-"""Variant -> folder of the weights, dtype of activations, and whether the adapter is on."""
+"""Variant -> folder of the weights, dtype of activations (None: bfloat16 where native), and whether the adapter is on.
+
+``int4`` is vLLM's own kernel, which its CPU build has for processors with AVX-512 alone.
+"""
 
 
 def write_model(folder: Path, shape: str, layers: int, weights: Collection[str]) -> None:
@@ -62,6 +66,7 @@ def measure(folder: Path, name: str, lengths: Sequence[int], tokens: int, repeat
     from vllm import LLM, SamplingParams
 
     weights, dtype, sparse = VARIANTS[name]
+    dtype = dtype or name_of(compute_dtype(torch.bfloat16))
     adapter = {"quant_method": "spon", "adapter": str(folder.absolute() / "spon50"), "max_sparse_tokens": "auto"}
     more = {"quantization": "spon", "hf_overrides": {"quantization_config": adapter}} if sparse else {}
     engine = LLM(
@@ -77,7 +82,7 @@ def measure(folder: Path, name: str, lengths: Sequence[int], tokens: int, repeat
         engine.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
         return time.perf_counter() - start
 
-    result: dict[str, Any] = {"variant": name, "first_token_ms": {}}
+    result: dict[str, Any] = {"variant": name, "dtype": dtype, "first_token_ms": {}}
     for length in lengths:
         seconds(length, 1)
         first = statistics.median(seconds(length, 1) for _ in range(repeats))

@@ -14,6 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from spon_plugin.kernels.cpu.numba_types import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8, widened
+from spon_plugin.kernels.cpu.panels_layout import PANEL
 from spon_plugin.kernels.cpu.processor import features
 
 # 4 to 6 rows of x and two vectors of outputs make 8 to 12 sums: as many as two units of a latency of four cycles need,
@@ -22,8 +23,6 @@ ROWS = (4, 5, 6)
 LANES, VECTORS = (16, 4) if "avx512f" in features() else (8, 2)
 COLUMNS = LANES * VECTORS
 """Outputs of a tile, and of a strip of a panel."""
-PANEL = 512
-"""Outputs of a panel."""
 
 _I8, _I32, _I64, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _FLOATS = ir.VectorType(_FLOAT, LANES)
@@ -34,7 +33,7 @@ def _fused(b: Any) -> Any:
     return cgutils.get_or_insert_function(b.module, kind, f"llvm.fmuladd.v{LANES}f32")
 
 
-def _vector(b: Any, address: Any, number: int, align: int = 4, kind: Any = _FLOATS) -> Any:
+def vector(b: Any, address: Any, number: int, align: int = 4, kind: Any = _FLOATS) -> Any:
     """Vector `number` of those at an address, loaded."""
     loaded = b.load(b.gep(b.inttoptr(address, kind.as_pointer()), [_I64(number)]))
     loaded.align = align
@@ -58,13 +57,13 @@ def _tile_of(rows: int) -> Any:
             undefined = ir.Constant(_FLOATS, ir.Undefined)
             firsts = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
             fused, count = _fused(b), rows * VECTORS
-            held = [_vector(b, sums, i) for i in range(count)]
+            held = [vector(b, sums, i) for i in range(count)]
             before, loop, after = b.block, b.append_basic_block("inputs"), b.append_basic_block("done")
             b.branch(loop)
             b.position_at_end(loop)
             step, x_at, strip_at = b.phi(_I64), b.phi(_I64), b.phi(_I64)
             totals = [b.phi(_FLOATS) for _ in range(count)]
-            weights = [_vector(b, strip_at, v) for v in range(VECTORS)]
+            weights = [vector(b, strip_at, v) for v in range(VECTORS)]
             inputs = b.inttoptr(x_at, _FLOAT.as_pointer())
             new = []
             for r in range(rows):
@@ -96,6 +95,30 @@ def _tile_of(rows: int) -> Any:
 tile_4, tile_5, tile_6 = (_tile_of(rows) for rows in ROWS)
 
 
+def read_floats(b: Any, source: Any, element: Any, bits: int, vectors: int) -> list[Any]:
+    """Codes from an address on as vectors of float32, as they are."""
+    if bits == 4:
+        read: list[Any] = []
+        half, wide = ir.VectorType(_I8, LANES), ir.VectorType(_I32, LANES)
+        mask, four = ir.Constant(wide, [15] * LANES), ir.Constant(wide, [4] * LANES)
+        first = [k // 2 + LANES * (k % 2) for k in range(LANES)]
+        for v in range(vectors // 2):
+            codes = b.zext(vector(b, source, v, 1, half), wide)
+            even, odd = (b.sitofp(part, _FLOATS) for part in (b.and_(codes, mask), b.lshr(codes, four)))
+            for start in (0, LANES // 2):
+                order = ir.Constant(wide, [place + start for place in first])
+                read.append(b.shuffle_vector(even, odd, order))
+        return read
+    kind = ir.VectorType(_FLOAT if element == FLOAT32 else ir.IntType(bits), LANES)
+    return [widened(b, element, vector(b, source, v, bits // 8, kind)) for v in range(vectors)]
+
+
+def with_scales(b: Any, value: Any, scales: Any, number: int) -> Any:
+    """Codes less their zero points, times scales, and offsets added: those of vector `number` of ``[3, PANEL]``."""
+    parts = [vector(b, b.add(scales, b.mul(_I64(k), _I64(4 * PANEL))), number) for k in range(3)]
+    return b.call(_fused(b), [b.fsub(value, parts[1]), parts[0], parts[2]])
+
+
 def _packer_of(element: Any, bits: int, scaled: bool) -> Any:
     @intrinsic
     def pack(_typing: Any, row: Any, strips: Any, scale: Any, out: Any, step: Any) -> Any:
@@ -111,35 +134,18 @@ def _packer_of(element: Any, bits: int, scaled: bool) -> Any:
 
         def generate(context: Any, b: Any, _signature: Any, args: Any) -> Any:
             row, strips, scale, out, apart = args
-            width, fused = COLUMNS * bits // 8, _fused(b)
+            width = COLUMNS * bits // 8
             with cgutils.for_range(b, strips) as strip:
                 source = b.add(row, b.mul(strip.index, _I64(width)))
                 scales = b.add(scale, b.mul(strip.index, _I64(4 * COLUMNS)))
                 target = b.inttoptr(b.add(out, b.mul(strip.index, apart)), _FLOATS.as_pointer())
-                for v, value in enumerate(_read(b, source)):
+                for v, value in enumerate(read_floats(b, source, element, bits, VECTORS)):
                     if scaled:
-                        parts = [_vector(b, b.add(scales, b.mul(_I64(k), _I64(4 * PANEL))), v) for k in range(3)]
-                        value = b.call(fused, [b.fsub(value, parts[1]), parts[0], parts[2]])
+                        value = with_scales(b, value, scales, v)
                     b.store(value, b.gep(target, [_I64(v)])).align = 4
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), generate
-
-    def _read(b: Any, source: Any) -> list[Any]:
-        if bits == 4:
-            read: list[Any] = []
-            half, wide = ir.VectorType(_I8, LANES), ir.VectorType(_I32, LANES)
-            mask, four = ir.Constant(wide, [15] * LANES), ir.Constant(wide, [4] * LANES)
-            first = [k // 2 + LANES * (k % 2) for k in range(LANES)]
-            for v in range(VECTORS // 2):
-                codes = b.zext(_vector(b, source, v, 1, half), wide)
-                even, odd = (b.sitofp(part, _FLOATS) for part in (b.and_(codes, mask), b.lshr(codes, four)))
-                for start in (0, LANES // 2):
-                    order = ir.Constant(wide, [place + start for place in first])
-                    read.append(b.shuffle_vector(even, odd, order))
-            return read
-        kind = ir.VectorType(_FLOAT if element == FLOAT32 else ir.IntType(bits), LANES)
-        return [widened(b, element, _vector(b, source, v, bits // 8, kind)) for v in range(VECTORS)]
 
     return pack
 

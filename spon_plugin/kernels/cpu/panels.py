@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of many rows with a weight that lies by inputs, in any format, on a CPU: panel by panel, in float32.
+"""Products of many rows with a weight that lies by inputs, in any format, on a CPU: panel by panel.
 
 A prompt skips nothing, so what counts is arithmetic. A panel of the weight is decoded once, into the order in which
-the vector code of `panel_tile` reads it, and multiplied by all rows while it is in the caches.
+the vector code of `panel_tile` reads it, and multiplied by all rows while it is in the caches: in float32, or, for x in
+bfloat16 where the processor multiplies that, in bfloat16 with sums in float32 (`panel_tile_bf16`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ NAME = "panels"
 
 ROWS = 512  # of x that are multiplied in one go: what is put in order for them takes 2 kB for each input
 SUMS = 1 << 18  # floats that a thread sums up at once: 1 MiB, which the caches hold beside a panel
+BF16_SUMS = 1 << 17  # likewise beside a panel of bfloat16
+BF16_ROWS = 16  # of matrices in bfloat16: more of them torch multiplies as fast, or faster
 _CODES = {"int8": INT8, "fp8": layout.CODE_FLOAT8, "int4": layout.CODE_NIBBLES}
 _CALL, _WEIGHT, _LAYER = (struct.Struct(f"{len(part)}q") for part in (CALL_FIELDS, WEIGHT_FIELDS, LAYER_FIELDS))
 _REST = struct.Struct(f"{len(layout.FIELDS) - len(CALL_FIELDS) - len(WEIGHT_FIELDS) - len(LAYER_FIELDS)}q")
@@ -38,8 +41,9 @@ _REST = struct.Struct(f"{len(layout.FIELDS) - len(CALL_FIELDS) - len(WEIGHT_FIEL
 def why_not(x: Tensor, weight: Tensor | ScaledWeight | None) -> str:
     """The reason why something else is to multiply these; empty where this is.
 
-    Torch's products stay where they are the better ones: of dtypes that the processor multiplies natively; of float32
-    with AVX-512, for which this was never measured, and for so few rows that memory is all that counts.
+    Torch's products stay where they are the better ones: of dtypes that the processor multiplies natively, but for few
+    rows of bfloat16, which torch would put in order first; of float32 with AVX-512, for which this was never measured,
+    and for so few rows that memory is all that counts.
 
     Args:
         x: ``[..., in_features]``.
@@ -61,20 +65,38 @@ def why_not(x: Tensor, weight: Tensor | ScaledWeight | None) -> str:
     if weight is not None and (weight.dtype != x.dtype or not weight.is_contiguous()):
         return "for contiguous matrices [in_features, out_features] in the dtype of x"
     if x.dtype != torch.float32:
-        return f"this CPU multiplies {machine.name_of(x.dtype)} natively" if machine.is_native(x.dtype) else ""
+        if not machine.is_native(x.dtype):
+            return ""
+        if not _in_bf16(x):
+            return f"torch multiplies {machine.name_of(x.dtype)}, which is native here"
+        return "" if x.numel() <= BF16_ROWS * x.size(-1) else f"torch multiplies more than {BF16_ROWS} rows of bfloat16"
     if "avx512f" in found:
         return "torch multiplies float32 where there is AVX-512"
     return "" if x.numel() > CPU_ROWS * x.size(-1) else f"torch multiplies 1 to {CPU_ROWS} rows of float32"
 
 
+def _in_bf16(x: Tensor) -> bool:
+    """Whether panels are of bfloat16: for x in it, where the processor multiplies it."""
+    if x.dtype != torch.bfloat16 or not machine.is_native(x.dtype):
+        return False
+    from spon_plugin.kernels.cpu.panel_tile_bf16 import is_available
+
+    return is_available()
+
+
 @functools.cache
-def _worker() -> tuple[Any, int, int, int]:
+def _worker(bf16: bool) -> tuple[Any, int, int, int]:
     """The compiled thread function, its address, and outputs of a strip and of a panel; see `kernel._worker`."""
-    from spon_plugin.kernels.cpu.panel_tile import COLUMNS, PANEL
+    if bf16:
+        from spon_plugin.kernels.cpu.panels_bf16_worker import compile_panels_bf16_worker
+
+        compiled = compile_panels_bf16_worker()
+        return compiled, compiled.address, layout.BF16_COLUMNS, layout.BF16_PANEL
+    from spon_plugin.kernels.cpu.panel_tile import COLUMNS
     from spon_plugin.kernels.cpu.panels_worker import compile_panels_worker
 
     compiled = compile_panels_worker()
-    return compiled, compiled.address, COLUMNS, PANEL
+    return compiled, compiled.address, COLUMNS, layout.PANEL
 
 
 def sparse_linear(
@@ -85,7 +107,10 @@ def sparse_linear(
     *,
     shard_sizes: Sequence[int] | None = None,
 ) -> Tensor:
-    """``y = S(x) W^T + bias`` for any number of rows, in float32, rounded once. No gradient.
+    """``y = S(x) W^T + bias`` for any number of rows, summed in float32, rounded once. No gradient.
+
+    Weights with scales are float32 as well, but where x is bfloat16 and the processor multiplies that: there they are
+    rounded to bfloat16, as a model of that dtype would hold them.
 
     The sums of an output are added up in the order of the inputs: its bits depend neither on the number of threads nor
     on the other rows.
@@ -124,11 +149,17 @@ def _multiply(
     """Outputs from `first` on, `width` of them, of contiguous rows of x, into contiguous rows of y."""
     if not (x.shape[0] and width):
         return
-    _, address, columns, panel = _worker()
-    rows, threads, per_panel = layout.padded(x.shape[0]), torch.get_num_threads(), panel // columns
-    strips = min(-(-width // columns), max(per_panel, SUMS // (rows * columns) // per_panel * per_panel))
-    words = layout.scratch_parts(rows, strips, columns, panel)[-1]
-    scratch = cpu.scratch(-(-rows * x.shape[1] // 16) * 16 + threads * words)
+    bf16, threads = _in_bf16(x), torch.get_num_threads()
+    _, address, columns, panel = _worker(bf16)
+    rows = layout.bf16_padded(x.shape[0]) if bf16 else layout.padded(x.shape[0])
+    per_panel = panel // columns
+    most = (BF16_SUMS if bf16 else SUMS) // (rows * columns) // per_panel * per_panel
+    strips = min(-(-width // columns), max(per_panel, most))
+    if bf16:
+        shared, *_, words = layout.bf16_scratch_parts(rows, x.shape[1], strips)
+    else:
+        shared, words = -(-rows * x.shape[1] // 16) * 16, layout.scratch_parts(rows, strips, columns)[-1]
+    scratch = cpu.scratch(shared + threads * words)
     if isinstance(weight, ScaledWeight):
         parts, kind, bits = scaled.weight_words(weight, first, width), _CODES[weight.format], 8 // weight.unit
     else:

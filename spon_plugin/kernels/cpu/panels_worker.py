@@ -14,7 +14,6 @@ from spon_plugin.kernels.cpu.elements import read_row, write_row
 from spon_plugin.kernels.cpu.numba_types import FLOAT8, pointer, prefetch_far, widen
 from spon_plugin.kernels.cpu.panel_tile import (
     COLUMNS,
-    PANEL,
     pack_bfloat16,
     pack_float8,
     pack_float16,
@@ -34,6 +33,7 @@ from spon_plugin.kernels.cpu.panels_layout import (
     FIELDS,
     GAP,
     PADDED,
+    PANEL,
     STRIPS,
 )
 from spon_plugin.kernels.cpu.scaled_layout import NOTHING
@@ -76,7 +76,7 @@ def _pack_inputs(fields: Any, rows: int, first: int, row: Any, packed: Any) -> N
 
 
 @njit(**OPTIONS)
-def _read_scales(fields: Any, group: int, first: int, count: int, scales: Any) -> None:
+def read_scales(fields: Any, group: int, first: int, count: int, scales: Any) -> None:
     """Scales, zero points and offsets of a group for some outputs."""
     at = group * fields[layout.SCALE_STRIDE] + first
     read_row(fields[layout.SCALES], fields[layout.SCALE_KIND], at, scales[0, :count])
@@ -89,7 +89,7 @@ def _read_scales(fields: Any, group: int, first: int, count: int, scales: Any) -
 
 
 @njit(**OPTIONS)
-def _rest_of_row(address: int, kind: int, first: int, count: int, scales: Any, row: Any) -> None:
+def rest_of_row(address: int, kind: int, first: int, count: int, scales: Any, row: Any) -> None:
     """What `pack` leaves: a strip that the weight does not fill, with zeros for the outputs that are none.
 
     Args:
@@ -131,7 +131,7 @@ def _pack_panel(
             group = np.int64(group_of_row[i]) if fields[layout.GROUP_OF_ROW] != 0 else i // fields[layout.GROUP_SIZE]
             if group != held:
                 held = group
-                _read_scales(fields, group, begin, end - begin, scales)
+                read_scales(fields, group, begin, end - begin, scales)
         row = fields[layout.CODES] + i * stride
         source, out = row + begin * bits // 8, panel_at + 4 * COLUMNS * k
         for byte in range(0, width, 64):
@@ -150,7 +150,7 @@ def _pack_panel(
             pack_int4(source, strips, scales_at, out, apart)
         if begin + whole < end:
             at = (strips * (depth + GAP) + k) * COLUMNS
-            _rest_of_row(row, kind, begin + whole, end - begin - whole, scales[:, whole:], panel[at : at + COLUMNS])
+            rest_of_row(row, kind, begin + whole, end - begin - whole, scales[:, whole:], panel[at : at + COLUMNS])
 
 
 @njit(**OPTIONS)
@@ -174,16 +174,16 @@ def _multiply(x: int, rows: int, depth: int, panel: int, strips: int, sums: int)
 
 
 @njit(**OPTIONS)
-def _finish(fields: Any, rows: int, begin: int, end: int, sums: Any, bias: Any, out: Any) -> None:
-    """Outputs ``begin:end`` of all rows: the bias added, and rounded."""
+def finish(fields: Any, rows: int, columns: int, begin: int, end: int, sums: Any, bias: Any, out: Any) -> None:
+    """Outputs ``begin:end`` of all rows: the bias added, and rounded. Sums are ``[strip][row][columns]``."""
     count = end - begin
     bias = bias[:count]
     bias[:] = 0
     read_row(fields[layout.BIAS], fields[layout.BIAS_KIND], begin, bias)
     for t in range(fields[layout.BATCH]):
-        for start in range(0, count, COLUMNS):
-            at = (start // COLUMNS * rows + t) * COLUMNS
-            for j in range(min(COLUMNS, count - start)):
+        for start in range(0, count, columns):
+            at = (start // columns * rows + t) * columns
+            for j in range(min(columns, count - start)):
                 out[start + j] = sums[at + j] + bias[start + j]
         write_row(fields[layout.Y], fields[layout.X_KIND], t * fields[layout.Y_STRIDE] + begin, out[:count])
 
@@ -203,7 +203,7 @@ def compile_panels_worker() -> Any:
         in_features, out_features = fields[layout.IN_FEATURES], fields[layout.OUT_FEATURES]
         kind, rows, most = fields[CODE_KIND], fields[PADDED], fields[STRIPS]
         thread, threads = thread_number(), thread_count()
-        parts = _scratch_parts(rows, most, COLUMNS, PANEL)
+        parts = _scratch_parts(rows, most, COLUMNS)
         shared = (rows * in_features + 15) // 16 * 16
         packed = carray(pointer(fields[layout.SCRATCH], types.float32), (rows * in_features,))
         own = fields[layout.SCRATCH] + 4 * (shared + thread * parts[5])
@@ -238,6 +238,6 @@ def compile_panels_worker() -> Any:
                     x = fields[layout.SCRATCH] + 4 * rows * first
                     target = own + 4 * (parts[4] + (strip - block) * rows * COLUMNS)
                     _multiply(x, rows, depth, own, past - strip, target)
-            _finish(fields, rows, block * COLUMNS, min(stop * COLUMNS, out_features), sums, bias, row)
+            finish(fields, rows, COLUMNS, block * COLUMNS, min(stop * COLUMNS, out_features), sums, bias, row)
 
     return thread_function(worker)

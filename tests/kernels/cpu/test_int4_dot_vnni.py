@@ -6,8 +6,8 @@ import re
 import pytest
 
 ir = pytest.importorskip("llvmlite.ir")
-binding = pytest.importorskip("llvmlite.binding")
 int4_dot_vnni = pytest.importorskip("spon_plugin.kernels.cpu.int4_dot_vnni", exc_type=ImportError)
+from tests.kernels.cpu.assembly import assembly  # noqa: E402 (needs llvmlite)
 
 # Processor -> features that choose the instruction, bytes in all and in a register, registers' name.
 PROCESSORS = {
@@ -18,38 +18,12 @@ PROCESSORS = {
 }
 
 
-class Context:
-    """As much of Numba's as an intrinsic asks for."""
-
-    def get_dummy_value(self):
-        return None
-
-
-def assembly(cpu, width, size):
-    """Of a function that is the intrinsic and nothing else."""
-    binding.initialize_all_targets()
-    binding.initialize_all_asmprinters()
-    module = ir.Module()
-    module.triple = "x86_64-unknown-linux-gnu"
-    arguments = [ir.IntType(64)] * 7 + [ir.FloatType()]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), "dot")
-    builder = ir.IRBuilder(function.append_basic_block())
-    int4_dot_vnni._generator(width, size)(Context(), builder, None, function.args)
-    builder.ret_void()
-    parsed = binding.parse_assembly(str(module))
-    parsed.verify()
-    machine = binding.Target.from_triple(module.triple).create_target_machine(cpu=cpu, opt=3)
-    options = binding.create_pipeline_tuning_options(speed_level=3)
-    passes = binding.create_pass_builder(machine, options)
-    passes.getModulePassManager().run(parsed, passes)
-    return machine.emit_assembly(parsed)
-
-
 @pytest.mark.parametrize("cpu", PROCESSORS)
 def test_the_inner_loop_is_the_instruction_and_keeps_its_sums_in_registers(cpu, monkeypatch):
     having, width, size, register = PROCESSORS[cpu]
     monkeypatch.setattr(int4_dot_vnni, "features", lambda: having)
-    lines = assembly(cpu, width, size).splitlines()
+    arguments = [ir.IntType(64)] * 7 + [ir.FloatType()]
+    lines = assembly(cpu, arguments, int4_dot_vnni._generator(width, size))
     products = [k for k, line in enumerate(lines) if "vpdpbusd" in line]
     assert len(products) == 8 * (width // size)  # of lower codes and of bytes, of four vectors of columns
     assert all(register in lines[k] for k in products)

@@ -158,7 +158,7 @@ def test_the_reason_why_not(monkeypatch, runs):
 
     assert not why() and not why(x.bfloat16(), None) and not why(x, four)
     wide = AVX2 | {"avx512f"}
-    assert why(x.bfloat16(), None, wide, [torch.bfloat16]) == "this CPU multiplies bfloat16 natively"
+    assert why(x.bfloat16(), None, wide, [torch.bfloat16]) == "torch multiplies bfloat16, which is native here"
     assert why(features=wide) == "torch multiplies float32 where there is AVX-512"
     assert not why(x, four, wide, [torch.bfloat16])
     assert why(features=frozenset()) == "for processors with AVX2 and FMA"
