@@ -81,7 +81,8 @@ def baselines(
 
     Returns:
         "torch", in the dtype of x; "torch float32" where the machine emulates that dtype; "oneDNN" on a CPU, for more
-        rows than our kernels for few take: its product of a float32 weight that it has packed, as vLLM runs it;
+        rows than our kernels for few take: its product of a weight that it has packed, as vLLM runs it, in the dtype
+        of x where the machine multiplies that and else in float32;
         "packed", torch's weight-only kernel for int8 by output and for int4 by group, in bfloat16 alone; and what
         `cuda_baselines` has besides.
     """
@@ -92,9 +93,10 @@ def baselines(
         wide, wide_x, wide_bias = _copies(matrices[0].float(), weights), x.float(), bias.float()
         calls["torch float32"] = lambda i: F.linear(wide_x, wide[i % len(wide)], wide_bias)
     if not x.is_cuda and x.shape[0] > CPU_ROWS:
-        blocked = [torch.ops.mkldnn._reorder_linear_weight(m.float(), x.shape[0]) for m in matrices[:3]]
+        dtype = machine.compute_dtype(x.dtype)
+        blocked = [torch.ops.mkldnn._reorder_linear_weight(m.to(dtype), x.shape[0]) for m in matrices[:3]]
         calls["oneDNN"] = lambda i: torch.ops.mkldnn._linear_pointwise(
-            x.float(), blocked[i % len(blocked)], bias.float(), "none", [], ""
+            x.to(dtype), blocked[i % len(blocked)], bias.to(dtype), "none", [], ""
         )
     first = weights[0]
     if x.dtype != torch.bfloat16 or not isinstance(first, ScaledWeight):

@@ -7,8 +7,9 @@
 Weights are cold: calls rotate over copies that exceed the cache several times. All variants of a shape and batch are
 measured in turns, so that they see the same machine, and medians are reported. Dense baselines: torch's linear layer on
 its own layout, in `--dtype` and in float32 where the machine emulates that; our kernel with nothing masked; torch's own
-kernel for the format of `--format`, where it has one; oneDNN's packed float32 for more than 8 rows on a CPU (prompts:
-``--dtype float32 --sparsity 0 --batch 16,128,512``); on a GPU Marlin too, from `--marlin` (`benchmarks.marlin`).
+kernel for the format of `--format`, where it has one; oneDNN's packed weight for more than 8 rows on a CPU (prompts:
+``--sparsity 0 --batch 16,128,512``), in float32 where the machine emulates `--dtype`; on a GPU Marlin too, from
+`--marlin` (`benchmarks.marlin`).
 `read` is a bandwidth measured in the same turns: on a CPU, that at which torch sums up the cold weights; on a GPU, that
 of bytes read and written by a copy.
 Inputs are Gaussian and independent between rows, the worst case for a batch; `benchmarks.real_masks` has real ones.

@@ -21,7 +21,7 @@ from spon_plugin.adapter.merged import BASE_QUANTIZATION, FIELD, HEAD, QUANT_MET
 from spon_plugin.decoder.tokens import rule_of
 from spon_plugin.errors import SponError
 from spon_plugin.layers.sparse_linear import SparseLayer
-from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
+from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear, share_calls
 from spon_plugin.weights.importers.gptq import holds_zeros_less_one
 from spon_plugin.weights.linears import is_linear
 from spon_transformers.merged_layers import check_files, finish_layers, follow, layer_for, paths_in
@@ -141,6 +141,7 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
     layers = {path: m for path, m in model.named_modules() if isinstance(m, SparseLayer)}
     for layer in layers.values():
         layer.arrange_for_kernels()
+    share_calls(model)
     rule = rule_of(adapter.fields, model)
     fields = replace(adapter.fields, tokens=rule.tokens, dense_prefix=rule.dense_prefix)
     if not holds_dense_biases(fields):

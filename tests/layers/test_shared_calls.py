@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized layers that read one tensor: multiplied in one go, to the bits of each by itself, never from old data."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from spon_plugin.kernels.cpu import scaled
+from spon_plugin.kernels.cpu.kernel import is_available
+from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear, share_calls
+from tests.kernels.cpu.test_scaled_kernel import make
+from tests.layers.test_sparse_quantized import Host
+
+pytestmark = pytest.mark.skipif(not is_available(), reason="needs Numba and GNU's OpenMP")
+SIZES = (40, 12, 6)
+FORMATS = {
+    "int8": ("int8", {}),
+    "int8 zeros offsets": ("int8", {"zeros": True, "offsets": True}),
+    "int4": ("int4", {}),
+    "int4 zeros": ("int4", {"zeros": True, "scale": torch.bfloat16}),
+    "fp8": ("fp8", {"scale": torch.float16}),
+}
+
+
+class Block(nn.Module):
+    """Three layers that read one tensor, and one that reads another."""
+
+    def __init__(self, kind="int8", center=False, biases=(True, True, True)):
+        super().__init__()
+        format, options = FORMATS[kind]
+        for name, size, bias in zip(("q", "k", "v", "o"), (*SIZES, 48), (*biases, True), strict=True):
+            layer = SparseQuantizedLinear(Host(48, size))
+            layer.rows.weight = make(format, (48, size), group=16, **options).arranged()
+            layer.spon_threshold = torch.tensor([0.5])
+            layer.spon_center = torch.full((48,), 0.3) if center else None
+            layer.bias = nn.Parameter(torch.randn(size), requires_grad=False) if bias else None
+            setattr(self, name, layer)
+
+    @torch.no_grad()
+    def forward(self, x):
+        return [self.q(x), self.k(x), self.v(x), self.o(2 * x)]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The outputs of each call of the kernel."""
+    sizes, run = [], scaled.Prepared.__call__
+
+    def counted(self, x):
+        sizes.append(self.out_features)
+        return run(self, x)
+
+    monkeypatch.setattr(scaled.Prepared, "__call__", counted)
+    return sizes
+
+
+def shared(block, x):
+    """`block` once it has found out which layers read one tensor."""
+    share_calls(block)
+    for _ in range(3):
+        block(x)
+    return block
+
+
+@pytest.mark.parametrize("center", [False, True], ids=["no centre", "centre"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [(1, 1), (1, 8), (3,)], ids=str)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_one_product_with_the_bits_of_three(calls, kind, rows, dtype, center):
+    block, x = Block(kind, center), torch.randn(*rows, 48).to(dtype)
+    expected = block(x)
+    found = shared(block, x)
+    calls.clear()
+    y = found(x)
+    assert calls == [sum(SIZES), 48]
+    assert all(torch.equal(one, other) and one.is_contiguous() for one, other in zip(y, expected, strict=True))
+
+
+@pytest.mark.parametrize("biases", [(False, True, False), (False, False, False)], ids=["one", "none"])
+def test_layers_without_a_bias(calls, biases):
+    block, x = Block(biases=biases), torch.randn(1, 48)
+    expected = block(x)
+    found = shared(block, x)
+    calls.clear()
+    assert all(torch.equal(one, other) for one, other in zip(found(x), expected, strict=True))
+    assert calls == [sum(SIZES), 48]
+
+
+def other_threshold(block):
+    block.k.spon_threshold = torch.tensor([0.7])
+
+
+def other_center(block):
+    block.v.spon_center = torch.full((48,), 0.1)
+
+
+def other_format(block):
+    block.k.rows.weight = make("int4", (48, 12), group=16).arranged()
+
+
+def other_groups(block):
+    block.k.rows.weight = make("int8", (48, 12), group=48).arranged()
+
+
+def other_bias(block):
+    block.k.bias = nn.Parameter(block.k.bias.double(), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [other_threshold, other_center, other_format, other_groups, other_bias])
+def test_layers_that_differ_are_not_joined(calls, change):
+    block, x = Block(), torch.randn(1, 48)
+    change(block)
+    expected = block(x)
+    found = shared(block, x)
+    calls.clear()
+    assert all(torch.equal(one, other) for one, other in zip(found(x), expected, strict=True))
+    assert calls[:3] == list(SIZES)
+
+
+def write_bias(block, _x):
+    block.k.bias.add_(1)
+
+
+def put_bias_data(block, _x):
+    block.k.bias.data = block.k.bias + 1
+
+
+def put_bias(block, _x):
+    block.k.bias = nn.Parameter(block.k.bias + 1, requires_grad=False)
+
+
+def write_threshold(block, _x):
+    block.k.spon_threshold.fill_(5.0)
+
+
+def put_threshold(block, _x):
+    block.k.spon_threshold = torch.tensor([5.0])
+
+
+def put_weight(block, _x):
+    block.k.rows.weight = make("int8", (48, 12), group=48).arranged()
+
+
+def write_input(_block, x):
+    x.mul_(3)
+
+
+@pytest.mark.parametrize(
+    "change", [write_bias, put_bias_data, put_bias, write_threshold, put_threshold, put_weight, write_input]
+)
+def test_a_change_after_the_first_call_counts(change):
+    block, x = Block(), torch.randn(1, 48)
+    shared(block, x)
+    with torch.no_grad():
+        block.q(x)  # makes the outputs of all three
+        change(block, x)
+        y = block.k(x)
+        alone = copy.deepcopy(block.k)
+        alone.shared = None
+        assert torch.equal(y, alone(x))
+        for name in ("q", "k", "v"):  # and the next time round
+            alone = copy.deepcopy(getattr(block, name))
+            alone.shared = None
+            assert torch.equal(getattr(block, name)(x), alone(x))
+
+
+def test_an_output_is_handed_out_once(calls):
+    block, x = Block(), torch.randn(1, 48)
+    shared(block, x)
+    with torch.no_grad():
+        block.q(x)
+        first = block.k(x).clone()
+        block.k(x).zero_()
+        assert torch.equal(block.k(x), first)
+        calls.clear()
+        block.v(x)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))], ids=["copy", "pickle"]
+)
+def test_copies_find_out_anew(copied):
+    block, x = Block(), torch.randn(1, 48)
+    expected = shared(block, x)(x)
+    other = copied(block)
+    assert other.q.shared is other.k.shared is not block.q.shared
+    with torch.no_grad():
+        other.k.bias.zero_()
+    for _ in range(3):
+        y = other(x)
+    assert torch.equal(y[0], expected[0]) and not torch.equal(y[1], expected[1])
+    assert all(torch.equal(one, two) for one, two in zip(block(x), expected, strict=True))
+
+
+@pytest.mark.parametrize("case", ["many rows", "autocast", "inference", "a gradient", "no rows"])
+def test_what_each_layer_computes_by_itself(calls, case):
+    block, x = Block(), torch.randn(1, 48)
+    shared(block, x)
+    calls.clear()
+    if case == "a gradient":
+        x = x.requires_grad_()
+        (block.q(x) + 0).sum().backward()
+        assert x.grad is not None
+    elif case == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            block(x)
+    elif case == "inference":
+        with torch.inference_mode():
+            block(torch.randn(1, 48))
+    else:
+        block(torch.randn(9 if case == "many rows" else 0, 48))
+    assert sum(SIZES) not in calls
+
+
+def test_a_model_that_is_cast_is_joined_anew(calls):
+    block, x = Block(), torch.randn(1, 48)
+    shared(block, x)
+    block.bfloat16()
+    x = x.bfloat16()
+    alone = copy.deepcopy(block)
+    for layer in alone.children():
+        layer.shared = None
+    expected = alone(x)
+    for _ in range(4):
+        calls.clear()
+        assert all(torch.equal(one, other) for one, other in zip(block(x), expected, strict=True))
+    assert calls == [sum(SIZES), 48]
