@@ -11,7 +11,8 @@ transformers runs it. All variants take turns of eight tokens, so that they see 
 
 ``--format int8`` and ``int4`` are `spon quantize`'s rounding, with an output head of eight bits by output, on our
 kernels; llama.cpp reads the GGUF files of ``--gguf``, or makes one of the same weights by its own quantizer. ``read``
-is what a token reads of weights, scales included, and its share of the bandwidth at which torch sums up memory.
+is what a token reads of weights, scales included, and its share of the bandwidth at which torch sums up memory; ``in
+kernels`` is the part of a token's time that our CPU kernels take.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from benchmarks.variants import (
     variant,
 )
 from spon_plugin import Mask, read_adapter
+from spon_plugin.kernels.cpu import kernel
 from spon_plugin.machine import DTYPES, device_name
 from spon_transformers.gguf_writer import write_gguf
 
@@ -88,9 +91,30 @@ def graph_step(model: Any, ids: torch.Tensor, length: int) -> Step:
     return graph.replay
 
 
+@contextmanager
+def kernel_time() -> Iterator[list[float]]:
+    """Seconds of each launch of our CPU kernels, while the context lasts."""
+    taken: list[float] = []
+    launch, run = kernel.parallel, kernel.parallel()
+
+    def timed(*arguments: Any) -> None:
+        start = time.perf_counter()
+        run(*arguments)
+        taken.append(time.perf_counter() - start)
+
+    kernel.parallel = lambda: timed  # type: ignore[assignment]
+    try:
+        yield taken
+    finally:
+        kernel.parallel = launch
+
+
 @torch.no_grad()
-def measure(variants: Sequence[Variant], ids: torch.Tensor, tokens: int) -> dict[str, tuple[float, float]]:
-    """Median seconds per token of each variant, the variants taking turns, and those of the prompt."""
+def measure(variants: Sequence[Variant], ids: torch.Tensor, tokens: int) -> dict[str, tuple[float, float, float]]:
+    """Median seconds per token of each variant, the variants taking turns; those of the prompt; those in our kernels.
+
+    The last are of a CPU, and taken in the steps that begin a turn.
+    """
     cuda = ids.is_cuda
     steps, first = {}, {}
     for each in variants:
@@ -101,16 +125,24 @@ def measure(variants: Sequence[Variant], ids: torch.Tensor, tokens: int) -> dict
             torch.cuda.synchronize()
         first[each.name] = time.perf_counter() - start
     times: dict[str, list[float]] = {name: [] for name in steps}
+    kernels: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(max(1, tokens // TURN)):
         for name, step in steps.items():
             step()  # brings this model's code and small tensors back into the caches, as in steady decoding
-            for _ in range(TURN - 1):
+            if not cuda and kernel.is_available():
+                with kernel_time() as taken:
+                    step()
+                kernels[name].append(sum(taken))
+            for _ in range(TURN - 2):
                 start = time.perf_counter()
                 step()
                 if cuda:
                     torch.cuda.synchronize()
                 times[name].append(time.perf_counter() - start)
-    return {name: (statistics.median(values), first[name]) for name, values in times.items()}
+    return {
+        name: (statistics.median(values), first[name], statistics.median(kernels[name] or [0.0]))
+        for name, values in times.items()
+    }
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -159,12 +191,15 @@ def make_variants(
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows in Markdown."""
-    lines = ["| variant | tokens/s | first token ms | MB read | of bandwidth | MB held | perplexity |"]
-    lines.append("| --- " + "| ---: " * 6 + "|")
+    lines = [
+        "| variant | tokens/s | ms | in kernels | first token ms | MB read | of bandwidth | MB held | perplexity |"
+    ]
+    lines.append("| --- " + "| ---: " * 8 + "|")
     for row in rows:
         quality = "" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
         lines.append(
-            f"| {row['name']} | {row['tokens_per_second']:.1f} | {row['first_token_ms']:.0f} "
+            f"| {row['name']} | {row['tokens_per_second']:.1f} | {1e3 / row['tokens_per_second']:.1f} "
+            f"| {row['kernels_ms']:.1f} | {row['first_token_ms']:.0f} "
             f"| {row['bytes_read'] / 1e6:.0f} | {row['share_of_bandwidth']:.0%} | {row['bytes_held'] / 1e6:.0f} "
             f"| {quality} |"
         )
@@ -236,6 +271,7 @@ def main() -> None:
                 "name": each.name,
                 "tokens_per_second": 1 / seconds[each.name][0],
                 "first_token_ms": 1e3 * seconds[each.name][1],
+                "kernels_ms": 1e3 * seconds[each.name][2],
                 "bytes_read": each.bytes_read,
                 "share_of_bandwidth": each.bytes_read / seconds[each.name][0] / bandwidth,
                 "bytes_held": each.bytes_held,

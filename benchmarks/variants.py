@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from spon_plugin import Mask
 from spon_plugin.decoder.sites import find_sites
 from spon_plugin.layers.sparse_linear import SparseLayer, sparse_like
-from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
+from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear, share_calls
 from spon_plugin.masking import keep_mask
 from spon_plugin.weights.fold import fold_alpha
 from spon_plugin.weights.scaled import ScaledWeight
@@ -173,6 +173,7 @@ def rounded_copy(model: Any, bits: int, group: int | None) -> Any:
         layer = SparseQuantizedLinear(rounded.get_submodule(path))
         layer.arrange_for_kernels()
         rounded.set_submodule(path, layer)
+    share_calls(rounded)
     round_head(rounded, "int8")
     return rounded.requires_grad_(False)
 
