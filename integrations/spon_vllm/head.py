@@ -22,15 +22,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from spon_plugin.kernels import sparse_linear
-from spon_plugin.kernels.few_rows import CPU_ROWS
 from spon_plugin.weights.int8 import Int8Weight, round_to_int8
 from spon_vllm import ops, rows
 from spon_vllm.report import Coverage
 from spon_vllm.trained import TrainedEmbeddingMethod
 
-# Up to so many rows run on the kernel for a few, as many at a time as it takes: one thread of a CPU without AVX-512,
-# 16032 x 2048, 16 rows: 34 ms, by decoding the weight 149, in float32 84; 32 rows: 70, 209 and 110.
-_BY_EIGHTS = 4 * CPU_ROWS
 _FLOAT = (UnquantizedEmbeddingMethod, UnquantizedLinearMethod, TrainedEmbeddingMethod)
 
 
@@ -121,11 +117,7 @@ class Int8HeadMethod(QuantizeMethodBase):
         """Map hidden states ``[..., hidden_size]`` to the logits of this rank's tokens, in `x.dtype`."""
         holder = self.embedding_layer() if self.tied else layer
         weight = Int8Weight(holder.spon_codes, holder.spon_scales, group_size=holder.spon_codes.shape[0])
-        nothing, flat = ops.nothing(x), x.reshape(-1, x.shape[-1])
-        if x.is_cpu and CPU_ROWS < len(flat) <= _BY_EIGHTS:
-            parts = [sparse_linear(part, weight, nothing, bias) for part in flat.split(CPU_ROWS)]
-            return torch.cat(parts).view(*x.shape[:-1], -1)
-        return sparse_linear(x, weight, nothing, bias)
+        return sparse_linear(x, weight, ops.nothing(x), bias)
 
 
 def _hold(layer: Any) -> None:
