@@ -10,9 +10,10 @@ is as sparse as asked. On a GPU each step is one CUDA graph over a static KV cac
 transformers runs it. All variants take turns of eight tokens, so that they see the same machine.
 
 ``--format int8`` and ``int4`` are `spon quantize`'s rounding, with an output head of eight bits by output, on our
-kernels; llama.cpp reads the GGUF files of ``--gguf``, or makes one of the same weights by its own quantizer. ``read``
-is what a token reads of weights, scales included, and its share of the bandwidth at which torch sums up memory; ``in
-kernels`` is the part of a token's time that our CPU kernels take.
+kernels; ``--against`` adds what people use instead: llama.cpp on the GGUF files of ``--gguf``, or on one of the same
+weights by its own quantizer; vLLM's dense model; torchao's int8. ``read`` is what a token reads of weights, scales
+included, and its share of the bandwidth at which torch sums up memory; ``in kernels`` is the part of its time that our
+CPU kernels take.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,12 @@ from benchmarks.variants import (
     quantile_masks,
     rounded_copy,
     sparse_copy,
+    torchao_copy,
     variant,
 )
 from spon_plugin import Mask, read_adapter
 from spon_plugin.kernels.cpu import kernel
-from spon_plugin.machine import DTYPES, device_name
+from spon_plugin.machine import DTYPES, device_name, name_of
 from spon_transformers.gguf_writer import write_gguf
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -64,6 +66,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 BITS = {"int8": 8, "int4": 4}
+OTHERS = ("llama.cpp", "vllm", "torchao")
 PROMPT = 64
 TURN = 8
 
@@ -89,6 +92,23 @@ def graph_step(model: Any, ids: torch.Tensor, length: int) -> Step:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+@torch.no_grad()
+def compiled_step(model: Any, ids: torch.Tensor, length: int) -> Step:
+    """A step as `torch.compile` makes it, over a static cache."""
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    run = torch.compile(model, dynamic=False)
+    state = {"token": model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)}
+    position = torch.tensor([ids.shape[1]])
+
+    @torch.no_grad()
+    def step() -> None:
+        out = run(state["token"], past_key_values=cache, cache_position=position, position_ids=position[None])
+        state["token"] = out.logits[:, -1:].argmax(-1)
+        position.add_(1)
+
+    return step
 
 
 @contextmanager
@@ -157,7 +177,13 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def make_variants(
-    dense: Any, masks: Mapping[str, Mapping[str, Mask]], formats: Sequence[str], ids: torch.Tensor, tokens: int
+    dense: Any,
+    masks: Mapping[str, Mapping[str, Mask]],
+    formats: Sequence[str],
+    ids: torch.Tensor,
+    tokens: int,
+    compiles: bool = False,
+    torchao: bool = False,
 ) -> list[Variant]:
     """The dense model, and for each format and mapping of masks a sparse one.
 
@@ -167,25 +193,36 @@ def make_variants(
         formats: "bf16" for the dtype of `dense`, or names of `BITS`.
         ids: a prompt.
         tokens: that each will decode.
+        compiles: whether each has a twin that is compiled.
+        torchao: whether torchao's int8 is among them.
     """
+    found: list[Variant] = []
+    length = PROMPT + 2 * tokens + 8
 
-    def made(name: str, model: Any) -> Variant:
+    def make(name: str, model: Any) -> None:
         own = variant(name, model, ids)
-        return own._replace(start=lambda ids: graph_step(model, ids, PROMPT + tokens + 8)) if ids.is_cuda else own
+        if ids.is_cuda:
+            own = own._replace(start=lambda ids: graph_step(model, ids, length))
+        found.append(own)
+        if compiles:
+            start: Callable[[torch.Tensor], Step] = lambda ids: compiled_step(model, ids, length)  # noqa: E731
+            found.append(own._replace(name=f"{name}, compiled", start=start))
 
     dtype = next(dense.parameters()).dtype
-    found = [made(f"{str(dtype).removeprefix('torch.')} dense", dense)]
+    make(f"{name_of(dtype)} dense", dense)
+    if torchao:
+        make("torchao int8 dense", torchao_copy(dense))
     for format in formats:
         if format == "bf16":
             for name, own in masks.items():
-                found.append(made(name, sparse_copy(dense, own, folded_biases(dense, own))))
+                make(name, sparse_copy(dense, own, folded_biases(dense, own)))
             continue
         sizes = dense.config.hidden_size, dense.config.intermediate_size
         group = next(group for group in (128, 64, 32) if not any(size % group for size in sizes))
         rounded = rounded_copy(dense, BITS[format], group if BITS[format] == 4 else None)
-        found.append(made(f"{format} dense", rounded))
+        make(f"{format} dense", rounded)
         for name, own in masks.items():
-            found.append(made(f"{format} {name}", masked(rounded, own, dtype)))
+            make(f"{format} {name}", masked(rounded, own, dtype))
     return found
 
 
@@ -215,12 +252,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="with --shape: so many blocks instead of its own")
     parser.add_argument("--sparsity", default="0.5", help="with --shape; comma-separated")
     parser.add_argument("--format", default="bf16", help="comma-separated: bf16 (that is, --dtype), int8, int4")
-    parser.add_argument("--against", default="", help="llama.cpp")
+    parser.add_argument("--against", default="", help=f"comma-separated: {', '.join(OTHERS)}, each installed")
     parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="for llama.cpp; else Q4_K_M is made")
     parser.add_argument("--text", type=Path, help="score each variant on its first tokens")
     parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, with --text")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
+    parser.add_argument("--compile", action="store_true", help="each variant by torch.compile as well; on a CPU")
     parser.add_argument("--tokens", type=int, default=128, help="decoded by each variant")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
@@ -229,8 +267,11 @@ def main() -> None:
     formats = arguments.format.split(",")
     if set(formats) - {"bf16", *BITS}:
         parser.error(f"--format {arguments.format}: expected some of bf16, {', '.join(BITS)}")
-    if arguments.against not in ("", "llama.cpp"):
-        parser.error(f"--against {arguments.against}: expected llama.cpp")
+    others = [name for name in arguments.against.split(",") if name]
+    if set(others) - set(OTHERS) or (others and arguments.device != "cpu"):
+        parser.error(f"--against {arguments.against}: expected some of {', '.join(OTHERS)}, and --device cpu")
+    if arguments.compile and arguments.device != "cpu":
+        parser.error("--compile: expected --device cpu; on a GPU each step is a CUDA graph")
 
     torch.manual_seed(0)
     dtype, device = DTYPES[arguments.dtype], torch.device(arguments.device)
@@ -258,12 +299,23 @@ def main() -> None:
             masks[f"masked {sparsity:.0%}"] = quantile_masks(dense, sparsity, ids)
 
     with tempfile.TemporaryDirectory() as directory:
-        variants = make_variants(dense, masks, formats, ids, arguments.tokens)
-        if arguments.against:
+        context = PROMPT + 2 * arguments.tokens + 16
+        if "vllm" in others:  # first: it sets threads up, and makes no engine once Numba is there
+            from benchmarks import vllm_engine
+
+            path, held = Path(directory) / "model", sum(p.numel() * p.element_size() for p in dense.parameters())
+            dense.save_pretrained(path)
+            read = held - (0 if dense.config.tie_word_embeddings else dense.get_input_embeddings().weight.nbytes)
+            variants = [vllm_engine.variant(path, dtype, read, held, context)]
+        else:
+            variants = []
+        more = make_variants(dense, masks, formats, ids, arguments.tokens, arguments.compile, "torchao" in others)
+        variants = [*more, *variants]
+        if "llama.cpp" in others:
             from benchmarks import llama_cpp
 
             files = arguments.gguf or [write_gguf(dense, Path(directory) / "Q4_K_M.gguf")]
-            variants += [llama_cpp.variant(file, PROMPT + 2 * arguments.tokens + 16) for file in files]
+            variants += [llama_cpp.variant(file, context) for file in files]
         bandwidth = read_bandwidth(device)
         seconds = measure(variants, ids, arguments.tokens)
         rows = [

@@ -18,9 +18,11 @@ from spon_plugin.layers.sparse_linear import SparseLayer, sparse_like
 from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear, share_calls
 from spon_plugin.masking import keep_mask
 from spon_plugin.weights.fold import fold_alpha
+from spon_plugin.weights.linears import weight_of
 from spon_plugin.weights.scaled import ScaledWeight
 from spon_transformers.head import Int8Head, round_head
 from spon_transformers.quantize import Rounding, quantize
+from spon_transformers.quantized_base import is_quantized
 
 Step = Callable[[], object]
 
@@ -92,8 +94,11 @@ def _bytes(model: Any, ids: Tensor) -> tuple[float, int]:
     read, held = 0.0, 0
     embeddings = model.get_input_embeddings().weight
     for path, module in model.named_modules():
-        if isinstance(module, SparseQuantizedLinear | Int8Head):
-            rows = module.row_weight
+        rows = module.row_weight if isinstance(module, SparseQuantizedLinear | Int8Head) else None
+        if is_quantized(module):  # torchao's
+            found = weight_of(module)
+            rows = found if isinstance(found, ScaledWeight) else None
+        if rows is not None:
             read += rows.in_features * rows.row_bytes * (1 - skipped.get(path, 0)) + _scale_bytes(rows)
             held += rows.in_features * rows.row_bytes + _scale_bytes(rows)
             continue
@@ -176,6 +181,16 @@ def rounded_copy(model: Any, bits: int, group: int | None) -> Any:
     share_calls(rounded)
     round_head(rounded, "int8")
     return rounded.requires_grad_(False)
+
+
+@torch.no_grad()
+def torchao_copy(model: Any) -> Any:
+    """`model` with its linears, the head's too, in torchao's int8 by output, on torchao's own products."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    rounded = copy.deepcopy(model)
+    quantize_(rounded, Int8WeightOnlyConfig())
+    return rounded
 
 
 def masked(rounded: Any, masks: Mapping[str, Mask], dtype: torch.dtype) -> Any:

@@ -31,13 +31,15 @@ def sparse_linear(
 ) -> Tensor:
     """``y = S(x) W^T + bias`` in float32, rounded once: for many rows, and what no kernel takes. No gradient.
 
+    `cpu.panels` may round weights to bfloat16 first, where x is.
+
     Args:
         x: as in `reference.sparse_linear`.
         weight: ``[in_features, out_features]``.
         threshold: as in `reference.sparse_linear`.
         bias: likewise.
         shard_sizes: likewise.
-        exact: it always is.
+        exact: inputs are always taken as they are.
     """
     thresholds = Thresholds.of(threshold, weight.codes, shard_sizes, weight.out_features)
     whole = not begins_within_a_byte(thresholds.sizes, weight.unit)
