@@ -14,8 +14,8 @@ from transformers import DynamicCache
 
 from spon_plugin import Mask
 from spon_plugin.decoder.sites import find_sites
-from spon_plugin.layers.sparse_linear import SparseLayer, sparse_like
-from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear, share_calls
+from spon_plugin.layers.sparse_linear import SparseLayer, share_calls, sparse_like
+from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
 from spon_plugin.masking import keep_mask
 from spon_plugin.weights.fold import fold_alpha
 from spon_plugin.weights.linears import weight_of
@@ -158,6 +158,7 @@ def sparse_copy(model: nn.Module, masks: Mapping[str, Mask], biases: Mapping[str
         layer.weight, layer.bias = nn.Parameter(linear.weight.detach(), requires_grad=False), linear.bias
         _fill(layer, mask, biases.get(path), linear.weight.dtype)
         sparse.set_submodule(path, layer)
+    share_calls(sparse)
     return sparse
 
 

@@ -12,8 +12,7 @@ from torch import nn
 from spon_plugin.adapter.merged import FIELD, MergedConfig
 from spon_plugin.decoder.tokens import follow_tokens, rule_of
 from spon_plugin.errors import SponError
-from spon_plugin.layers.sparse_linear import SparseLayer, sparse_like
-from spon_plugin.layers.sparse_quantized import share_calls
+from spon_plugin.layers.sparse_linear import SparseLayer, share_calls, sparse_like
 from spon_plugin.weights.linears import linear_features
 from spon_transformers.head import round_head
 

@@ -20,8 +20,8 @@ from spon_plugin.adapter.config import CENTER_MODULES, SponFields, short_names
 from spon_plugin.adapter.merged import BASE_QUANTIZATION, FIELD, HEAD, QUANT_METHOD, MergedConfig, holds_dense_biases
 from spon_plugin.decoder.tokens import rule_of
 from spon_plugin.errors import SponError
-from spon_plugin.layers.sparse_linear import SparseLayer
-from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear, share_calls
+from spon_plugin.layers.sparse_linear import SparseLayer, share_calls
+from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
 from spon_plugin.weights.importers.gptq import holds_zeros_less_one
 from spon_plugin.weights.linears import is_linear
 from spon_transformers.merged_layers import check_files, finish_layers, follow, layer_for, paths_in

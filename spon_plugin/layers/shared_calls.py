@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One product for the quantized layers of a decoder that read the same tensor: q, k and v; gate and up.
+"""One call for the layers of a decoder that read the same tensor: q, k and v; gate and up.
 
-Decoding, a layer's call costs some tens of microseconds before it reads a byte, and narrow outputs are read at a part
-of the speed of wide ones. Layers that are called one after the other with the very same tensor, and mask it in the same
-way, are therefore multiplied in one go, on codes that lie side by side; the first one that is called does it for all.
-Their arguments are checked once, and the kernel is called past the dispatcher, also for a layer that is by itself.
+Decoding, a layer's call costs some tens of microseconds before it reads a byte. Layers that are called one after the
+other with the very same tensor, and mask it in the same way, are therefore multiplied in one go, by one mask and one
+list of active inputs; the first one that is called does it for all. Codes are put side by side for that, as narrow
+outputs are read at a part of the speed of wide ones; matrices stay where they are. Arguments are checked once, and the
+kernel is called past the dispatcher, also for a quantized layer that is by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spon_plugin.kernels.arguments import is_plain
-from spon_plugin.kernels.cpu import known_calls
+from spon_plugin.kernels.cpu import kernel, known_calls
 from spon_plugin.kernels.cpu.scaled import Prepared
 from spon_plugin.kernels.few_rows import CPU_ROWS
 from spon_plugin.kernels.table import Problem, choose
@@ -27,21 +28,19 @@ from spon_plugin.weights.scaled import ScaledWeight
 
 
 class Layer(Protocol):
-    """What is asked of a layer: `sparse_quantized.SparseQuantizedLinear`."""
+    """What is asked of a layer: `SparseLinear`, or `SparseQuantizedLinear` with `rows`, `row_weight` and `exact`."""
 
     in_features: int
     out_features: int
-    exact: bool
     bias: Any
     spon_threshold: Tensor
     spon_center: Tensor | None
-    rows: Any
     _parameters: dict[str, Any]
     _buffers: dict[str, Any]
 
     @property
-    def row_weight(self) -> ScaledWeight:
-        """The weight as the kernels read it."""
+    def weight_t(self) -> Tensor:
+        """The weight ``[in_features, out_features]``, of a layer that is not quantized."""
 
 
 class SharedCalls:
@@ -85,7 +84,7 @@ class SharedCalls:
         if group.members[0].layer() is not layer or not all(member.fits() for member in group.members):
             del self._groups[key]
             return None
-        if not is_plain(x, group.weight.codes, None):
+        if not group.takes(x):
             return None
         parts = group(x)
         if len(parts) > 1:
@@ -124,16 +123,20 @@ class _Held:
 class _Member:
     """A layer of a group, and its tensors as they were when it was joined."""
 
-    def __init__(self, layer: Layer, part: ScaledWeight) -> None:
-        self.layer, self.key, self.part, self.rows = weakref.ref(layer), id(layer), part, layer.rows
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.key = weakref.ref(layer), id(layer)
+        self.rows = getattr(layer, "rows", None)
+        self.part = None if self.rows is None else self.rows.weight
         buffers, parameters = layer._buffers, layer._parameters
         places = [(buffers, "spon_threshold"), (buffers, "spon_center")]
         places.append((parameters if "bias" in parameters else buffers, "bias"))
+        if self.rows is None:
+            places.append((parameters, "weight"))
         self.tensors = [(*place, *_state(place[0][place[1]])) for place in places]
 
     def fits(self) -> bool:
         """Whether the layer still has the tensors that were joined."""
-        if self.rows.weight is not self.part:
+        if self.rows is not None and self.rows.weight is not self.part:
             return False
         for place, name, tensor, address, version, trained in self.tensors:
             now = place.get(name)
@@ -151,25 +154,60 @@ def _state(tensor: Tensor | None) -> tuple[Any, ...]:
 
 
 class _Group:
-    """Layers whose codes lie side by side in `weight`, of which each layer's own are a view."""
+    """Layers that are multiplied in one go.
 
-    def __init__(self, layers: Sequence[Layer], weight: ScaledWeight) -> None:
-        self.weight, self.members, self.sizes = weight, [], [layer.out_features for layer in layers]
-        begin = 0
-        for layer in layers:
-            if len(layers) > 1:
-                layer.rows.weight = weight.shard(begin, begin + layer.out_features)
-            self.members.append(_Member(layer, layer.row_weight))
-            begin += layer.out_features
-        first = layers[0]
-        self.center, bias = first.spon_center, _joined_bias(layers)
-        self.tensors = first.spon_threshold.contiguous(), bias  # the call knows their addresses alone
-        self.call = Prepared(weight, *self.tensors, exact=first.exact)
+    Attributes:
+        members: the layers, in the order of their calls.
+        dtype: what x has to be in; None for any that the kernels take.
+    """
+
+    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype | None) -> None:
+        self.members, self.dtype = [_Member(layer) for layer in layers], dtype
+        self.center, self.threshold = layers[0].spon_center, layers[0].spon_threshold
+        self.trains = any(trained for member in self.members for *_, trained in member.tensors)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x is of the group's dtype, and nobody has to see the call."""
+        if self.dtype not in (None, x.dtype) or (self.trains and torch.is_grad_enabled()):
+            return False
+        return is_plain(x, x, None)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """The outputs of the layers, in their order."""
-        y = self.call(x if self.center is None else deviation(x, self.center))
+        return self._product(x if self.center is None else deviation(x, self.center))
+
+    def _product(self, x: Tensor) -> list[Tensor]:
+        raise NotImplementedError
+
+
+class _Codes(_Group):
+    """Quantized layers, whose codes lie side by side; each layer's own are a view."""
+
+    def __init__(self, layers: Sequence[Any], weight: ScaledWeight) -> None:
+        self.sizes, begin = [layer.out_features for layer in layers], 0
+        for layer in layers:
+            if len(layers) > 1:
+                layer.rows.weight = weight.shard(begin, begin + layer.out_features)
+            begin += layer.out_features
+        super().__init__(layers, None)
+        # The call knows addresses alone.
+        self.weight, self.threshold, self.bias = weight, self.threshold.contiguous(), _joined_bias(layers)
+        self.call = Prepared(weight, self.threshold, self.bias, exact=layers[0].exact)
+
+    def _product(self, x: Tensor) -> list[Tensor]:
+        y = self.call(x)
         return [y] if len(self.sizes) == 1 else [part.contiguous() for part in y.split(self.sizes, -1)]
+
+
+class _Matrices(_Group):
+    """Layers on matrices, which one call reads where they lie."""
+
+    def __init__(self, layers: Sequence[Layer], call: kernel.Prepared) -> None:
+        super().__init__(layers, call.dtype)
+        self.call = call
+
+    def _product(self, x: Tensor) -> list[Tensor]:
+        return self.call(x, x.numel() // self.call.in_features)
 
 
 def _joined_bias(layers: Sequence[Layer]) -> Tensor | None:
@@ -182,35 +220,47 @@ def _joined_bias(layers: Sequence[Layer]) -> Tensor | None:
 
 
 @torch.no_grad()
-def _joined(layers: Sequence[Layer], x: Tensor) -> _Group | None:
+def _joined(layers: Sequence[Any], x: Tensor) -> _Group | None:
     """The layers as a group; None where they differ in more than their outputs, or the kernel does not take them.
 
     Args:
         layers: called one after the other.
         x: what one of them reads.
     """
+    lead = layers[0]
+    for layer in layers[1:]:
+        masks = ((layer.spon_threshold, lead.spon_threshold), (layer.spon_center, lead.spon_center))
+        if type(layer) is not type(lead) or not all(_equal(one, other) for one, other in masks):
+            return None
+    if hasattr(lead, "rows"):
+        return _joined_codes(layers, x)
+    # One by itself is called past the dispatcher already, by `LayerCall`.
+    call = None if len(layers) == 1 else kernel.prepare(
+        [layer.weight_t for layer in layers], lead.spon_threshold, [layer.bias for layer in layers]
+    )  # fmt: skip
+    return None if call is None else _Matrices(layers, call)
+
+
+def _joined_codes(layers: Sequence[Any], x: Tensor) -> _Codes | None:
     weights = [layer.row_weight for layer in layers]
     first, lead = weights[0], layers[0]
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    if len({bias.dtype for bias in biases}) > 1 or any(bias.requires_grad for bias in biases):
+    if len({layer.bias.dtype for layer in layers if layer.bias is not None}) > 1:
         return None
     if choose(Problem(x.new_empty((1, first.in_features)), first)).run is not known_calls.sparse_linear:
         return None
     if len(layers) == 1:
-        return _Group(layers, first)
+        return _Codes(layers, first)
     if any(weight.out_features % weight.unit for weight in weights):
         return None
     for layer, weight in zip(layers[1:], weights[1:], strict=True):
         same = _layout(weight) == _layout(first) and layer.exact == lead.exact
-        masks = ((layer.spon_threshold, lead.spon_threshold), (layer.spon_center, lead.spon_center))
-        order = (weight.group_of_row, first.group_of_row)
-        if not same or not all(_equal(one, other) for one, other in (*masks, order)):
+        if not same or not _equal(weight.group_of_row, first.group_of_row):
             return None
     parts: dict[str, Any] = {}
     for name in ("codes", "scales", "zeros", "offsets"):
         tensors = [getattr(weight, name) for weight in weights]
         parts[name] = None if tensors[0] is None else torch.cat(tensors, 1)
-    return _Group(layers, replace(first, **parts))
+    return _Codes(layers, replace(first, **parts))
 
 
 def _layout(weight: ScaledWeight) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from spon_plugin.kernels import sparse_linear
 from spon_plugin.kernels.cpu.layer_call import LayerCall
 from spon_plugin.kernels.gemm import dense_linear
 from spon_plugin.kernels.op import implementation
+from spon_plugin.layers.shared_calls import SharedCalls
 from spon_plugin.masking import deviation, sparse_deviation
 from spon_plugin.weights.linears import is_conv1d, linear_features
 
@@ -33,6 +34,8 @@ class SparseLayer(nn.Module):
     spon_center: Tensor | None
     spon_dense_bias: Tensor | None
     tokens: DenseRows | None = None
+    shared: SharedCalls | None = None
+    """What the layer has in common with those beside it; see `share_calls`."""
 
     def _register_spon_buffers(self, device: torch.device | str | None) -> None:
         self.register_buffer("spon_threshold", torch.zeros(1, dtype=torch.float32, device=device))
@@ -73,6 +76,10 @@ class SparseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
+        if self.shared is not None and self.tokens is None and not torch.compiler.is_compiling():
+            y = self.shared(self, x)  # type: ignore[arg-type]
+            if y is not None:
+                return y
         dense = None if self.tokens is None else self.tokens.rows(x)
         center = self._buffers["spon_center"]  # past the lookup of `nn.Module`, which takes half a microsecond
         if center is not None and dense is None:
@@ -205,6 +212,16 @@ def sparse_like(linear: nn.Module, device: torch.device | str | None = None) -> 
     if is_conv1d(linear):
         return SparseConv1D(out_features, in_features, **where).train(linear.training)
     return SparseLinear(in_features, out_features, **where).train(linear.training)
+
+
+def share_calls(model: nn.Module) -> None:
+    """Let the sparse layers of each module of a model be called together where they read the same tensor."""
+    for module in model.modules():
+        layers = [child for child in module.children() if isinstance(child, SparseLayer) and not is_conv1d(child)]
+        if len(layers) > 1:
+            shared = SharedCalls()
+            for layer in layers:
+                layer.shared = shared
 
 
 def _apply_keeping_float32(module: nn.Module, fn, apply, recurse: bool) -> None:  # type: ignore[no-untyped-def]

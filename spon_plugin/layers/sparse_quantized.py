@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from spon_plugin.errors import SponError
 from spon_plugin.kernels import sparse_linear
 from spon_plugin.kernels.table import Problem, choose
-from spon_plugin.layers.shared_calls import SharedCalls
 from spon_plugin.layers.sparse_linear import SparseLayer, sparse_like
 from spon_plugin.weights import Opaque, RowWeight
 from spon_plugin.weights.dense import DenseWeight
@@ -117,10 +116,7 @@ class SparseQuantizedLinear(QuantizedLayer, SparseLayer):
 
     Attributes:
         spon_threshold: as in `SparseLinear`, like the other buffers.
-        shared: what it has in common with the layers beside it; None for nothing. See `share_calls`.
     """
-
-    shared: SharedCalls | None = None
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)
@@ -142,29 +138,11 @@ class SparseQuantizedLinear(QuantizedLayer, SparseLayer):
     def _output_dtype(self) -> torch.dtype:
         return self.bias.dtype if self.bias is not None else torch.get_default_dtype()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See `SparseLayer.forward`."""
-        if self.shared is not None and self.tokens is None and not torch.compiler.is_compiling():
-            y = self.shared(self, x)
-            if y is not None:
-                return y
-        return super().forward(x)
-
     def _masked(self, x: Tensor) -> Tensor:
         return self._product(x, self.spon_threshold, self.bias)
 
     def _dense(self, kept: Tensor, bias: Tensor | None) -> Tensor:
         return self._product(kept, torch.zeros_like(self.spon_threshold[:1]), bias)
-
-
-def share_calls(model: nn.Module) -> None:
-    """Let the quantized sparse layers of each module of a model be called together where they read the same tensor."""
-    for module in model.modules():
-        layers = [child for child in module.children() if isinstance(child, SparseQuantizedLinear)]
-        if len(layers) > 1:
-            shared = SharedCalls()
-            for layer in layers:
-                layer.shared = shared
 
 
 def sparse_layer(linear: nn.Module, name: str = "layer") -> SparseLayer:

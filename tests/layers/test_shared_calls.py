@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized layers that read one tensor: multiplied in one go, to the bits of each by itself, never from old data."""
+"""Layers that read one tensor: multiplied in one go, to the bits of each by itself, never from old data."""
 
 import copy
 import pickle
@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from spon_plugin.kernels.cpu import scaled
+from spon_plugin.kernels.cpu import kernel, scaled
 from spon_plugin.kernels.cpu.kernel import is_available
-from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear, share_calls
+from spon_plugin.layers.sparse_linear import SparseLinear, share_calls
+from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
 from tests.kernels.cpu.test_scaled_kernel import make
 from tests.layers.test_sparse_quantized import Host
 
@@ -22,21 +23,25 @@ FORMATS = {
     "int4": ("int4", {}),
     "int4 zeros": ("int4", {"zeros": True, "scale": torch.bfloat16}),
     "fp8": ("fp8", {"scale": torch.float16}),
+    "matrices": ("dense", {}),
 }
 
 
 class Block(nn.Module):
     """Three layers that read one tensor, and one that reads another."""
 
-    def __init__(self, kind="int8", center=False, biases=(True, True, True)):
+    def __init__(self, kind="int8", center=False, biases=(True, True, True), dtype=torch.float32):
         super().__init__()
         format, options = FORMATS[kind]
         for name, size, bias in zip(("q", "k", "v", "o"), (*SIZES, 48), (*biases, True), strict=True):
-            layer = SparseQuantizedLinear(Host(48, size))
-            layer.rows.weight = make(format, (48, size), group=16, **options).arranged()
+            layer = SparseLinear(48, size, dtype=dtype) if format == "dense" else SparseQuantizedLinear(Host(48, size))
             layer.spon_threshold = torch.tensor([0.5])
             layer.spon_center = torch.full((48,), 0.3) if center else None
             layer.bias = nn.Parameter(torch.randn(size), requires_grad=False) if bias else None
+            if format == "dense":
+                layer.arrange_for_kernels()
+            else:
+                layer.rows.weight = make(format, (48, size), group=16, **options).arranged()
             setattr(self, name, layer)
 
     @torch.no_grad()
@@ -47,13 +52,19 @@ class Block(nn.Module):
 @pytest.fixture
 def calls(monkeypatch):
     """The outputs of each call of the kernel."""
-    sizes, run = [], scaled.Prepared.__call__
+    sizes = []
 
-    def counted(self, x):
-        sizes.append(self.out_features)
-        return run(self, x)
+    def count(prepared):
+        run = prepared.__call__
 
-    monkeypatch.setattr(scaled.Prepared, "__call__", counted)
+        def counted(self, *arguments):
+            sizes.append(self.out_features if isinstance(self.out_features, int) else sum(self.out_features))
+            return run(self, *arguments)
+
+        monkeypatch.setattr(prepared, "__call__", counted)
+
+    count(scaled.Prepared)
+    count(kernel.Prepared)
     return sizes
 
 
@@ -70,7 +81,7 @@ def shared(block, x):
 @pytest.mark.parametrize("rows", [(1, 1), (1, 8), (3,)], ids=str)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_one_product_with_the_bits_of_three(calls, kind, rows, dtype, center):
-    block, x = Block(kind, center), torch.randn(*rows, 48).to(dtype)
+    block, x = Block(kind, center, dtype=dtype), torch.randn(*rows, 48).to(dtype)
     expected = block(x)
     found = shared(block, x)
     calls.clear()
@@ -79,9 +90,10 @@ def test_one_product_with_the_bits_of_three(calls, kind, rows, dtype, center):
     assert all(torch.equal(one, other) and one.is_contiguous() for one, other in zip(y, expected, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["int8", "matrices"])
 @pytest.mark.parametrize("biases", [(False, True, False), (False, False, False)], ids=["one", "none"])
-def test_layers_without_a_bias(calls, biases):
-    block, x = Block(biases=biases), torch.randn(1, 48)
+def test_layers_without_a_bias(calls, biases, kind):
+    block, x = Block(kind, biases=biases), torch.randn(1, 48)
     expected = block(x)
     found = shared(block, x)
     calls.clear()
@@ -120,6 +132,31 @@ def test_layers_that_differ_are_not_joined(calls, change):
     assert calls[:3] == list(SIZES)
 
 
+def other_layout(block):
+    block.k.weight.data = block.k.weight.data.contiguous()
+
+
+@pytest.mark.parametrize("change", [other_threshold, other_center])
+def test_matrices_that_differ_are_not_joined(calls, change):
+    block, x = Block("matrices"), torch.randn(1, 48)
+    change(block)
+    expected = block(x)
+    found = shared(block, x)
+    calls.clear()
+    assert all(torch.equal(one, other) for one, other in zip(found(x), expected, strict=True))
+    assert calls[:3] == list(SIZES)
+
+
+def test_a_matrix_that_lies_otherwise_is_left_alone(calls):
+    block, x = Block("matrices"), torch.randn(1, 48)
+    other_layout(block)
+    expected = block(x)
+    found = shared(block, x)
+    calls.clear()
+    assert all(torch.equal(one, other) for one, other in zip(found(x), expected, strict=True))
+    assert calls == [40, 6, 48]  # k masks, and multiplies densely
+
+
 def write_bias(block, _x):
     block.k.bias.add_(1)
 
@@ -141,18 +178,33 @@ def put_threshold(block, _x):
 
 
 def put_weight(block, _x):
-    block.k.rows.weight = make("int8", (48, 12), group=48).arranged()
+    if isinstance(block.k, SparseLinear):
+        block.k.weight = nn.Parameter(block.k.weight * 2)
+    else:
+        block.k.rows.weight = make("int8", (48, 12), group=48).arranged()
+
+
+def put_weight_data(block, _x):
+    if isinstance(block.k, SparseLinear):
+        block.k.weight.data = block.k.weight.data * 2
+
+
+def write_weight(block, _x):
+    if isinstance(block.k, SparseLinear):
+        block.k.weight.mul_(2)
 
 
 def write_input(_block, x):
     x.mul_(3)
 
 
-@pytest.mark.parametrize(
-    "change", [write_bias, put_bias_data, put_bias, write_threshold, put_threshold, put_weight, write_input]
-)
-def test_a_change_after_the_first_call_counts(change):
-    block, x = Block(), torch.randn(1, 48)
+CHANGES = [write_bias, put_bias_data, put_bias, write_threshold, put_threshold, put_weight, write_input]
+
+
+@pytest.mark.parametrize("kind", ["int8", "matrices"])
+@pytest.mark.parametrize("change", [*CHANGES, put_weight_data, write_weight])
+def test_a_change_after_the_first_call_counts(change, kind):
+    block, x = Block(kind), torch.randn(1, 48)
     shared(block, x)
     with torch.no_grad():
         block.q(x)  # makes the outputs of all three
@@ -196,9 +248,10 @@ def test_copies_find_out_anew(copied):
     assert all(torch.equal(one, two) for one, two in zip(block(x), expected, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["int8", "matrices"])
 @pytest.mark.parametrize("case", ["many rows", "autocast", "inference", "a gradient", "no rows"])
-def test_what_each_layer_computes_by_itself(calls, case):
-    block, x = Block(), torch.randn(1, 48)
+def test_what_each_layer_computes_by_itself(calls, case, kind):
+    block, x = Block(kind), torch.randn(1, 48)
     shared(block, x)
     calls.clear()
     if case == "a gradient":
@@ -216,8 +269,17 @@ def test_what_each_layer_computes_by_itself(calls, case):
     assert sum(SIZES) not in calls
 
 
-def test_a_model_that_is_cast_is_joined_anew(calls):
-    block, x = Block(), torch.randn(1, 48)
+def test_weights_that_are_trained_keep_their_gradient():
+    block, x = Block("matrices"), torch.randn(1, 48)
+    shared(block, x)
+    block.k.weight.requires_grad_()
+    block.q(x), block.k(x).sum().backward()
+    assert block.k.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["int8", "matrices"])
+def test_a_model_that_is_cast_is_joined_anew(calls, kind):
+    block, x = Block(kind), torch.randn(1, 48)
     shared(block, x)
     block.bfloat16()
     x = x.bfloat16()

@@ -15,10 +15,17 @@ import torch
 from torch import Tensor
 
 from spon_plugin.kernels.arguments import Thresholds
-from spon_plugin.kernels.cpu.layout import BIAS_ELEMENT, BIAS_FLOAT32, FIELDS, NO_BIAS, scratch_size
+from spon_plugin.kernels.cpu.layout import (
+    BIAS_ELEMENT,
+    BIAS_FLOAT32,
+    CALL_FIELDS,
+    NO_BIAS,
+    WEIGHT_FIELDS,
+    scratch_size,
+)
 from spon_plugin.machine import DTYPES
 
-_WORDS = struct.Struct(f"{len(FIELDS)}q")
+_CALL, _WEIGHT = struct.Struct(f"{len(CALL_FIELDS)}q"), struct.Struct(f"{len(WEIGHT_FIELDS)}q")
 
 _local = threading.local()
 
@@ -76,36 +83,28 @@ def scratch(words: int) -> Tensor:
 
 def launch(
     x: int,
-    weight_t: int,
     threshold: int,
-    bias: int,
-    y: int,
     batch: int,
     in_features: int,
-    out_features: int,
-    row_stride: int,
     per_channel: int,
-    bias_kind: int,
+    weights: Sequence[tuple[int, int, int, int, int, int]],
     worker: int,
 ) -> None:
-    """Run the threads; the first five arguments and `worker` are addresses."""
-    threads = torch.get_num_threads()
+    """Run the threads on one x and as many weights as there are.
+
+    Args:
+        x: an address, as `threshold` and `worker` are.
+        threshold: see there.
+        batch: rows of x.
+        in_features: length of one.
+        per_channel: 1 where the threshold is.
+        weights: for each the fields of `layout.WEIGHT_FIELDS`, the first three of which are addresses.
+        worker: see `x`.
+    """
+    threads, out_features = torch.get_num_threads(), sum(weight[3] for weight in weights)
     held = scratch(scratch_size(threads, batch, in_features, out_features))
-    words = _WORDS.pack(
-        x,
-        weight_t,
-        threshold,
-        bias,
-        y,
-        held.data_ptr(),
-        batch,
-        in_features,
-        out_features,
-        row_stride,
-        per_channel,
-        bias_kind,
-    )
-    parallel()(worker, words, threads, 0)
+    words = _CALL.pack(x, threshold, held.data_ptr(), batch, in_features, per_channel, len(weights))
+    parallel()(worker, words + b"".join(_WEIGHT.pack(*weight) for weight in weights), threads, 0)
 
 
 def sparse_linear(
@@ -127,20 +126,11 @@ def sparse_linear(
     bias = None if bias is None else bias.contiguous()
     for tau, width in zip(*Thresholds.of(threshold, weight_t, shard_sizes), strict=True):
         tau = tau.contiguous()
-        launch(
-            x.data_ptr(),
-            weight_t.data_ptr() + first * size,
-            tau.data_ptr(),
-            0 if bias is None else bias.data_ptr() + first * bias.element_size(),
-            y.data_ptr() + first * size,
-            x.numel() // in_features,
-            in_features,
-            width,
-            out_features,
-            int(tau.numel() > 1),
-            _bias_kind(bias),
-            _worker(x.dtype)[1],
-        )
+        at_bias = 0 if bias is None else bias.data_ptr() + first * bias.element_size()
+        addresses = weight_t.data_ptr() + first * size, at_bias, y.data_ptr() + first * size
+        weight = (*addresses, width, out_features, _bias_kind(bias))
+        batch, worker = x.numel() // in_features, _worker(x.dtype)[1]
+        launch(x.data_ptr(), tau.data_ptr(), batch, in_features, int(tau.numel() > 1), [weight], worker)
         first += width
     return y
 
@@ -152,43 +142,59 @@ def _bias_kind(bias: Tensor | None) -> int:
 
 
 class Prepared:
-    """`sparse_linear` with all of its arguments but x, whose addresses are kept: the caller keeps the tensors alive.
+    """`sparse_linear` on one or more weights that read the same x, with all arguments but that.
+
+    Their addresses are kept: the caller keeps the tensors alive.
 
     Attributes:
-        dtype: of the weight, which x must have.
+        dtype: of the weights, which x must have.
         in_features: length of an input.
-        out_features: length of an output.
+        out_features: lengths of the outputs.
     """
 
-    __slots__ = ("_addresses", "_shape", "dtype", "in_features", "out_features")
+    __slots__ = ("_ends", "_mask", "_starts", "_worker", "dtype", "in_features", "out_features")
 
-    def __init__(self, weight_t: Tensor, threshold: Tensor, bias: Tensor | None) -> None:
-        self.dtype = weight_t.dtype
-        self.in_features, self.out_features = weight_t.shape
-        self._addresses = (weight_t.data_ptr(), threshold.data_ptr(), 0 if bias is None else bias.data_ptr())
-        per_channel, worker = int(threshold.numel() > 1), _worker(self.dtype)[1]
-        self._shape = (self.in_features, self.out_features, self.out_features, per_channel, _bias_kind(bias), worker)
+    def __init__(self, weights: Sequence[Tensor], threshold: Tensor, biases: Sequence[Tensor | None]) -> None:
+        self.dtype, self.in_features = weights[0].dtype, weights[0].shape[0]
+        self.out_features = [weight.shape[1] for weight in weights]
+        self._mask, self._worker = (threshold.data_ptr(), int(threshold.numel() > 1)), _worker(self.dtype)[1]
+        pairs = list(zip(weights, biases, strict=True))
+        self._starts = [(w.data_ptr(), 0 if bias is None else bias.data_ptr()) for w, bias in pairs]
+        self._ends = [(w.shape[1], w.shape[1], _bias_kind(bias)) for w, bias in pairs]
 
-    def __call__(self, x: Tensor, batch: int) -> Tensor:
-        """The output for a CPU tensor x ``[..., in_features]`` with `batch` rows in all."""
-        x = x.contiguous()
-        y = x.new_empty((*x.shape[:-1], self.out_features))
-        launch(x.data_ptr(), *self._addresses, y.data_ptr(), batch, *self._shape)
-        return y
+    def __call__(self, x: Tensor, batch: int) -> list[Tensor]:
+        """The outputs for a CPU tensor x ``[..., in_features]`` with `batch` rows in all."""
+        x, before = x.contiguous(), x.shape[:-1]
+        outputs = [x.new_empty((*before, size)) for size in self.out_features]
+        weights = [
+            (*start, y.data_ptr(), *end) for start, y, end in zip(self._starts, outputs, self._ends, strict=True)
+        ]
+        (threshold, per_channel), in_features = self._mask, self.in_features
+        launch(x.data_ptr(), threshold, batch, in_features, per_channel, weights, self._worker)
+        return outputs
 
 
-def prepare(weight_t: Tensor, threshold: Tensor, bias: Tensor | None) -> Prepared | None:
-    """Settle all arguments but x; None for those that the kernel does not take as they are."""
-    if weight_t.dim() != 2 or weight_t.dtype not in DTYPES.values() or not weight_t.numel():
-        return None
-    if not (weight_t.is_cpu and weight_t.is_contiguous()):
-        return None
-    in_features, out_features = weight_t.shape
+def prepare(weights: Sequence[Tensor], threshold: Tensor, biases: Sequence[Tensor | None]) -> Prepared | None:
+    """Settle all arguments but x; None for those that the kernel does not take as they are.
+
+    Args:
+        weights: ``[in_features, out_features]`` each.
+        threshold: see `kernels.sparse_linear`.
+        biases: one for each weight.
+    """
+    first = weights[0]
     plain = threshold.is_cpu and threshold.dtype == torch.float32 and threshold.is_contiguous()
-    if not plain or tuple(threshold.shape) not in ((1,), (in_features,)):
+    if first.dim() != 2 or not plain or tuple(threshold.shape) not in ((1,), (first.shape[0],)):
         return None
-    if bias is not None:
-        plain = bias.is_cpu and bias.dtype in (torch.float32, weight_t.dtype) and bias.is_contiguous()
-        if not plain or tuple(bias.shape) != (out_features,):
+    for weight_t, bias in zip(weights, biases, strict=True):
+        if weight_t.dim() != 2 or weight_t.dtype not in DTYPES.values() or not weight_t.numel():
             return None
-    return Prepared(weight_t, threshold, bias) if is_available() else None
+        if not (weight_t.is_cpu and weight_t.is_contiguous()):
+            return None
+        if (weight_t.dtype, weight_t.shape[0]) != (first.dtype, first.shape[0]):
+            return None
+        if bias is not None:
+            plain = bias.is_cpu and bias.dtype in (torch.float32, weight_t.dtype) and bias.is_contiguous()
+            if not plain or tuple(bias.shape) != (weight_t.shape[1],):
+                return None
+    return Prepared(weights, threshold, biases) if is_available() else None

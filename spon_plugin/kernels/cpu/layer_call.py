@@ -49,10 +49,10 @@ class LayerCall:
         if addresses != self._addresses:
             # Held, so that while the kernel knows an address nothing else can lie there.
             self._tensors = (weight, bias, threshold)
-            self._call = cpu.prepare(layer.weight_t, threshold, bias)  # type: ignore[arg-type]
+            self._call = cpu.prepare([layer.weight_t], threshold, [bias])  # type: ignore[list-item]
             self._addresses = addresses  # last: another Python thread may be reading
         call = self._call
         if call is None or x.dtype is not call.dtype or not x.is_cpu or x.shape[-1:] != (call.in_features,):
             return None
         batch = x.numel() // call.in_features
-        return call(x, batch) if 0 < batch <= CPU_ROWS else None
+        return call(x, batch)[0] if 0 < batch <= CPU_ROWS else None

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-# The arguments of the compiled function travel as one array of 64-bit words.
-FIELDS = (
-    "x", "weight_t", "threshold", "bias", "y", "scratch",
-    "batch", "in_features", "out_features", "row_stride", "per_channel", "bias_kind",
-)  # fmt: skip
-(X, WEIGHT_T, THRESHOLD, BIAS, Y, SCRATCH, BATCH, IN_FEATURES, OUT_FEATURES, ROW_STRIDE, PER_CHANNEL, BIAS_KIND) = (
-    range(len(FIELDS))
-)
+# The arguments of the compiled function travel as one array of 64-bit words: those of a call, then those of each of the
+# weights that are multiplied in it.
+CALL_FIELDS = ("x", "threshold", "scratch", "batch", "in_features", "per_channel", "weights")
+WEIGHT_FIELDS = ("weight_t", "bias", "y", "out_features", "row_stride", "bias_kind")
+X, THRESHOLD, SCRATCH, BATCH, IN_FEATURES, PER_CHANNEL, WEIGHTS = range(len(CALL_FIELDS))
+WEIGHT_T, BIAS, Y, OUT_FEATURES, ROW_STRIDE, BIAS_KIND = range(len(WEIGHT_FIELDS))
 NO_BIAS, BIAS_FLOAT32, BIAS_ELEMENT = 0, 1, 2
 
 BLOCK = 256  # inputs per count; a thread finds its share of the active list by blocks
@@ -29,5 +27,8 @@ def thread_parts(batch: int, in_features: int) -> tuple[int, int, int, int, int]
 
 
 def scratch_size(threads: int, batch: int, in_features: int, out_features: int) -> int:
-    """Words of 4 bytes: the sums ``[threads, batch, out_features]`` (float32), then every thread's own part."""
+    """Words of 4 bytes: the sums ``[threads, batch, out_features]`` (float32), then every thread's own part.
+
+    Several weights have their sums one after the other; `out_features` is that of all.
+    """
     return threads * (batch * out_features + thread_parts(batch, in_features)[4])

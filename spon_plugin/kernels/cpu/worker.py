@@ -9,7 +9,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from spon_plugin.kernels.cpu import layout
-from spon_plugin.kernels.cpu.layout import BIAS_ELEMENT, BIAS_FLOAT32, FIELDS
+from spon_plugin.kernels.cpu.layout import BIAS_ELEMENT, BIAS_FLOAT32, CALL_FIELDS, WEIGHT_FIELDS
 from spon_plugin.kernels.cpu.numba_types import narrow, pointer, widen
 from spon_plugin.kernels.cpu.sources import fingerprint
 from spon_plugin.kernels.cpu.steps import (
@@ -72,25 +72,26 @@ def compile_worker(element: Any) -> Any:
 
     Threads share the list of active inputs evenly and read whole rows: long contiguous reads are what memory is fast
     at, and narrow layers need no other split. Each thread sums into its own row of the scratch; after a barrier each
-    finishes a range of outputs. The same number of threads gives the same bits.
+    finishes a range of outputs. The same number of threads gives the same bits. Several weights that read the same x
+    share its mask and the list of active inputs; an output has the bits that it has in a call of its own.
     """
-    n_fields, source = len(FIELDS), fingerprint()
+    n_call, n_weight, source = len(CALL_FIELDS), len(WEIGHT_FIELDS), fingerprint()
 
     def worker(words):  # type: ignore[no-untyped-def]
         source  # noqa: B018 (part of the key in Numba's cache)
-        fields = carray(words, n_fields)
-        batch, in_features, out_features = fields[layout.BATCH], fields[layout.IN_FEATURES], fields[layout.OUT_FEATURES]
-        row_stride, per_channel, kind = fields[layout.ROW_STRIDE], fields[layout.PER_CHANNEL], fields[layout.BIAS_KIND]
-        x = carray(pointer(fields[layout.X], element), (batch, in_features))
-        weight = carray(pointer(fields[layout.WEIGHT_T], element), (in_features, row_stride))
-        threshold = carray(pointer(fields[layout.THRESHOLD], types.float32), (in_features if per_channel else 1,))
-        y = carray(pointer(fields[layout.Y], element), (batch, row_stride))
+        call = carray(words, n_call)
+        batch, in_features, count = call[layout.BATCH], call[layout.IN_FEATURES], call[layout.WEIGHTS]
+        weights = carray(words, n_call + count * n_weight)[n_call:].reshape((count, n_weight))
+        per_channel, scratch = call[layout.PER_CHANNEL], call[layout.SCRATCH]
+        x = carray(pointer(call[layout.X], element), (batch, in_features))
+        threshold = carray(pointer(call[layout.THRESHOLD], types.float32), (in_features if per_channel else 1,))
         thread, threads = thread_number(), thread_count()
+        total = 0
+        for k in range(count):
+            total += weights[k, layout.OUT_FEATURES]
 
-        scratch = fields[layout.SCRATCH]
         at_values, at_active, at_index, at_counts, size = _thread_parts(batch, in_features)
-        own = scratch + 4 * (threads * batch * out_features + thread * size)
-        partial = carray(pointer(scratch, types.float32), (threads, batch, out_features))
+        own = scratch + 4 * (threads * batch * total + thread * size)
         values = carray(pointer(own + 4 * at_values, types.float32), (batch, in_features))
         active = carray(pointer(own + 4 * at_active, types.int32), (in_features,))
         index = carray(pointer(own + 4 * at_index, types.int32), (in_features,))
@@ -99,17 +100,28 @@ def compile_worker(element: Any) -> Any:
         mark_active(x, threshold, per_channel, active)
         index = share(active, counts, thread, threads, index)
         gather_values(x, threshold, per_channel, index, values)
-        sums = partial[thread]
-        for b in range(batch):
-            row = sums[b]
-            for j in range(row.size):
-                row[j] = np.float32(0)
-        _accumulate(weight, index, values, sums)
+        at = scratch
+        for k in range(count):
+            out_features, stride = weights[k, layout.OUT_FEATURES], weights[k, layout.ROW_STRIDE]
+            sums = carray(pointer(at, types.float32), (threads, batch, out_features))[thread]
+            for b in range(batch):
+                row = sums[b]
+                for j in range(row.size):
+                    row[j] = np.float32(0)
+            weight = carray(pointer(weights[k, layout.WEIGHT_T], element), (in_features, stride))
+            _accumulate(weight, index, values, sums)
+            at += 4 * threads * batch * out_features
         barrier()
 
-        start, stop = own_outputs(out_features, thread, threads)
-        bias_element = carray(pointer(fields[layout.BIAS], element), (out_features,))
-        bias_float = carray(pointer(fields[layout.BIAS], types.float32), (out_features,))
-        _finish(partial, start, stop, bias_element, bias_float, kind, y)
+        at = scratch
+        for k in range(count):
+            out_features, stride = weights[k, layout.OUT_FEATURES], weights[k, layout.ROW_STRIDE]
+            partial = carray(pointer(at, types.float32), (threads, batch, out_features))
+            start, stop = own_outputs(out_features, thread, threads)
+            bias_element = carray(pointer(weights[k, layout.BIAS], element), (out_features,))
+            bias_float = carray(pointer(weights[k, layout.BIAS], types.float32), (out_features,))
+            y = carray(pointer(weights[k, layout.Y], element), (batch, stride))
+            _finish(partial, start, stop, bias_element, bias_float, weights[k, layout.BIAS_KIND], y)
+            at += 4 * threads * batch * out_features
 
     return thread_function(worker)
