@@ -102,8 +102,8 @@ def test_w8a8_folds_the_weight_and_not_rounded_alphas():
 
     alphas = [0.05 * random(IN, seed=seed) + 20 * (torch.arange(IN) == 7) for seed in (1, 2)]
     masks = [Mask(torch.tensor([0.5]), alpha=alpha) for alpha in alphas]
-    model = make_layer([16, 32], IN, masks, inner=CompressedTensorsConfig.from_config(W8A8), dtype=torch.bfloat16)
-    parts = [int8(random(size, IN, seed=size)) for size in (16, 32)]
+    model = make_layer([32, 64], IN, masks, inner=CompressedTensorsConfig.from_config(W8A8), dtype=torch.bfloat16)
+    parts = [int8(random(size, IN, seed=size)) for size in (32, 64)]
     load(model.l, weight=[codes for codes, _ in parts], weight_scale=[scales for _, scales in parts])
     model.l.quant_method.process_weights_after_loading(model.l)
     meant = [codes.double() * scales.double() for codes, scales in parts]
