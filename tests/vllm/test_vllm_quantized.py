@@ -51,7 +51,9 @@ def test_engine_says_what_peft_says_before_and_after_a_reload(bases, served):
     assert ways == [ROWS] * 8
     for base, (tokens, logprobs) in ((first, before), (second, after)):
         reference = with_int8_head(peft_model(base, adapter))
-        assert (logprobs - forced(reference, tokens)).abs().mean() <= 0.001
+        apart = (logprobs - forced(reference, tokens)).abs()
+        # Rounding moves an input across its threshold now and then, on one processor or another.
+        assert apart.median() <= 1e-5 and apart.mean() <= 0.01
     dense = AutoModelForCausalLM.from_pretrained(first, dtype=torch.float32).eval()
     assert (before[1] - forced(dense, before[0])).abs().mean() > 0.05
 
