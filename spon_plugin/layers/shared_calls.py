@@ -228,6 +228,9 @@ def _joined(layers: Sequence[Any], x: Tensor) -> _Group | None:
         x: what one of them reads.
     """
     lead = layers[0]
+    held = (tensor for layer in layers for tensor in (layer.spon_threshold, layer.spon_center, layer.bias))
+    if not all(tensor.is_cpu for tensor in held if tensor is not None):  # offloaded between its calls
+        return None
     for layer in layers[1:]:
         masks = ((layer.spon_threshold, lead.spon_threshold), (layer.spon_center, lead.spon_center))
         if type(layer) is not type(lead) or not all(_equal(one, other) for one, other in masks):

@@ -269,6 +269,23 @@ def test_what_each_layer_computes_by_itself(calls, case, kind):
     assert sum(SIZES) not in calls
 
 
+@pytest.mark.parametrize("kind", ["int8", "matrices"])
+def test_layers_that_are_offloaded_between_calls_are_left_alone(calls, kind):
+    block, x = Block(kind), torch.randn(1, 48)
+    expected = block(x)
+    share_calls(block)
+    for layer in block.children():  # as accelerate's hooks do
+        held = {name: layer._buffers[name] for name in ("spon_threshold",)}
+        layer.register_forward_pre_hook(lambda layer, _args, held=held: layer._buffers.update(held))
+        layer.register_forward_hook(
+            lambda layer, *_: layer._buffers.update(spon_threshold=layer.spon_threshold.to("meta"))
+        )
+    for _ in range(3):
+        calls.clear()
+        assert all(torch.equal(one, other) for one, other in zip(block(x), expected, strict=True))
+    assert calls == [*SIZES, 48]
+
+
 def test_weights_that_are_trained_keep_their_gradient():
     block, x = Block("matrices"), torch.randn(1, 48)
     shared(block, x)
