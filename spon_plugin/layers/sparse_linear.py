@@ -217,7 +217,11 @@ def sparse_like(linear: nn.Module, device: torch.device | str | None = None) -> 
 def share_calls(model: nn.Module) -> None:
     """Let the sparse layers of each module of a model be called together where they read the same tensor."""
     for module in model.modules():
-        layers = [child for child in module.children() if isinstance(child, SparseLayer) and not is_conv1d(child)]
+        layers = [
+            child
+            for child in module.children()
+            if isinstance(child, SparseLayer) and not isinstance(child, SparseConv1D)
+        ]
         if len(layers) > 1:
             shared = SharedCalls()
             for layer in layers:
