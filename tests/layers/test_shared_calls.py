@@ -121,9 +121,15 @@ def other_bias(block):
     block.k.bias = nn.Parameter(block.k.bias.double(), requires_grad=False)
 
 
-@pytest.mark.parametrize("change", [other_threshold, other_center, other_format, other_groups, other_bias])
-def test_layers_that_differ_are_not_joined(calls, change):
-    block, x = Block(), torch.randn(1, 48)
+@pytest.mark.parametrize(
+    "kind, change",
+    [
+        *(("int8", change) for change in (other_threshold, other_center, other_format, other_groups, other_bias)),
+        *(("matrices", change) for change in (other_threshold, other_center)),
+    ],
+)
+def test_layers_that_differ_are_not_joined(calls, kind, change):
+    block, x = Block(kind), torch.randn(1, 48)
     change(block)
     expected = block(x)
     found = shared(block, x)
@@ -134,17 +140,6 @@ def test_layers_that_differ_are_not_joined(calls, change):
 
 def other_layout(block):
     block.k.weight.data = block.k.weight.data.contiguous()
-
-
-@pytest.mark.parametrize("change", [other_threshold, other_center])
-def test_matrices_that_differ_are_not_joined(calls, change):
-    block, x = Block("matrices"), torch.randn(1, 48)
-    change(block)
-    expected = block(x)
-    found = shared(block, x)
-    calls.clear()
-    assert all(torch.equal(one, other) for one, other in zip(found(x), expected, strict=True))
-    assert calls[:3] == list(SIZES)
 
 
 def test_a_matrix_that_lies_otherwise_is_left_alone(calls):

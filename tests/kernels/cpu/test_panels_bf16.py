@@ -15,21 +15,13 @@ from spon_plugin.masking import sparsify
 processor = pytest.importorskip("spon_plugin.kernels.cpu.processor", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(not is_available(), reason="needs Numba and GNU's OpenMP")
 from tests.kernels.cpu.assembly import assembly  # noqa: E402 (needs Numba itself)
+from tests.kernels.cpu.test_panels import FORMATS as SCALED  # noqa: E402
 from tests.kernels.cpu.test_scaled_kernel import check, make  # noqa: E402
 
 XEON = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512bf16"})
 # Less than a tile of rows, a tile, two and one more, and more than stays in the second cache.
 ROWS = (1, 7, 16, 33, 200)
-FORMATS = {
-    "int8": {},
-    "int8 zeros": {"zeros": True},
-    "int4": {},
-    "int4 zeros offsets": {"zeros": True, "offsets": True},
-    "int4 act-order": {"act_order": True, "zeros": True},
-    "fp8": {"scale": torch.bfloat16},
-    "fp8 offsets": {"offsets": True, "scale": torch.float16},
-    "bfloat16": {},
-}
+FORMATS = {**SCALED, "bfloat16": {}}
 
 
 def made(kind, shape):
