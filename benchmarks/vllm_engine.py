@@ -42,15 +42,24 @@ def variant(path: Path, dtype: torch.dtype, read: float, held: int, context: int
     def start(ids: torch.Tensor) -> Step:
         return _step(engine, ids, state, context)
 
-    return Variant(f"vLLM {name_of(dtype)} dense", start, lambda windows: vllm_perplexity(engine, windows), read, held)
+    def perplexity(windows: torch.Tensor) -> float:
+        _end(engine, state)  # or its output would come among those of the windows
+        return vllm_perplexity(engine, windows)
+
+    return Variant(f"vLLM {name_of(dtype)} dense", start, perplexity, read, held)
+
+
+def _end(engine: Any, state: dict[str, int]) -> None:
+    """Take back the request that is being decoded, if there is one."""
+    if state["requests"]:
+        engine.llm_engine.abort_request([str(state["requests"])])
 
 
 def _step(engine: Any, ids: torch.Tensor, state: dict[str, int], context: int) -> Step:
     from vllm import SamplingParams
 
     inner = engine.llm_engine
-    if state["requests"]:
-        inner.abort_request([str(state["requests"])])
+    _end(engine, state)
     state["requests"] += 1
     sampling = SamplingParams(temperature=0, ignore_eos=True, max_tokens=context - ids.shape[1], detokenize=False)
     inner.add_request(str(state["requests"]), {"prompt_token_ids": ids[0].tolist()}, sampling)
