@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from spon_peft.adapters import collect_adapter, injected_layers
 from spon_peft.checkpoints import check_plan, newest_whole
-from spon_peft.trainer import SponTrainer
+from spon_peft.trainer import SponTrainer, dense_model
 from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.adapter.directory import write_adapter
+from spon_plugin.calibration.sensitivity import match_sparsity
 from spon_plugin.calibration.text import windows_digest
-from spon_plugin.errors import SponError
+from spon_plugin.decoder.sites import Site, find_sites
 from spon_plugin.training.recipe import Recipe, alpha_scales
 
 Losses = list[dict[str, float]]
@@ -50,7 +51,8 @@ def train_adapter(
         model: the dense base model; wrapped by PEFT meanwhile, and dense again afterwards.
         adapter: thresholds, and alphas to start from.
         windows: token ids ``[count, length]``.
-        recipe: the schedule.
+        recipe: the schedule. At its `rematch_steps` thresholds are brought to the adapter's target in the sparse model,
+            on the first windows.
         work: a directory for checkpoints.
         seed: of the order of the windows.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
@@ -61,16 +63,14 @@ def train_adapter(
         The adapter with trained alphas, and the loss of every step.
 
     Raises:
-        SponError: the checkpoints in `work` are of another recipe, seed, adapter, text or dtype of the base model; or
-            the recipe moves thresholds, which are the adapter's here.
+        SponError: the checkpoints in `work` are of another recipe, seed, adapter, text or dtype of the base model.
     """
-    if recipe.rematch:
-        raise SponError.of("rematch", recipe.rematch, "0 to train an adapter", "Its thresholds stay as they are.")
     plan = {**recipe.as_dict(), "seed": seed, "adapter": adapter.digest, "windows": windows_digest(windows)}
     check_plan(work, {**plan, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")})
     start = work / "start"
     shutil.rmtree(start, ignore_errors=True)
     write_adapter(adapter, start)
+    sites = find_sites(model, sorted(adapter.masks)) if recipe.rematch else []
     wrapped = PeftModel.from_pretrained(model, start, is_trainable=True)
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -98,7 +98,7 @@ def train_adapter(
         args=arguments,
         train_dataset=[{"input_ids": row, "labels": row} for row in windows],
         data_collator=_stack,
-        callbacks=[_Report(progress)],
+        callbacks=[_Rematch(wrapped, adapter, sites, windows, recipe.rematch_steps), _Report(progress)],
         optimizers=(optimizer, LambdaLR(optimizer, recipe.factor)),
         objective=recipe.objective,
     )
@@ -126,6 +126,44 @@ def _optimizer(model: Any, recipe: Recipe, scales: Mapping[str, float]) -> torch
 
 def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+@dataclass(eq=False)
+class _Rematch(TrainerCallback):
+    """Brings the thresholds to the adapter's target in the sparse model, with the alphas of that moment.
+
+    Attributes:
+        model: the `PeftModel`.
+        adapter: that it was made of.
+        sites: of the base model.
+        windows: token ids to match on.
+        steps: after which it is done.
+    """
+
+    model: Any
+    adapter: Adapter
+    sites: list[Site]
+    windows: Tensor
+    steps: Container[int]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer after each step, before a checkpoint is written."""
+        if state.global_step not in self.steps:
+            return
+        name, fields = self.model.active_adapter, self.adapter.fields
+        layers = {_inner(path): layer for path, layer in injected_layers(self.model, name).items()}
+        masks = {path: layer.mask_of(name).map(Tensor.detach) for path, layer in layers.items()}
+        sites = [replace(site, modules=tuple(map(_inner, site.modules))) for site in self.sites]
+        with dense_model(self.model):
+            base = self.model.get_base_model()
+            found = match_sparsity(base, sites, masks, self.windows, fields.sparsity, fields.dense_prefix)
+        for path, layer in layers.items():
+            layer.spon_threshold[name].copy_(found[path].threshold)
+
+
+def _inner(path: str) -> str:
+    """The path of the dense linear in the layer that PEFT has put at `path`."""
+    return f"{path}.base_layer"
 
 
 class _Report(TrainerCallback):

@@ -15,7 +15,6 @@ from spon_plugin.training.recipe import PRESETS, Recipe
 TEAL, SENSITIVITY = "teal", "sensitivity"
 UNIFORM = "uniform TEAL"
 BEST = "four times the steps"
-REMATCH = 6
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def rows(
     """
     first = sparsities[0]
     fast = replace(PRESETS["fast"], windows=600)
-    final = replace(fast, rematch=REMATCH)
+    final = replace(fast, rematch=PRESETS["best"].rematch)
     large = replace(final, windows=steps * batch_size, batch_size=batch_size, window=window)
     long = replace(large, windows=4 * large.windows)
     found: list[Row] = []

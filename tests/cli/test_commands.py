@@ -413,7 +413,7 @@ def wrong(tmp_path: Path, model: Path, text: str, trained: Path) -> dict[str, tu
             "target_modules: got 'input_layernorm', expected linears",
         ),
         "no such alpha module": ([*train, "--alpha-modules", "fc1", *out], "alpha_modules: got ['fc1']"),
-        "no such preset": ([*train, "--preset", "slow", *out], "preset: got 'slow', expected one of fast, paper"),
+        "no such preset": ([*train, "--preset", "slow", *out], "preset: got 'slow', expected one of fast, paper, best"),
         "no such allocation": ([*train, "--allocation", "best", *out], "allocation: got 'best'"),
         "zero windows": ([*train, "--windows", "0", *out], "windows: got 0, expected a positive number"),
         "no such dtype": ([*train, "--dtype", "int3", *out], "dtype: got 'int3'"),

@@ -12,6 +12,8 @@ from spon_peft.checkpoints import check_plan, newest_whole
 from spon_peft.training import train_adapter
 from spon_plugin import Adapter, SponError, SponFields
 from spon_plugin.adapter.mask import Mask
+from spon_plugin.calibration.measurement import measure_sparsity
+from spon_plugin.decoder.sites import find_sites
 from spon_plugin.training.recipe import preset
 
 
@@ -27,12 +29,53 @@ def run(tmp_path_factory):
     return work
 
 
-def test_a_recipe_that_moves_thresholds_is_refused_before_work(tmp_path):
-    path, windows = "model.layers.0.mlp.down_proj", torch.ones(2, 8, dtype=torch.int64)
-    adapter = Adapter(SponFields(), {path: Mask(torch.ones(1), None, torch.zeros(24))}, {"target_modules": [path]})
-    with pytest.raises(SponError, match="rematch: got 2, expected 0 to train an adapter"):
-        train_adapter(tiny(), adapter, windows, preset("fast").with_changes(rematch=2), tmp_path / "work")
-    assert not (tmp_path / "work").exists()
+@pytest.fixture(scope="module")
+def matched(tmp_path_factory):
+    """A run that brings thresholds to the target twice, at its third and sixth step of nine: directory and result."""
+    work = tmp_path_factory.mktemp("matched") / "work"
+    return work, trained_to_target(work)
+
+
+def trained_to_target(work, **options):
+    torch.manual_seed(0)
+    taus = {"model.layers.0.mlp.down_proj": 0.1, "model.layers.1.mlp.down_proj": 0.3}
+    masks = {path: Mask(torch.tensor([tau]), None, torch.zeros(24)) for path, tau in taus.items()}
+    adapter = Adapter(SponFields(sparsity=0.4), masks, {"target_modules": ["down_proj"]})
+    recipe = preset("fast").with_changes(windows=18, window=16, batch_size=2, rematch=2)
+    windows = torch.randint(1, 64, (18, 16))
+    assert recipe.rematch_steps == [3, 6]
+    return train_adapter(tiny(), adapter, windows, recipe, work, save_every=4, **options)[0], windows
+
+
+def test_thresholds_are_brought_to_the_target_by_one_factor(matched):
+    _, (adapter, windows) = matched
+    first, second = (float(mask.threshold) for mask in adapter.masks.values())
+    assert second == pytest.approx(3 * first) and first != pytest.approx(0.1, rel=0.01)
+    model = tiny()
+    sites = find_sites(model, sorted(adapter.masks))
+    assert measure_sparsity(model, sites, adapter.masks, windows)[0] == pytest.approx(0.4, abs=0.02)
+
+
+def test_a_resumed_run_has_the_thresholds_of_its_checkpoint(matched, tmp_path):
+    work, (adapter, _) = matched
+    (checkpoint,) = work.glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-9"
+    whole = trained_to_target(tmp_path / "whole", progress=keeping_at(5, tmp_path / "whole"))
+    assert whole[0].digest == adapter.digest
+    shutil.rmtree(tmp_path / "whole" / "checkpoint-9")
+    (tmp_path / "kept").rename(tmp_path / "whole" / "checkpoint-4")
+    assert trained_to_target(tmp_path / "whole")[0].digest == adapter.digest
+
+
+def keeping_at(step, work):
+    """Keeps the checkpoint that is there after a step."""
+
+    def progress(done, _total, _note):
+        if done == step:
+            (checkpoint,) = work.glob("checkpoint-*")
+            shutil.copytree(checkpoint, work.parent / "kept")
+
+    return progress
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ class TrainOptions(options.ModelOptions, options.MethodOptions, options.TextOpti
             self.dense_prefix,
             self.recipe().window,
             seed=self.seed,
-            match=self.match,
+            match=self.match or bool(self.recipe().rematch),
         )
 
 
@@ -157,7 +157,7 @@ def train_command(given: TrainOptions) -> None:
             else:
                 start.check_base(linear_inputs(loaded.model), base, base_digest(loaded.model))
                 adapter = _with_alphas(start, loaded, settings.alpha_modules)
-                adapter.fields.calibration["matched"] = given.match or bool(start.fields.calibration.get("matched"))
+                adapter.fields.calibration["matched"] = settings.match or bool(start.fields.calibration.get("matched"))
             adapter, losses = train(
                 loaded, adapter, sources, recipe, work, given.seed, given.gradient_checkpointing, stage
             )
