@@ -260,6 +260,8 @@ def test_match_holds_the_target_in_the_sparse_model(spon, tiny_model_dir, text, 
     assert achieved("plain trained", "train", tmp_path / "plain", *SMALL) > 0
     assert achieved("matched trained", "train", tmp_path / "plain", "--match", *SMALL) == pytest.approx(0.6, abs=0.02)
     assert achieved("matched once more", "train", tmp_path / "matched", *SMALL) == pytest.approx(0.6, abs=0.02)
+    best = ["--preset", "best", "--windows", "16", "--window", "32", "--batch-size", "2"]
+    assert achieved("matched on the way", "train", tmp_path / "plain", *best) == pytest.approx(0.6, abs=0.02)
 
 
 def test_a_trained_adapter_says_what_it_achieves_itself(spon, trained, text, tmp_path):

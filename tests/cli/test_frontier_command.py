@@ -5,7 +5,7 @@ import pytest
 from commands import TEXT, run
 from tiny_models import make_byte_tokenizer, make_tiny_llama
 
-SMALL = ["--windows", "4", "--window", "64", "--max-tokens", "640", "--calibration-tokens", "1024"]
+SMALL = ["--preset", "best", "--windows", "8", "--window", "64", "--max-tokens", "640", "--calibration-tokens", "1024"]
 NUMBERS = ("bits_per_weight", "perplexity", "kl", "kl_99", "same_top", "rms_dp", "masked")
 
 

@@ -100,9 +100,9 @@ class FrontierOptions(options.StudyOptions, options.LastWordOptions):
         return keys(formats, shares, alphas, is_masked, adapters)
 
     def recipe(self) -> Recipe:
-        """The schedule of the alphas."""
+        """The schedule of the alphas; the masks, which serve rows without alphas as well, stay as they are."""
         base = QUICK if self.preset is None else preset(self.preset)
-        return base.with_changes(windows=self.windows, epochs=self.epochs)
+        return base.with_changes(windows=self.windows, epochs=self.epochs, rematch=0)
 
 
 @command
