@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spon_plugin.adapter.adapter import Adapter
 from spon_plugin.decoder.sites import find_sites
 from spon_plugin.errors import SponError
 from spon_plugin.studies.token_bytes import Stored, TokenBytes, stored_bytes
@@ -21,13 +22,15 @@ from spon_transformers.gguf_writer import bytes_read, check_kind, write_gguf
 from spon_transformers.head import Int8Head, round_head
 from spon_transformers.loading import DTYPES, follow_machine, load_model
 from spon_transformers.quantize import Rounding, check_quantizer, quantize, round_values, widest_group
+from spon_transformers.solver import quantize_for_inputs
 
 FULL = "bf16"
 GGUF = "gguf:"
-ROUNDED = re.compile(r"int(?P<bits>8|4|3)(-g(?P<group>\d+))?(?P<asymmetric>-asym)?")
+ROUNDED = re.compile(r"int(?P<bits>8|4|3)(-g(?P<group>\d+))?(?P<asymmetric>-asym)?(?P<fit>-fit)?")
 """As `spon quantize` rounds, the head in int8. ``int8`` has a scale for each output, ``int4`` one for each output and
 group of 128 inputs, or of half of that and so on where 128 does not divide them; ``-g32`` says groups of 32, ``-asym``
-zero points. ``int3`` is rounded as ``int4``, for comparison: nothing here runs it."""
+zero points, ``-fit`` that weights are rounded for the inputs that masks leave (``--text``, ``--adapter``): every
+mask then has weights of its own. ``int3`` is rounded as ``int4``, for comparison: nothing here runs it."""
 VALUES_ONLY = 3  # bits
 
 
@@ -47,6 +50,12 @@ def rounding_of(name: str, model: Any = None) -> Rounding | None:
     return Rounding(bits, group, symmetric=found["asymmetric"] is None)
 
 
+def is_fit(name: str) -> bool:
+    """Whether weights in this format are rounded for the masks that they run under."""
+    found = ROUNDED.fullmatch(name)
+    return found is not None and found["fit"] is not None
+
+
 def check_format(name: str) -> None:
     """Check the name of a format before work starts.
 
@@ -55,11 +64,12 @@ def check_format(name: str) -> None:
     """
     if name.startswith(GGUF):
         check_kind(name.removeprefix(GGUF))
-    elif rounding_of(name) is not None:
+    elif (rounding := rounding_of(name)) is not None and not (is_fit(name) and rounding.bits == VALUES_ONLY):
         check_quantizer()
     elif name != FULL:
         expected = (
-            f"{FULL}, int8, int4, int3 (each with -g32 and -asym), or gguf: and a kind of llama.cpp's as gguf:Q4_K_M"
+            f"{FULL}, int8, int4, int3 (each with -g32 and -asym, the first two with -fit), or gguf: and a kind of "
+            "llama.cpp's as gguf:Q4_K_M"
         )
         raise SponError.of("format", name, expected)
 
@@ -73,12 +83,21 @@ def is_masked(name: str) -> bool:
     return not name.startswith(GGUF) and (rounding is None or rounding.bits != VALUES_ONLY)
 
 
-def load_format(name: str, format: str, dtype: str = "auto", trust_remote_code: bool = False) -> Stored:
+def load_format(
+    name: str,
+    format: str,
+    adapter: Adapter | None = None,
+    windows: Tensor | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Stored:
     """Load a model, round its weights to a format and decode them again.
 
     Args:
         name: of the model, as for `load_model`.
         format: see `check_format`. ``bf16`` is the model in bfloat16, which all others are made from.
+        adapter: that it will run under, for one that `is_fit`; None for none.
+        windows: token ids ``[count, length]`` for one that `is_fit`.
         dtype: to compute in, of `loading.DTYPES`; ``auto`` follows the machine.
         trust_remote_code: run Python code that comes with the model.
 
@@ -102,6 +121,9 @@ def load_format(name: str, format: str, dtype: str = "auto", trust_remote_code: 
     scales: dict[str, int] = {}
     if rounding is not None and rounding.bits == VALUES_ONLY:
         scales = round_values(model, rounding)
+    elif rounding is not None and is_fit(format):
+        assert windows is not None
+        quantize_for_inputs(model, rounding, windows, adapter)
     elif rounding is not None:
         quantize(model, rounding)
     if rounding is not None:

@@ -73,22 +73,30 @@ def quantize(model: Any, rounding: Rounding, progress: Callable[[int, int], None
         SponError: a field of `rounding` is wrong or does not divide a layer's inputs; or the model is a merged or a
             quantized one. Nothing has been changed then.
     """
+    linears = linears_to_round(model, rounding)
+    for done, module in enumerate(linears.values()):
+        round_linear(module, rounding)
+        if progress:
+            progress(done + 1, len(linears))
+    return list(linears)
+
+
+def linears_to_round(model: Any, rounding: Rounding) -> dict[str, nn.Linear]:
+    """Path -> linear, in the order of the blocks, and the head, if it is to be rounded, with weights of its own.
+
+    Raises:
+        SponError: as `quantize`.
+    """
     rounding.check()
     if getattr(model, "is_quantized", False):
         raise SponError.of("model", "a quantized model", "floating-point weights", "Start from the model it was.")
-    linears: dict[str, Any] = {
-        path: model.get_submodule(path) for site in find_sites(model) for path in site.modules
-    }  # in the order of the blocks
+    linears: dict[str, Any] = {path: model.get_submodule(path) for site in find_sites(model) for path in site.modules}
     if rounding.head:
         linears |= _head(model)
     _check_fit(linears, rounding.group)
     if rounding.head:
         _untie_head(model)
-    for done, module in enumerate(linears.values()):
-        _round(module, rounding)
-        if progress:
-            progress(done + 1, len(linears))
-    return list(linears)
+    return linears
 
 
 @torch.no_grad()
@@ -107,10 +115,10 @@ def round_values(model: Any, rounding: Rounding) -> dict[str, int]:
 
     linears: dict[str, Any] = {path: model.get_submodule(path) for site in find_sites(model) for path in site.modules}
     _check_fit(linears, rounding.group)
-    scheme = _scheme(rounding).weights
+    scheme = scheme_of(rounding).weights
     sizes = {}
     for path, module in linears.items():
-        scale, zero = _least_error(module.weight, rounding, scheme)
+        scale, zero = least_error(module.weight, rounding.group, scheme)
         module.weight.copy_(fake_quantize(module.weight, scale, zero, scheme))
         zeros = 0 if rounding.symmetric else -(-scale.numel() * rounding.bits // 8)
         sizes[path] = scale.numel() * scale.element_size() + zeros
@@ -148,7 +156,8 @@ def bits_per_weight(model: nn.Module) -> float:
     return 8 * sum(tensor.numel() * tensor.element_size() for tensor in held) / weights
 
 
-def _scheme(rounding: Rounding) -> Any:
+def scheme_of(rounding: Rounding) -> Any:
+    """The `QuantizationScheme` of compressed-tensors."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     weights = QuantizationArgs(
@@ -197,33 +206,56 @@ def _divisor(sizes: Iterable[int]) -> int:
     return next(group for group in (128, 64, 32, 16, 8, 4, 2, 1) if all(size % group == 0 for size in sizes))
 
 
-def _round(module: Any, rounding: Rounding) -> None:
-    """Round one linear and pack it."""
+def round_linear(module: Any, rounding: Rounding) -> None:
+    """Round one linear to the nearest and pack it."""
+    scheme = scheme_of(rounding)
+    pack(module, scheme, *least_error(module.weight.detach(), rounding.group, scheme.weights))
+
+
+def pack(module: Any, scheme: Any, scale: Tensor, zero: Tensor) -> None:
+    """Put codes in the place of a linear's weight: the nearest ones on the grid.
+
+    Args:
+        module: the linear.
+        scheme: from `scheme_of`.
+        scale: ``[out_features, groups]``.
+        zero: likewise.
+    """
     from compressed_tensors.compressors import compress_module
     from compressed_tensors.quantization import QuantizationStatus, initialize_module_for_quantization
 
-    scheme = _scheme(rounding)
     initialize_module_for_quantization(module, scheme)
-    scale, zero = _least_error(module.weight.detach(), rounding, scheme.weights)
     module.weight_scale.data.copy_(scale)
-    if not rounding.symmetric:
+    if not scheme.weights.symmetric:
         module.weight_zero_point.data.copy_(zero)
     module.quantization_status = QuantizationStatus.FROZEN
     compress_module(module)
 
 
-def _least_error(weight: Tensor, rounding: Rounding, scheme: Any) -> tuple[Tensor, Tensor]:
-    """Scales in the dtype of the weight, and zero points, each ``[out_features, groups]``."""
+def least_error(
+    weight: Tensor, group: int | None, scheme: Any, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scales of the least squared error, and zero points.
+
+    Args:
+        weight: ``[out_features, in_features]``.
+        group: inputs that share a scale; None for all.
+        scheme: the arguments of the weights, of `scheme_of`.
+        dtype: that scales are kept in; that of the weight by default.
+
+    Returns:
+        Each ``[out_features, groups]``.
+    """
     from compressed_tensors.quantization import fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    groups = weight.unflatten(1, (-1, rounding.group or weight.shape[1]))
+    groups = weight.unflatten(1, (-1, group or weight.shape[1]))
     low, high = groups.amin(-1), groups.amax(-1)
     best = torch.full(low.shape, torch.inf, device=weight.device)
     scale = zero = torch.zeros_like(low)
     for share in RANGES:
         tried, tried_zero = calculate_qparams(share * low, share * high, scheme)
-        tried = tried.to(weight.dtype)
+        tried = tried.to(dtype or weight.dtype).to(weight.dtype)
         error = (fake_quantize(weight, tried, tried_zero, scheme) - weight).float()
         error = error.unflatten(1, groups.shape[1:]).square().sum(-1)
         better = error < best

@@ -113,7 +113,8 @@ class Frontier:
     """What all rows have in common.
 
     Attributes:
-        load: gives the model in a format.
+        load: gives the model in a format, made for an adapter or for none.
+        is_fit: whether weights in a format depend on the adapter that they run under.
         full: the format that the others are compared with, and on which masks and alphas are made.
         tests: name -> token ids ``[count, length]`` to evaluate on.
         calibration: token ids ``[count, length]``.
@@ -129,12 +130,13 @@ class Frontier:
         done: likewise.
     """
 
-    load: Callable[[str], Stored]
+    load: Callable[[str, Adapter | None], Stored]
     full: str
     tests: Mapping[str, Tensor]
     calibration: Tensor
     training: Tensor
     directory: Path
+    is_fit: Callable[[str], bool] = lambda _format: False
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     passages: Sequence[Passage] = ()
     method: str = "teal"
@@ -144,7 +146,7 @@ class Frontier:
     stage: Callable[[str], Progress] = lambda _name: no_progress
     done: Callable[[dict[str, Any], bool], None] = lambda _row, _old: None
     _references: dict[str, Reference] = field(default_factory=dict, init=False)
-    _loaded: tuple[str, Stored] | None = field(default=None, init=False)
+    _loaded: tuple[tuple[str, str], Stored] | None = field(default=None, init=False)
 
     def run(self, wanted: Sequence[Key], store: RowStore) -> list[dict[str, Any]]:
         """Measure every row that `store` does not have, one format in memory at a time.
@@ -203,17 +205,18 @@ class Frontier:
     def _adapter_directory(self, sparsity: float, alpha: str) -> Path:
         return self.directory / f"adapter-{100 * sparsity:g}-{alpha}"
 
-    def _stored(self, format: str) -> Stored:
-        if self._loaded is None or self._loaded[0] != format:
+    def _stored(self, format: str, adapter: Adapter | None = None) -> Stored:
+        wanted = format, "" if adapter is None else adapter.digest
+        if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # before the next one is loaded
             self.stage(f"{format}: loading")(0, 1)
-            self._loaded = format, self.load(format)
+            self._loaded = wanted, self.load(format, adapter)
         return self._loaded[1]
 
     def _measure(self, key: Key) -> dict[str, Any]:
-        stored = self._stored(key.format)
-        start = time.perf_counter()
-        adapter = self._adapter(key)
+        adapter, start = self._adapter(key), time.perf_counter()
+        stored = self._stored(key.format, adapter if self.is_fit(key.format) else None)
+        loading, start = time.perf_counter() - start, time.perf_counter()
         masks = {} if adapter is None else adapter.masks
         method = None if adapter is None else MaskedLinears.of(stored.model, masks, adapter.fields.dense_prefix)
         added = {} if method is None else {"alphas": method.alphas}
@@ -240,7 +243,7 @@ class Frontier:
         }
         if self.passages:
             row["last_word"] = self._last_words(stored.model, method, label).figures()
-        seconds = {"evaluation": time.perf_counter() - start}
+        seconds = {"loading": loading, "evaluation": time.perf_counter() - start}
         if adapter is not None and key.is_made:
             seconds["adapter"] = adapter.fields.calibration["seconds"]
         return {**row, "seconds": seconds}

@@ -155,7 +155,7 @@ def test_a_rounded_model_has_the_values_of_spon_quantize(tmp_path, format, optio
     head, full = stored.model.lm_head.weight, make("llama").lm_head.weight
     assert 0 < (head - full).abs().max() < full.abs().max() / 127
     assert type(stored.model.lm_head) is torch.nn.Linear and stored.model.dtype == torch.float32
-    assert load_format(str(tmp_path / "m"), format, "bfloat16").model.dtype == torch.bfloat16
+    assert load_format(str(tmp_path / "m"), format, dtype="bfloat16").model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("format", ["int3", "int3-g32-asym"])

@@ -41,7 +41,7 @@ from spon_plugin.studies.frontier_tables import (
 from spon_plugin.studies.rows import SETTINGS, RowStore
 from spon_plugin.studies.tables import csv_text, json_text
 from spon_plugin.training.recipe import PRESETS, Recipe, preset
-from spon_transformers.formats import FULL, check_format, is_masked, load_format
+from spon_transformers.formats import FULL, check_format, is_fit, is_masked, load_format
 
 _MATCHES = 3  # passes over `MATCH_TOKENS` that holding a target usually takes
 
@@ -53,7 +53,8 @@ class FrontierOptions(options.StudyOptions, options.LastWordOptions):
     formats: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: bf16, int8, int4 (int4-g32, int4-g32-asym: groups of 32, zero points), "
+            help="Comma-separated: bf16, int8, int4 (int4-g32, int4-g32-asym: groups of 32, zero points; int4-fit: "
+            "rounded for the inputs that each row's masks leave), "
             "int3 (likewise, dense alone), and gguf: with a kind of llama.cpp's."
         ),
     ] = "bf16,int8,int4,gguf:Q4_K_M,gguf:Q3_K_M,gguf:Q2_K"
@@ -145,8 +146,10 @@ def frontier_command(given: FrontierOptions) -> None:
         "calibration_windows": windows_digest(calibration),
     }
     study = Frontier(
-        load=partial(load_format, given.model, dtype=given.dtype, trust_remote_code=given.trust_remote_code),
-        full=FULL, tests=evaluated,
+        load=partial(
+            load_format, given.model, windows=calibration, dtype=given.dtype, trust_remote_code=given.trust_remote_code
+        ),
+        is_fit=is_fit, full=FULL, tests=evaluated,
         calibration=calibration, training=training, directory=given.output, adapters=adapters,
         passages=loaded.encoded(last_words),
         method=given.method, recipe=recipe, protocol=given.protocol, seed=given.seed,
