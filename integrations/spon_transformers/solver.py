@@ -21,10 +21,9 @@ from spon_plugin.adapter.mask import Mask
 from spon_plugin.decoder.blockwise import Blockwise
 from spon_plugin.decoder.masked_linears import sparse_inputs
 from spon_plugin.decoder.sites import Site, find_sites
-from spon_plugin.errors import SponError
 from spon_plugin.machine import is_native
 from spon_plugin.progress import Progress, no_progress
-from spon_plugin.weights.error_feedback import RIDGE, Moments, fitted, rounded
+from spon_plugin.weights.error_feedback import RIDGE, Moments, check_ridge, fitted, rounded
 from spon_transformers.quantize import Rounding, least_error, linears_to_round, pack, round_linear, scheme_of
 
 
@@ -55,10 +54,10 @@ def quantize_for_inputs(
         The paths of the rounded linears.
 
     Raises:
-        SponError: as `quantize`, or the adapter does not fit the model. Nothing has been changed then.
+        SponError: as `quantize`, the ridge is out of its range, or the adapter does not fit the model. Nothing has
+            been changed then.
     """
-    if not ridge > 0:
-        raise SponError.of("ridge", ridge, "a positive number")
+    check_ridge(ridge)
     masks: Mapping[str, Mask] = {}
     if adapter is not None:
         adapter.check_masks_alone("rounding for its masks")

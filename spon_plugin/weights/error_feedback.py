@@ -19,11 +19,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from spon_plugin.errors import SponError
+
 RIDGE = 1.0
+RIDGES = (1e-3, 1e6)
+"""Below, float32 may not solve it; above, nothing is fitted."""
 DAMPING = 0.01
 LONGEST = 10.0
 _BLOCK = 128
 _TINY = 1e-12
+
+
+def check_ridge(ridge: float) -> float:
+    """The ridge, if it can be used.
+
+    Raises:
+        SponError: it cannot.
+    """
+    least, most = RIDGES
+    if not least <= ridge <= most:
+        raise SponError.of("ridge", ridge, f"a number from {least:g} to {most:g}")
+    return ridge
 
 
 class Moments:

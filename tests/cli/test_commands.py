@@ -337,6 +337,45 @@ def test_a_quantized_model_is_one_that_every_command_takes(spon, tiny_model_dir,
     assert spon("quantize", tmp_path / "w4", "-o", tmp_path / "again")[0] == 2, "it is quantized"
 
 
+def test_a_model_is_rounded_for_the_inputs_that_an_adapter_leaves(spon, tiny_model_dir, text, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="pip install 'spon-plugin[quantize]'")
+    reads = ["--text", text, "--tokens", "1024", "--window", "64"]
+    call = ["calibrate", tiny_model_dir, "--sparsity", "0.5", *reads]
+    assert spon(*call, "-o", tmp_path / "teal")[0] == 0
+
+    def divergence(name, *options) -> float:
+        code, _, err = spon("quantize", tiny_model_dir, "--group", "16", *options, "-o", tmp_path / name)
+        assert code == 0, err
+        test = ["--text", text, "--window", "64", "--max-tokens", "1024", "--reference", tiny_model_dir, "--json"]
+        code, out, err = spon("eval", tmp_path / name, "--adapter", tmp_path / "teal", *test)
+        assert code == 0, err
+        return json.loads(out)["quality"]["teal"]["kl"]
+
+    nearest, fit = divergence("nearest"), divergence("fit", *reads, "--adapter", tmp_path / "teal")
+    assert fit < 0.9 * nearest
+    assert divergence("near the weights", *reads, "--adapter", tmp_path / "teal", "--ridge", "1e6") > fit
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adapter", "teal"], "adapter: got 'teal', expected nothing without --text or --dataset"),
+        (["--ridge", "2"], "ridge: got 2.0, expected nothing without --text"),
+        (["--text", "TEXT", "--ridge", "-1"], "ridge: got -1.0, expected a number from 0.001 to 1e+06"),
+        (["--text", "TEXT", "--adapter", "no-adapter"], "no-adapter"),
+        (["--text", "TEXT", "--window", "100000"], "window"),
+        (["--text", "missing.txt"], "missing.txt"),
+    ],
+    ids=["adapter alone", "ridge alone", "ridge", "adapter", "window", "text"],
+)
+def test_quantize_refuses_what_it_cannot_read(spon, tiny_model_dir, text, tmp_path, options, message):
+    pytest.importorskip("compressed_tensors", reason="pip install 'spon-plugin[quantize]'")
+    options = [text if option == "TEXT" else option for option in options]
+    code, _, err = spon("quantize", tiny_model_dir, "--group", "16", *options, "-o", tmp_path / "out" / "model")
+    assert code == 2 and message in " ".join(err.split()), err
+    assert not (tmp_path / "out" / "model").exists()
+
+
 @pytest.mark.parametrize(("option", "value"), [("--group", "128"), ("--bits", "3")], ids=["group", "bits"])
 def test_quantize_says_what_fits_and_leaves_nothing_behind(spon, tiny_model_dir, tmp_path, option, value):
     pytest.importorskip("compressed_tensors", reason="pip install 'spon-plugin[quantize]'")

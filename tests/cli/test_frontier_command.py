@@ -54,12 +54,16 @@ def test_frontier_writes_tables_and_a_plot_and_goes_on(model, texts, tmp_path):
         assert masks["masked"] == pytest.approx(0.5, abs=0.05)
         assert masks["bits_per_weight"] < alphas["bits_per_weight"] < dense["bits_per_weight"]
         assert dense["kl"] < masks["kl"] and all(alphas[name] is not None for name in (*NUMBERS, "lambada"))
+    dense_bits = rows["int4", 0.0, "off"]["bits_per_weight"]
     given = ["--sparsity", "0", "--adapter", out / "adapter-50-on"]
-    code, printed, err = run(*call, "--formats", "int4,int3", *given, "--json")
+    code, printed, err = run(*call, "--formats", "int4,int3,int4-fit", *given, "--json")
     assert code == 0, err
     found = json.loads(printed)["rows"]
-    mine = next(row for row in found if row["adapter"] == "adapter-50-on")
-    assert mine["kl"] == pytest.approx(rows["int4", 0.5, "on"]["kl"]) and mine["format"] == "int4"
+    fit = {row["adapter"]: row for row in found if row["format"] == "int4-fit"}
+    assert fit.keys() == {"", "adapter-50-on"} and fit[""]["bits_per_weight"] == dense_bits
+    assert fit[""]["kl"] < rows["int4", 0.0, "off"]["kl"] < fit["adapter-50-on"]["kl"] < rows["int4", 0.5, "on"]["kl"]
+    mine = next(row for row in found if row["adapter"] == "adapter-50-on" and row["format"] == "int4")
+    assert mine["kl"] == pytest.approx(rows["int4", 0.5, "on"]["kl"])
     int3 = next(row for row in found if row["format"] == "int3")
     assert int3["kl"] > rows["int4", 0.0, "off"]["kl"] and int3["masked"] is None
     assert int3["bits_per_weight"] < rows["int4", 0.0, "off"]["bits_per_weight"] - 0.5
@@ -71,6 +75,7 @@ def test_frontier_writes_tables_and_a_plot_and_goes_on(model, texts, tmp_path):
     ("changes", "message"),
     [
         (["--formats", "int2"], "format: got 'int2'"),
+        (["--formats", "int3-fit"], "format: got 'int3-fit'"),
         (["--sparsity", "half"], "sparsity: got 'half'"),
         (["--alpha", "mean"], "alpha: got 'mean'"),
         (["--method", "cats"], "method: got 'cats'"),
@@ -78,7 +83,7 @@ def test_frontier_writes_tables_and_a_plot_and_goes_on(model, texts, tmp_path):
         (["--lambada", "missing.jsonl"], "missing.jsonl"),
         (["--adapter", "missing"], "missing"),
     ],
-    ids=["format", "sparsity", "alpha", "method", "preset", "lambada", "adapter"],
+    ids=["format", "fit", "sparsity", "alpha", "method", "preset", "lambada", "adapter"],
 )
 def test_frontier_refuses_wrong_input_before_work_starts(tmp_path, changes, message):
     code, _, err = run("frontier", "no-model", "-o", tmp_path / "out", "--formats", "bf16", *changes)

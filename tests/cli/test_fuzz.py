@@ -55,7 +55,7 @@ RIGHT: dict[str, list[str]] = {
 }
 NUMBERS = ["--sparsity", "--window", "--windows", "--tokens", "--max-tokens", "--batch-size", "--seed", "--epochs",
            "--learning-rate", "--weight-decay", "--dense-prefix", "--calibration-tokens", "--count",
-           "--max-length", "--bits", "--group", "--passages"]  # fmt: skip
+           "--max-length", "--bits", "--group", "--passages", "--ridge"]  # fmt: skip
 WORDS = ["--allocation", "--alpha", "--alpha-modules", "--target-modules", "--preset", "--dtype", "--protocol",
          "--precision", "--methods", "--method", "--study", "--projection", "--precisions", "--metric",
          "--formats"]  # fmt: skip

@@ -17,9 +17,10 @@ from spon_cli.progress import progress_bars
 from spon_plugin import SponError, read_adapter
 from spon_plugin.calibration.text import mixed_windows
 from spon_plugin.files import check_new, new_directory
-from spon_plugin.weights.error_feedback import RIDGE
+from spon_plugin.weights.error_feedback import RIDGE, check_ridge
 from spon_transformers.quantize import Rounding, bits_per_weight, check_quantizer, quantize, save_quantized
 from spon_transformers.solver import quantize_for_inputs
+from spon_transformers.windows import check_ids, check_length
 
 TOKENS = 16384
 
@@ -71,7 +72,8 @@ class QuantizeOptions(options.TextOptions, options.SeedOptions):
             return True
         for name in ("adapter", "tokens", "window", "ridge"):
             if (value := getattr(self, name)) is not None:
-                raise SponError.of(name, value, "nothing without --text or --dataset", "Give a text to read.")
+                received = str(value) if isinstance(value, Path) else value
+                raise SponError.of(name, received, "nothing without --text or --dataset", "Give a text to read.")
         return False
 
 
@@ -93,9 +95,7 @@ def quantize_command(given: QuantizeOptions) -> None:
     check_new(given.output)
     sources = given.sources() if given.reads else []
     adapter = None if given.adapter is None else read_adapter(given.adapter)
-    ridge = RIDGE if given.ridge is None else given.ridge
-    if not ridge > 0:
-        raise SponError.of("ridge", ridge, "a positive number")
+    ridge = check_ridge(RIDGE if given.ridge is None else given.ridge)
     group = given.group if given.group is not None else (128 if given.bits == 4 else 0)
     rounding = Rounding(given.bits, group or None, not given.asymmetric, given.head)
     rounding.check()
@@ -108,8 +108,10 @@ def quantize_command(given: QuantizeOptions) -> None:
         model = load_model(given.model, given.dtype, stored=True, trust_remote_code=given.trust_remote_code)
         if sources:
             length, tokens = given.window or 512, given.tokens or TOKENS
+            check_length(model, length)
             texts = [source.text for source in sources]
             windows = mixed_windows(tokenizer, texts, length, max(1, tokens // length), given.seed)
+            check_ids(model, windows)
             linears = quantize_for_inputs(model, rounding, windows, adapter, ridge, stage("Rounding"))
         else:
             linears = quantize(model, rounding, stage("Rounding"))
