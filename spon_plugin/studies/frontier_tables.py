@@ -31,9 +31,10 @@ FRONTIER_NOTES = (
     "`bits a weight`: what a generated token reads, in bits for each weight that it multiplies by: codes of rows that "
     "are not skipped, scales, output head, norms, thresholds and biases; embeddings only where they are the head. "
     "Formats: bf16; int8 with a scale for each output, int4 with one for each output and group of inputs, rounded as "
-    "`spon quantize` does, their head in int8; int3 likewise, for comparison, as nothing here runs it; gguf: by "
-    "llama.cpp's quantizer without an importance matrix. Masks and alphas are made on bf16; a name after the sparsity "
-    "is an adapter's that was given. `hull`: no row, and no mix of two, is better for as many bytes."
+    "`spon quantize` does, their head in int8; with -fit for the inputs that the row's own masks leave; int3 likewise, "
+    "for comparison, as nothing here runs it; gguf: by llama.cpp's quantizer without an importance matrix. Masks "
+    "and alphas are made on bf16; a name after the sparsity is an adapter's that was given. "
+    "`hull`: no row, and no mix of two, is better for as many bytes."
 )
 
 
