@@ -4,8 +4,18 @@
 import pytest
 from commands import run
 
+from spon_plugin import machine
+
 SHORT = ["--windows", 4, "--seed", 1]
 STUDY = ["--max-tokens", 64, "--window", 32, "--calibration-tokens", 1024]
+
+
+@pytest.fixture(autouse=True)
+def machine_is_asked_anew():
+    """What the machine multiplies is asked once a process."""
+    machine.native_dtypes.cache_clear()
+    yield
+    machine.native_dtypes.cache_clear()
 
 
 @pytest.mark.parametrize(
