@@ -43,14 +43,16 @@ def load(name, loaded=None):
 
 def study(directory, **changes):
     given = {"calibration": WINDOWS[:8], "training": WINDOWS[:4], "tests": {"a.txt": WINDOWS[8:]}, "recipe": RECIPE}
-    return Frontier(**{"load": load, "full": "full", "directory": directory, **given, **changes})
+    return Frontier(
+        **{"load": lambda name, _adapter: load(name), "full": "full", "directory": directory, **given, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
     loaded = []
-    rows = study(directory, load=lambda name: load(name, loaded)).run(WANTED, RowStore(directory, {}))
+    rows = study(directory, load=lambda name, _adapter: load(name, loaded)).run(WANTED, RowStore(directory, {}))
     assert loaded == ["full", "half", "blocks"]  # each once, one after another
     return directory, rows
 
@@ -139,7 +141,7 @@ def test_an_interrupted_run_goes_on(whole, tmp_path):
     bare = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
     assert bare == [{name: value for name, value in row.items() if name != "seconds"} for row in whole[1]]
     loaded = []
-    study(tmp_path, load=lambda name: load(name, loaded)).run(WANTED, RowStore(tmp_path, {}))
+    study(tmp_path, load=lambda name, _adapter: load(name, loaded)).run(WANTED, RowStore(tmp_path, {}))
     assert loaded == []  # nothing was missing
 
 
@@ -181,6 +183,18 @@ def test_rows_of_equal_bytes_are_compared_in_pairs():
     assert line[:4] == ["int8 50%", "int4", "t", "4.10 and 4.00"] and line[4].startswith("-9.1% [")
     same = [row("int8", 4.1, 9.0, 0.5, 8.2, nll), row("int4", 4.0, 8.0, 0.0, 4.0, nll)]
     assert pair_lines(same)[0][4] == UNCERTAIN
+
+
+def test_weights_that_are_rounded_for_masks_are_made_for_each_adapter(tmp_path):
+    made = []
+
+    def make(name, adapter):
+        made.append((name, None if adapter is None else adapter.fields.sparsity))
+        return load(name)
+
+    wanted = [Key("half"), Key("half", 0.5), Key("full"), Key("full", 0.5)]
+    study(tmp_path, load=make, is_fit=lambda name: name == "half").run(wanted, RowStore(tmp_path, {}))
+    assert made == [("full", None), ("half", None), ("half", 0.5), ("full", None)]
 
 
 def test_tables(whole):
