@@ -186,17 +186,14 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
                     axes.plot(*zip(*places, strict=True), line, marker=marker, ms=4, color=color, label=title, zorder=2)
             under = [(row["bits_per_weight"], row["texts"][text][figure_name]) for row in best]
             axes.plot(*zip(*under, strict=True), color="0.2", linewidth=3, alpha=0.25, label="convex hull", zorder=0)
-            for number, (row, place) in enumerate(zip(best, under, strict=True)):
-                below = number % 2 == 0  # neighbours may lie side by side
+            for row, place in zip(best, under, strict=True):  # below a hull nothing is in the way
                 axes.annotate(
-                    label(row), place, xytext=(5, -3 if below else 3), textcoords="offset points", fontsize=7,
-                    va="top" if below else "bottom", zorder=3,
+                    label(row), place, xytext=(-5, -3), textcoords="offset points", fontsize=7, ha="right", va="top",
                     bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
                 )  # fmt: skip
-            widest = max(row["bits_per_weight"] for row in rows)
-            axes.set(
-                title=text, xlabel="bits read for each weight, by a token", yscale="log", xlim=(None, 1.08 * widest)
-            )
+            bits = [row["bits_per_weight"] for row in rows]
+            least, widest = min(bits) - 0.45 * (max(bits) - min(bits)), 1.08 * max(bits)
+            axes.set(title=text, xlabel="bits read for each weight, by a token", yscale="log", xlim=(least, widest))
             axes.set_ylabel("perplexity" if figure_name == "perplexity" else "mean KL to bf16, nats a token")
             axes.secondary_xaxis("top", functions=(lambda x: x * a_weight, lambda x: x / a_weight)).set_xlabel(
                 "MB a token"

@@ -346,6 +346,7 @@ def test_a_model_is_rounded_for_the_inputs_that_an_adapter_leaves(spon, tiny_mod
     def divergence(name, *options) -> float:
         code, _, err = spon("quantize", tiny_model_dir, "--group", "16", *options, "-o", tmp_path / name)
         assert code == 0, err
+        assert ("The adapter masks 50%" in err) == ("--adapter" in options)
         test = ["--text", text, "--window", "64", "--max-tokens", "1024", "--reference", tiny_model_dir, "--json"]
         code, out, err = spon("eval", tmp_path / name, "--adapter", tmp_path / "teal", *test)
         assert code == 0, err

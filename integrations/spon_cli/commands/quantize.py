@@ -23,6 +23,8 @@ from spon_transformers.solver import quantize_for_inputs
 from spon_transformers.windows import check_ids, check_length
 
 TOKENS = 16384
+POOR = 0.5
+"""From this sparsity on what is fitted to one text carries over poorly to others: docs/results/frontier.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,11 @@ def quantize_command(given: QuantizeOptions) -> None:
     sources = given.sources() if given.reads else []
     adapter = None if given.adapter is None else read_adapter(given.adapter)
     ridge = check_ridge(RIDGE if given.ridge is None else given.ridge)
+    if adapter is not None and adapter.fields.sparsity >= POOR:
+        note(
+            f"The adapter masks {adapter.fields.sparsity:.0%}: from {POOR:.0%} on weights that are fitted for masks "
+            "may serve other text worse than the nearest ones do. Compare both with spon eval --reference."
+        )
     group = given.group if given.group is not None else (128 if given.bits == 4 else 0)
     rounding = Rounding(given.bits, group or None, not given.asymmetric, given.head)
     rounding.check()
