@@ -15,6 +15,8 @@ from spon_plugin.sparsifiers.calibrate import calibrate
 from spon_plugin.studies.evaluation import quality
 from spon_plugin.studies.quality import Reference
 from spon_plugin.weights import weight_of
+from spon_plugin.weights.error_feedback import Moments
+from spon_transformers import solver
 from spon_transformers.quantize import Rounding, quantize, save_quantized
 from spon_transformers.solver import quantize_for_inputs
 
@@ -81,6 +83,28 @@ def test_under_masks_it_is_nearer_to_the_dense_model_than_the_nearest_values(met
     assert off(solved, dense, adapter.masks) < 0.8 * off(nearest, dense, adapter.masks)
     assert off(solved, dense, adapter.masks) < off(blind, dense, adapter.masks)
     assert off(blind, dense, {}) < 0.8 * off(nearest, dense, {})
+
+
+@torch.no_grad()
+def test_what_a_linear_is_fitted_to_is_what_the_finished_model_feeds_it(monkeypatch, tmp_path):
+    seen, found = [], []
+
+    class Kept(Moments):
+        def add(self, reads, exact):
+            seen.append(reads)
+            super().add(reads, exact)
+
+    monkeypatch.setattr(solver, "Moments", Kept)
+    rounded = model()
+    adapter = adapter_of(rounded)
+    quantize_for_inputs(rounded, Rounding(4, 32), WINDOWS, adapter)
+    finished = read_back(rounded, tmp_path / "q")
+    last = finished.get_submodule(find_sites(finished)[-1].modules[0])
+    with sparse_inputs(finished, adapter.masks):
+        handle = last.register_forward_pre_hook(lambda _module, args: found.append(args[0]))
+        finished(input_ids=WINDOWS)
+        handle.remove()
+    torch.testing.assert_close(torch.cat(seen[-3:]), found[0].flatten(0, 1), rtol=1e-3, atol=1e-4)
 
 
 def test_the_same_text_gives_the_same_codes():
