@@ -9,6 +9,7 @@ import pytest
 import torch
 from commands import TEXT, run
 from masks import alphas_of, thresholds_of
+from tiny_models import make_byte_tokenizer, make_tiny_llama
 from transformers import AutoModelForCausalLM
 
 import spon_plugin.adapter.directory as adapter_module
@@ -352,6 +353,11 @@ def test_a_model_is_rounded_for_the_inputs_that_an_adapter_leaves(spon, tiny_mod
         assert code == 0, err
         return json.loads(out)["quality"]["teal"]["kl"]
 
+    make_tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "other")
+    make_byte_tokenizer().save_pretrained(tmp_path / "other")
+    call = ["quantize", tmp_path / "other", "--group", "16", *reads, "--adapter", tmp_path / "teal"]
+    code, _, err = spon(*call, "-o", tmp_path / "no")
+    assert code == 2 and "load that model" in " ".join(err.split()) and not (tmp_path / "no").exists(), err
     nearest, fit = divergence("nearest"), divergence("fit", *reads, "--adapter", tmp_path / "teal")
     assert fit < 0.9 * nearest
     assert divergence("near the weights", *reads, "--adapter", tmp_path / "teal", "--ridge", "1e6") > fit

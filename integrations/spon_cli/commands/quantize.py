@@ -15,7 +15,9 @@ from spon_cli.loading import quiet
 from spon_cli.output import note, show_json
 from spon_cli.progress import progress_bars
 from spon_plugin import SponError, read_adapter
+from spon_plugin.adapter.base import base_digest
 from spon_plugin.calibration.text import mixed_windows
+from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new, new_directory
 from spon_plugin.weights.error_feedback import RIDGE, check_ridge
 from spon_transformers.quantize import Rounding, bits_per_weight, check_quantizer, quantize, save_quantized
@@ -116,6 +118,8 @@ def quantize_command(given: QuantizeOptions) -> None:
         if sources:
             length, tokens = given.window or 512, given.tokens or TOKENS
             check_length(model, length)
+            if adapter is not None:
+                adapter.check_base(linear_inputs(model), given.model, base_digest(model))
             texts = [source.text for source in sources]
             windows = mixed_windows(tokenizer, texts, length, max(1, tokens // length), given.seed)
             check_ids(model, windows)
