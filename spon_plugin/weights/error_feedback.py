@@ -14,6 +14,7 @@ out, what happens to them would not count at all, which ruins a model. They coun
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -72,6 +73,13 @@ class Moments:
         """The mean second moment of an input; 0 where nothing was read."""
         return float(self.reads.diagonal().mean())
 
+    @functools.cached_property
+    def spread(self) -> Tensor:
+        """The upper Cholesky factor of the inverse of `reads`, damped; asked for when all has been added."""
+        damped = self.reads + DAMPING * (self.typical or 1.0) * torch.eye(len(self.reads), device=self.reads.device)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return torch.linalg.cholesky(inverse, upper=True)
+
 
 def fitted(weight: Tensor, moments: Moments, ridge: float = RIDGE) -> Tensor:
     """The weight of any values whose outputs on the sparse model's inputs are nearest to the dense model's.
@@ -110,7 +118,7 @@ def rounded(
         The values, and scales and zero points ``[out_features, groups]``.
     """
     left, values = weight.clone(), torch.empty_like(weight)
-    spread = _spread(moments)
+    spread = moments.spread
     width, found = weight.shape[1], []
     if group is None:
         found.append(scales(left))
@@ -127,11 +135,3 @@ def rounded(
             columns[:, index + 1 :] -= torch.outer(errors[:, index], spread[at, at + 1 : end])
         left[:, end:] -= errors @ spread[start:end, end:]
     return values, torch.cat([scale for scale, _ in found], 1), torch.cat([zero for _, zero in found], 1)
-
-
-def _spread(moments: Moments) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped second moments."""
-    typical = moments.typical or 1.0
-    damped = moments.reads + DAMPING * typical * torch.eye(len(moments.reads), device=moments.reads.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)

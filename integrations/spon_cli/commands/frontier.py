@@ -43,6 +43,7 @@ from spon_plugin.studies.tables import csv_text, json_text
 from spon_plugin.training.recipe import PRESETS, Recipe, preset
 from spon_transformers.formats import FULL, check_format, is_fit, is_masked, load_format
 
+_FITTING = 5  # passes over the calibration text that rounding for a row's masks takes
 _MATCHES = 3  # passes over `MATCH_TOKENS` that holding a target usually takes
 
 
@@ -177,7 +178,8 @@ def _passes(new: Sequence[Key], given: FrontierOptions, recipe: Recipe, read: in
     trained = sum(alpha == ON for _, alpha in made)
     matching = _MATCHES * (len(made) + trained) * min(MATCH_TOKENS, given.calibration_tokens)
     calibrating = calibration_passes(given.method, given.calibration_tokens) if made else 0
-    return calibrating + matching + trained * training_passes(recipe) + READ * (len(new) + 1) * read
+    fitting = READ * _FITTING * given.calibration_tokens * sum(is_fit(key.format) for key in new)
+    return calibrating + fitting + matching + trained * training_passes(recipe) + READ * (len(new) + 1) * read
 
 
 def write_tables(rows: Sequence[dict[str, Any]], output: Path) -> None:

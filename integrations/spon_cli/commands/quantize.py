@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from spon_cli import options
+from spon_cli.calibration import CALIBRATION_TOKENS
 from spon_cli.command import Between, command
 from spon_cli.loading import quiet
 from spon_cli.output import note, show_json
@@ -24,7 +25,7 @@ from spon_transformers.quantize import Rounding, bits_per_weight, check_quantize
 from spon_transformers.solver import quantize_for_inputs
 from spon_transformers.windows import check_ids, check_length
 
-TOKENS = 16384
+WINDOW = 512
 POOR = 0.5
 """From this sparsity on what is fitted to one text carries over poorly to others: docs/results/frontier.md."""
 
@@ -51,10 +52,12 @@ class QuantizeOptions(options.TextOptions, options.SeedOptions):
         Path | None, typer.Option(help="With --text: round for the inputs that this adapter's masks leave.")
     ] = None
     tokens: Annotated[
-        int | None, typer.Option(help="Of the texts to read.", show_default=str(TOKENS)), Between(1, options.MANY)
+        int | None,
+        typer.Option(help="Of the texts to read.", show_default=str(CALIBRATION_TOKENS)),
+        Between(1, options.MANY),
     ] = None
     window: Annotated[
-        int | None, typer.Option(help="Tokens per window.", show_default="512"), Between(2, options.MANY)
+        int | None, typer.Option(help="Tokens per window.", show_default=str(WINDOW)), Between(2, options.MANY)
     ] = None
     ridge: Annotated[
         float | None,
@@ -116,7 +119,7 @@ def quantize_command(given: QuantizeOptions) -> None:
         tokenizer = load_tokenizer(given.model, given.trust_remote_code)
         model = load_model(given.model, given.dtype, stored=True, trust_remote_code=given.trust_remote_code)
         if sources:
-            length, tokens = given.window or 512, given.tokens or TOKENS
+            length, tokens = given.window or WINDOW, given.tokens or CALIBRATION_TOKENS
             check_length(model, length)
             if adapter is not None:
                 adapter.check_base(linear_inputs(model), given.model, base_digest(model))
