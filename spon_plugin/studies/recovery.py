@@ -26,8 +26,9 @@ from spon_plugin.studies.ablation import DENSE
 from spon_plugin.studies.bench import Bench
 from spon_plugin.studies.recovery_plan import Row
 from spon_plugin.studies.rows import RowStore
+from spon_plugin.training.deltas import RATE, Deltas
 from spon_plugin.training.extension import Extended
-from spon_plugin.training.loop import distil, loss_ends
+from spon_plugin.training.loop import Losses, Match, Trained, distil, loss_ends
 from spon_plugin.training.recipe import Recipe
 
 POOL_TOKENS = 1 << 20
@@ -59,52 +60,94 @@ class Recovery(Bench):
                     torch.cuda.empty_cache()
 
     def measure(self, row: Row, store: RowStore) -> dict[str, Any]:
-        """One row; its adapter, where the format can hold it, lies beside the rows."""
+        """One row; its adapter, where the format can hold it and it is for the given model, lies beside the rows."""
         start = time.perf_counter()
         fitted, _ = self.fit(row.method, self.calibration, row.sparsity)
         assert isinstance(fitted, ThresholdFitted)
         target = row.sparsity + row.extension.extra_reads(self.sites) / sum(fitted.weights.values())
-        method: Any = Extended(fitted, self.model, self.sites, row.extension, row.seed) if row.extension else fitted
-        match = lambda method, alphas: match_method(  # noqa: E731
-            self.model, method, self.calibration, target, alphas, self.batch_size
-        )
-        method = match(method, {})
+        match = partial(self._match, target)
+        method = match(self._method(row, fitted), {})
         seconds = {"calibration": time.perf_counter() - start}
         found: dict[str, Any] = {"name": row.name, **row.as_dict(), "target": target}
-        alphas: dict[str, Tensor] = {}
+        trained = Trained({}, [], method)
         if row.recipe is not None:
-            recipe, start = row.recipe, time.perf_counter()
-            windows = self.windows(row.texts, recipe.window, _pool(recipe))
-            with tensor_cores():
-                teacher = self.dense_states(windows, recipe.objective)
-                seconds["dense states"], start = time.perf_counter() - start, time.perf_counter()
-                progress = self.stage(f"{row.name}: training")
-                alphas, losses, method = distil(
-                    self.model, method, fitted, teacher, recipe, "all", row.seed, progress, match
-                )
-            seconds["training"], start = time.perf_counter() - start, time.perf_counter()
-            width = max(1, len(losses) // _CURVE)
-            points = [losses[at : at + width] for at in range(0, len(losses), width)]
-            found |= {
-                "steps": recipe.steps,
-                "tokens": recipe.steps * recipe.batch_size * recipe.window,
-                "loss": loss_ends(losses),
-                "loss_curve": [sum(step["loss"] for step in part) / len(part) for part in points],
-            }
-            method = match(method, alphas)
-            seconds["matching"] = time.perf_counter() - start
-        start = time.perf_counter()
-        found["tests"] = self.evaluate(method, row.name, alphas=alphas)
+            trained = self._train(row, row.recipe, method, fitted, match, seconds)
+            found |= _training(row.recipe, trained.losses)
+        with self._merged(trained.method):
+            start, alphas = time.perf_counter(), trained.alphas
+            method = trained.method if row.recipe is None else match(_alone(trained.method, fitted), alphas)
+            seconds["matching"], start = time.perf_counter() - start, time.perf_counter()
+            found["tests"] = self.evaluate(method, row.name, alphas=alphas)
+            if row.deltas:
+                found["unmasked"] = self.evaluate(None, row.name)
         seconds["evaluation"] = time.perf_counter() - start
         found |= {"seconds": seconds, "extra_bytes": fitted.extra_bytes(self.model, list(alphas))}
-        self._keep(row, method, alphas, store)
+        if not row.deltas:
+            self._keep(row, method, alphas, store)
         return found
+
+    def _method(self, row: Row, fitted: ThresholdFitted) -> Any:
+        """What is trained beside alphas, around the masks."""
+        if row.deltas:
+            return Deltas(self.model, fitted.masks, row.deltas, RATE, row.seed)
+        return Extended(fitted, self.model, self.sites, row.extension, row.seed) if row.extension else fitted
+
+    def _match(self, target: float, method: Any, alphas: Mapping[str, Tensor]) -> Any:
+        return match_method(self.model, method, self.calibration, target, alphas, self.batch_size)
+
+    def _train(
+        self,
+        row: Row,
+        recipe: Recipe,
+        method: Any,
+        fitted: ThresholdFitted,
+        match: Match,
+        seconds: dict[str, float],
+    ) -> Trained:
+        """Train a row, and note how long it takes."""
+        start = time.perf_counter()
+        windows = self.windows(row.texts, recipe.window, _pool(recipe))
+        with tensor_cores():
+            teacher = self.dense_states(windows, recipe.objective)
+            seconds["dense states"], start = time.perf_counter() - start, time.perf_counter()
+            progress = self.stage(f"{row.name}: training")
+            trained = distil(self.model, method, fitted, teacher, recipe, "all", row.seed, progress, match)
+        seconds["training"] = time.perf_counter() - start
+        return trained
+
+    @contextmanager
+    def _merged(self, method: Any) -> Iterator[None]:
+        """While the block runs, the model has the weights that were tuned, if any were."""
+        if not isinstance(method, Deltas):
+            yield
+            return
+        for test in self.tests:
+            self.reference(test)  # the dense model's, while it is that
+        with method.merged(self.model):
+            yield
 
     def _keep(self, row: Row, method: SparseMethod, alphas: Mapping[str, Tensor], store: RowStore) -> None:
         fitted = method.fitted() if isinstance(method, Extended) else method
         directory = store.directory / "adapters" / row.name
         if isinstance(fitted, ThresholdFitted) and not directory.exists():
             write_adapter(fitted.adapter(alphas), directory)
+
+
+def _alone(method: Any, fitted: ThresholdFitted) -> Any:
+    """The method on merged weights."""
+    return fitted.with_masks(method.masks) if isinstance(method, Deltas) else method
+
+
+def _training(recipe: Recipe, losses: Losses) -> dict[str, Any]:
+    """What a row says of its training."""
+    width = max(1, len(losses) // _CURVE)
+    points = [losses[at : at + width] for at in range(0, len(losses), width)]
+    return {
+        "steps": recipe.steps,
+        "tokens": recipe.steps * recipe.batch_size * recipe.window,
+        "loss": loss_ends(losses),
+        "loss_curve": [sum(step["loss"] for step in part) / len(part) for part in points],
+    }
 
 
 def _pool(recipe: Recipe) -> int:

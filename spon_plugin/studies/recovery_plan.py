@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from spon_plugin.training.deltas import RANK
 from spon_plugin.training.extension import Extension
 from spon_plugin.training.recipe import PRESETS, Recipe
 
 TEAL, SENSITIVITY = "teal", "sensitivity"
 UNIFORM = "uniform TEAL"
 BEST = "four times the steps"
+TUNED = "alpha and tuned weights, 300 steps of 2 x 256"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Row:
         recipe: of the alphas; None for masks alone.
         texts: how many of the training texts, from the first; None for all.
         extension: trained beside alpha.
+        deltas: the rank of what is trained beside alpha and merged into the weights; 0 for nothing.
         seed: of the order of the windows.
     """
 
@@ -37,6 +40,7 @@ class Row:
     recipe: Recipe | None = None
     texts: int | None = None
     extension: Extension = field(default_factory=Extension)
+    deltas: int = 0
     seed: int = 0
 
     @property
@@ -47,16 +51,17 @@ class Row:
         return f"{100 * self.sparsity:g}-{words}-seed{self.seed}-{digest}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For the row's file."""
+        """For the row's file; without `deltas` where there are none."""
         recipe = None if self.recipe is None else self.recipe.as_dict()
-        return {**asdict(self), "recipe": recipe, "extension": self.extension.as_dict()}
+        found = {**asdict(self), "recipe": recipe, "extension": self.extension.as_dict()}
+        return found if self.deltas else {name: value for name, value in found.items() if name != "deltas"}
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Row:
         """The row of a file that `as_dict` is part of."""
         recipe = None if row["recipe"] is None else Recipe(**row["recipe"])
         values = {name: row[name] for name in ("label", "sparsity", "method", "texts", "seed")}
-        return cls(**values, recipe=recipe, extension=Extension(**row["extension"]))
+        return cls(**values, recipe=recipe, extension=Extension(**row["extension"]), deltas=row.get("deltas", 0))
 
 
 def rows(
@@ -86,6 +91,8 @@ def rows(
         found.append(Row(BEST, s, recipe=long))
     for s in sparsities:
         found.append(Row("alpha, 300 steps of 2 x 256", s, recipe=fast, texts=2))
+    for s in sparsities:
+        found.append(Row(TUNED, s, recipe=fast, texts=2, deltas=RANK))
     for s in sparsities:
         found.append(Row("at the final thresholds", s, recipe=final, texts=2))
     for s in sparsities:

@@ -9,7 +9,7 @@ from spon_plugin import find_sites, read_adapter
 from spon_plugin.files import claim
 from spon_plugin.studies.ablation import DENSE
 from spon_plugin.studies.recovery import Recovery
-from spon_plugin.studies.recovery_plan import BEST, UNIFORM, Row, rows
+from spon_plugin.studies.recovery_plan import BEST, TUNED, UNIFORM, Row, rows
 from spon_plugin.studies.recovery_tables import lines, markdown, records
 from spon_plugin.studies.rows import RowStore
 
@@ -18,7 +18,7 @@ WINDOWS = torch.randint(0, 256, (20, 32), generator=torch.Generator().manual_see
 
 def wanted():
     planned = rows([0.5], 2, 2, 32, paper=False, seeds=1)
-    return [row for row in planned if row.label in (UNIFORM, "sensitivity", "rank 4", BEST)]
+    return [row for row in planned if row.label in (UNIFORM, "sensitivity", "rank 4", BEST, TUNED)]
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_rows_are_measured_once_and_become_a_table(study, tmp_path):
     study.done = lambda row, old: seen.append((row["name"], old))
     study.run(wanted(), store)
     study.run(wanted(), store)
-    assert [old for _, old in seen] == [False] * 5 + [True] * 5
+    assert [old for _, old in seen] == [False] * 6 + [True] * 6
     found = [store.read(row.name) for row in wanted()]
     assert [Row.of(row) for row in found] == wanted()
     flat = records(found, store.read(DENSE))
@@ -44,10 +44,21 @@ def test_rows_are_measured_once_and_become_a_table(study, tmp_path):
     if gap > 0:
         assert best["recovered"] == pytest.approx((best["uniform_teal"] - best["perplexity"]) / gap)
     assert rank["saved"] == pytest.approx(best["saved"], abs=0.03) and rank["masked"] > best["masked"] + 0.05
-    assert len(lines(found, store.read(DENSE))) == 4 and markdown(found, store.read(DENSE)).count("\n| ") == 6
+    assert len(lines(found, store.read(DENSE))) == 5 and markdown(found, store.read(DENSE)).count("\n| ") == 7
     kept = {path.name: path for path in (tmp_path / "adapters").iterdir()}
-    assert sorted(kept) == sorted(row.name for row in wanted() if not row.extension)
+    assert sorted(kept) == sorted(row.name for row in wanted() if not row.extension and not row.deltas)
     assert all(read_adapter(path).fields.calibration["matched"] for path in kept.values())
+
+
+def test_a_row_of_tuned_weights_leaves_the_model_as_it_was(study, tmp_path):
+    store, before = RowStore(tmp_path, {}), {n: p.clone() for n, p in study.model.named_parameters()}
+    tuned = next(row for row in wanted() if row.deltas)
+    study.run([tuned], store)
+    assert all(torch.equal(before[name], parameter) for name, parameter in study.model.named_parameters())
+    row = store.read(tuned.name)
+    assert row["deltas"] == tuned.deltas and row["tests"]["a"]["masked"] == pytest.approx(0.5, abs=0.05)
+    assert row["unmasked"]["a"]["perplexity"] != store.read(DENSE)["tests"]["a"]["perplexity"]
+    assert row["unmasked"]["a"]["kl"] > 0  # of the model as it was given
 
 
 def test_a_row_that_another_process_is_at_is_left(study, tmp_path):
