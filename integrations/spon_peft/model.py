@@ -18,6 +18,7 @@ from spon_peft.layer import SponLayer
 from spon_peft.linear import SponLinear, mixed_batch
 from spon_peft.targets import default_targets
 from spon_peft.tokens import AdapterTokens
+from spon_plugin.adapter.base import base_digest
 from spon_plugin.decoder.left_dense import is_inside, read_by_parents, text_decoder
 from spon_plugin.decoder.sites import check_dense
 from spon_plugin.errors import SponError
@@ -57,6 +58,7 @@ class SponModel(BaseTuner):
                 layers, or the adapter leaves tokens dense by their position in a model that tells its blocks none.
         """
         check_dense(model)
+        self._warn_of_another_base(model, adapter_name)
         self._read, (self._part, _) = read_by_parents(model), text_decoder(model)
         self._outside: list[str] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -69,6 +71,20 @@ class SponModel(BaseTuner):
         tokens = AdapterTokens.of(config, model, layers)
         for layer in layers.values():
             layer.follow(adapter_name, tokens)
+
+    def _warn_of_another_base(self, model: nn.Module, adapter_name: str) -> None:
+        """Say that an adapter was made for other weights of the same shape, where the weights at hand tell."""
+        config: Any = self.peft_config[adapter_name]
+        if not config.base_digest or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            return
+        digest = base_digest(model)
+        if digest and digest != config.base_digest:
+            warnings.warn(
+                f"The adapter was made for other weights, those of {config.base_model_name_or_path!r} (base_digest "
+                f"{config.base_digest[:12]}); this {type(model).__name__} has {digest[:12]}. Thresholds and alphas "
+                "may not fit: load that model, or evaluate before you rely on it.",
+                stacklevel=2,
+            )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in injected_layers(self.model, adapter_name).values():

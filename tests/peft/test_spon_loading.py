@@ -7,13 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from spon_models import LLAMA, ids, logits, sparse, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spon_peft import SponLayer, collect_adapter
+from spon_peft import SponConfig, SponLayer, collect_adapter
 from spon_plugin import SponError
+from spon_plugin.adapter.base import base_digest
 
 DOWN = "base_model.model.model.layers.0.mlp.down_proj"
 
@@ -202,3 +209,13 @@ with torch.no_grad():
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": paths})
     expected = logits(sparse(dense_prefix=2, alpha_modules=["down_proj", "q_proj"]))
     assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
+
+
+def test_other_weights_of_the_same_shape_are_pointed_out(tmp_path, recwarn):
+    made = get_peft_model(tiny(), SponConfig(base_digest=base_digest(tiny())))
+    made.save_pretrained(tmp_path / "adapter")
+    for same in (tiny(), tiny(dtype=torch.bfloat16), tiny(dtype=torch.float16)):  # which keeps fewer bits: nobody knows
+        PeftModel.from_pretrained(same, tmp_path / "adapter")
+    assert not [w for w in recwarn if "other weights" in str(w.message)]
+    with pytest.warns(UserWarning, match=f"made for other weights.*{base_digest(tiny())[:12]}.*LlamaForCausalLM has"):
+        PeftModel.from_pretrained(tiny(seed=1), tmp_path / "adapter")
