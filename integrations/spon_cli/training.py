@@ -85,20 +85,21 @@ def train(
 
 def save(
     adapter: Adapter,
-    losses: Sequence[dict[str, float]],
     output: Path,
+    losses: Sequence[dict[str, float]] = (),
     evaluations: Sequence[tuple[TextSource, Evaluation]] = (),
 ) -> None:
-    """Write the adapter with its loss curve and its model card, whole or not at all."""
+    """Write the adapter with its model card, and its loss curve if it was trained, whole or not at all."""
     adapter.check()
     with new_directory(output) as directory:
         save_adapter_files(adapter, directory)
         (directory / CARD_NAME).write_text(adapter_card(adapter, evaluations), encoding="utf-8")
-        with (directory / "loss.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(losses[0]))
-            writer.writeheader()
-            writer.writerows(losses)
-        _plot(losses, directory / "loss.png")
+        if losses:
+            with (directory / "loss.csv").open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=list(losses[0]))
+                writer.writeheader()
+                writer.writerows(losses)
+            _plot(losses, directory / "loss.png")
 
 
 def _plot(losses: Sequence[dict[str, float]], file: Path) -> None:

@@ -102,6 +102,7 @@ def rows(
     tried: list[tuple[str, dict[str, Any], Extension]] = [
         ("centres trained, too", {}, Extension(centers=True)),
         ("rank 4", {}, Extension(rank=4)),
+        ("a tenth of the rate for rank 4", {}, Extension(rank=4, rank_rate=0.1)),
         ("gains at 0.002", {}, Extension(gain_rate=0.002)),
         ("centres and gains", {}, Extension(centers=True, gain_rate=0.002)),
         ("twice the rate", {"learning_rate": 2 * large.learning_rate}, Extension()),
@@ -114,11 +115,11 @@ def rows(
         ("temperature 2", {"temperature": 2.0}, Extension()),
     ]
     trials = [Row(label, first, recipe=replace(large, **changes), extension=ext) for label, changes, ext in tried]
-    found += trials[:8]
+    found += trials[:9]
     found.append(Row(f"{BEST}, centres", first, recipe=long, extension=Extension(centers=True)))
     for s in sparsities:
         found += [Row(BEST, s, recipe=long, seed=seed) for seed in range(1, seeds)]
-    found += trials[8:]
+    found += trials[9:]
     found += [Row("own samples in the mix", first, recipe=large, seed=seed) for seed in range(1, seeds)]
     found.append(Row("alpha on uniform TEAL", first, TEAL, large))
     return found

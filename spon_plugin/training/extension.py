@@ -38,11 +38,13 @@ class Extension:
 
     Attributes:
         rank: of the input-dependent part of every linear; 0 for none.
+        rank_rate: its rate, in units of alpha's.
         gain_rate: Adam's rate of the gains, which begin at 1; 0 for no gains.
         centers: whether the method's centres are trained, at alpha's rate; one for all linears of a site.
     """
 
     rank: int = 0
+    rank_rate: float = 1.0
     gain_rate: float = 0.0
     centers: bool = False
 
@@ -51,8 +53,8 @@ class Extension:
         return bool(self.rank or self.gain_rate or self.centers)
 
     def as_dict(self) -> dict[str, Any]:
-        """For a row's file."""
-        return asdict(self)
+        """For a row's file; `rank_rate` where it is not 1."""
+        return {name: value for name, value in asdict(self).items() if name != "rank_rate" or value != 1.0}
 
     def extra_reads(self, sites: list[Site]) -> int:
         """Numbers of the weight's dtype that a token reads beside the weights: ``rank * (in + out)`` of each linear."""
@@ -126,8 +128,9 @@ class Extended(SparseMethod):
         for path in self.modules:
             rate = recipe.rate(self.base.scales[path])
             if self.extension.rank:
-                found[id(self.up[path])] = self.up[path], rate / self.extension.rank**0.5
-                found[id(self.down[path])] = self.down[path], 0.01 * self._spread[path]
+                factor = self.extension.rank_rate
+                found[id(self.up[path])] = self.up[path], factor * rate / self.extension.rank**0.5
+                found[id(self.down[path])] = self.down[path], factor * 0.01 * self._spread[path]
             for gain in (self.input_gain.get(path), self.output_gain.get(path)):
                 if gain is not None:
                     found[id(gain)] = gain, self.extension.gain_rate

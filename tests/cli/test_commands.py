@@ -12,7 +12,6 @@ from masks import alphas_of, thresholds_of
 from tiny_models import make_byte_tokenizer, make_tiny_llama
 from transformers import AutoModelForCausalLM
 
-import spon_plugin.adapter.directory as adapter_module
 from spon_plugin import Mask, read_adapter, sparse_inputs, write_adapter
 from spon_plugin.kernels.table import Problem, choose, reasons
 from spon_plugin.studies.evaluation import share_recovered
@@ -64,6 +63,8 @@ def test_calibrate_writes_plain_teal(spon, tiny_model_dir, text, tmp_path, alloc
     assert shown["digest"] == adapter.digest
     assert shown["sparsity"]["achieved"] == pytest.approx(0.6, abs=0.05)
     assert adapter.fields.calibration["text"] == ["text.txt"] and adapter.base_model == str(tiny_model_dir)
+    assert names(tmp_path / "teal") == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert "nothing: masks alone" in (tmp_path / "teal" / "README.md").read_text()
 
 
 def test_train_is_reproducible_byte_for_byte(spon, trained, tiny_model_dir, text, tmp_path):
@@ -560,8 +561,7 @@ def test_a_full_disk_leaves_nothing(spon, tiny_model_dir, text, tmp_path, monkey
         (directory / "half").write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    module = adapter_module if command == "calibrate" else train_module
-    monkeypatch.setattr(module, "save_adapter_files", full)
+    monkeypatch.setattr(train_module, "save_adapter_files", full)
     extra = SMALL if command == "train" else []
     code, _, err = spon(command, tiny_model_dir, "--text", text, *extra, "-o", tmp_path / "out")
     assert code == 1 and "No space left on device" in err

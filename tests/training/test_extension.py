@@ -19,7 +19,7 @@ KINDS = {
     "rank": Extension(rank=2),
     "gains": Extension(gain_rate=0.01),
     "centres": Extension(centers=True),
-    "all": Extension(2, 0.01, True),
+    "all": Extension(2, 0.5, 0.01, True),
 }
 
 

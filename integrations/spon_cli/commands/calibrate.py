@@ -14,7 +14,7 @@ from spon_cli.calibration import CALIBRATION_TOKENS, Settings, calibrated
 from spon_cli.command import Between, command
 from spon_cli.output import note, show_json
 from spon_cli.progress import progress_bars
-from spon_plugin import write_adapter
+from spon_cli.training import save
 from spon_plugin.files import check_new
 from spon_plugin.masking import check_sparsity
 
@@ -67,7 +67,7 @@ def calibrate_command(given: CalibrateOptions) -> None:
     loaded = given.load(options.split_names(given.target_modules))
     with progress_bars() as stage:
         adapter = calibrated(loaded, sources, settings, stage)
-    write_adapter(adapter, given.output)
+    save(adapter, given.output)
     if given.json:
         show_json({"adapter": str(given.output), **summary(adapter)})
         return

@@ -78,7 +78,7 @@ def quickstart_command(given: QuickstartOptions) -> None:
         shutil.rmtree(directory / "training")
         evaluation_windows = loaded.leading_windows(test, 512, EVALUATION_TOKENS)
         result = evaluate_variants(loaded.model, adapter, evaluation_windows, progress=stage("Evaluating"))
-        save(adapter, losses, directory / "adapter", [(test, result)])
+        save(adapter, directory / "adapter", losses, [(test, result)])
     if given.json:
         files = {"model": str(model_directory), "adapter": str(adapter_directory), "next": _next(given.output)}
         show_json({**files, **summary(adapter), "evaluation": as_json([test], [result], loaded.opening)[0]})

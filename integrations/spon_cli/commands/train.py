@@ -161,7 +161,7 @@ def train_command(given: TrainOptions) -> None:
             adapter, losses = train(
                 loaded, adapter, sources, recipe, work, given.seed, given.gradient_checkpointing, stage
             )
-        save(adapter, losses, given.output)
+        save(adapter, given.output, losses)
     ends = _ends(losses)
     if given.json:
         show_json({"adapter": str(given.output), **summary(adapter), "recipe": recipe.as_dict(), "loss": ends})
