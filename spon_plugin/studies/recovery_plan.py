@@ -15,6 +15,8 @@ from spon_plugin.training.recipe import PRESETS, Recipe
 
 TEAL, SENSITIVITY = "teal", "sensitivity"
 UNIFORM = "uniform TEAL"
+COMMON = "own samples in the mix"
+"""What rows that try one thing have in common, but for that."""
 BEST = "four times the steps"
 TUNED = "alpha and tuned weights, 300 steps of 2 x 256"
 
@@ -98,7 +100,7 @@ def rows(
     for s in sparsities:
         found.append(Row(f"steps of {batch_size} x {window}", s, recipe=large, texts=2))
     for s in sparsities:
-        found.append(Row("own samples in the mix", s, recipe=large))
+        found.append(Row(COMMON, s, recipe=large))
     tried: list[tuple[str, dict[str, Any], Extension]] = [
         ("centres trained, too", {}, Extension(centers=True)),
         ("rank 4", {}, Extension(rank=4)),
@@ -120,6 +122,6 @@ def rows(
     for s in sparsities:
         found += [Row(BEST, s, recipe=long, seed=seed) for seed in range(1, seeds)]
     found += trials[9:]
-    found += [Row("own samples in the mix", first, recipe=large, seed=seed) for seed in range(1, seeds)]
+    found += [Row(COMMON, first, recipe=large, seed=seed) for seed in range(1, seeds)]
     found.append(Row("alpha on uniform TEAL", first, TEAL, large))
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spon_plugin.studies.bootstrap import Interval, interval
 from spon_plugin.studies.evaluation import share_recovered
-from spon_plugin.studies.recovery_plan import UNIFORM
+from spon_plugin.studies.recovery_plan import COMMON, UNIFORM
 from spon_plugin.studies.tables import markdown_table, number
 
 NOTES = (
@@ -19,6 +19,11 @@ NOTES = (
     "bytes read in the sparse model, as every row is after its training. In brackets the interval of 95% of a paired "
     "bootstrap over windows. `masked` and `read`: on the test texts, the mean of all; `read` with what a row reads "
     "beside the weights. Seconds of training beside other processes."
+)
+
+MORE = (
+    "Differences of shares, in pairs over the same windows. Rows of the options' steps differ from that one in what "
+    "their label says, the others in their steps, too."
 )
 
 
@@ -35,6 +40,38 @@ def share(dense: Mapping[str, Any], teal: Mapping[str, Any], row: Mapping[str, A
 def _share(means: Tensor) -> Tensor:
     dense, teal, row = means.exp()
     return (teal - row) / (teal - dense)
+
+
+def gain(
+    dense: Mapping[str, Any], teal: Mapping[str, Any], common: Mapping[str, Any], row: Mapping[str, Any]
+) -> tuple[float, Interval] | None:
+    """How much more a row recovers than another one on a test, in shares, and the interval in pairs over windows."""
+    columns = [side.get("windows", {}).get("nll") for side in (dense, teal, common, row)]
+    if any(column is None or None in column for column in columns):
+        return None
+    means = torch.tensor(columns, dtype=torch.float64)
+    ends = interval(means, _gain)
+    return None if ends is None else (float(_gain(means.mean(-1, keepdim=True))), ends)
+
+
+def _gain(means: Tensor) -> Tensor:
+    dense, teal, common, row = means.exp()
+    return (common - row) / (teal - dense)
+
+
+def gains(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[list[str]]:
+    """Lines of the table of what rows recover beyond `COMMON` of their target and seed; none where that is missing."""
+    named = {(row["sparsity"], row["label"], row["seed"]): row["tests"] for row in rows}
+    body = []
+    for row in rows:
+        target, label, seed = row["sparsity"], row["label"], row["seed"]
+        teal, common = named.get((target, UNIFORM, 0)), named.get((target, COMMON, seed))
+        if row["recipe"] is None or label == COMMON or teal is None or common is None:
+            continue
+        found = [gain(dense["tests"][t], teal[t], common[t], result) for t, result in row["tests"].items()]
+        words = ["" if g is None else f"{g[0]:+.2f} [{g[1][0]:+.2f}, {g[1][1]:+.2f}]" for g in found]
+        body.append([f"{target:.0%}", label, str(seed), *words])
+    return body
 
 
 def records(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -98,4 +135,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> str
     """The table under its title."""
     first = next(iter(dense["tests"].values()))
     table = markdown_table(columns(dense), lines(rows, dense), text=2)
-    return "\n".join(["## Recovery", "", *table, "", f"{first['tokens']} tokens of each text. {NOTES}", ""])
+    text = ["## Recovery", "", *table, "", f"{first['tokens']} tokens of each text. {NOTES}", ""]
+    if more := gains(rows, dense):
+        head = ["target", "row", "seed", *dense["tests"]]
+        text += [f"### Beyond `{COMMON}`", "", *markdown_table(head, more, text=2), "", MORE, ""]
+    return "\n".join(text)

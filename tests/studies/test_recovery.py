@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,8 @@ from spon_plugin import find_sites, read_adapter
 from spon_plugin.files import claim
 from spon_plugin.studies.ablation import DENSE
 from spon_plugin.studies.recovery import Recovery
-from spon_plugin.studies.recovery_plan import BEST, TUNED, UNIFORM, Row, rows
-from spon_plugin.studies.recovery_tables import lines, markdown, records
+from spon_plugin.studies.recovery_plan import BEST, COMMON, TUNED, UNIFORM, Row, rows
+from spon_plugin.studies.recovery_tables import gains, lines, markdown, records
 from spon_plugin.studies.rows import RowStore
 
 WINDOWS = torch.randint(0, 256, (20, 32), generator=torch.Generator().manual_seed(0))
@@ -48,6 +49,26 @@ def test_rows_are_measured_once_and_become_a_table(study, tmp_path):
     kept = {path.name: path for path in (tmp_path / "adapters").iterdir()}
     assert sorted(kept) == sorted(row.name for row in wanted() if not row.extension and not row.deltas)
     assert all(read_adapter(path).fields.calibration["matched"] for path in kept.values())
+
+
+def test_trials_are_compared_with_the_common_row_in_pairs():
+    def result(*nll):
+        return {"perplexity": 1.0, "windows": {"nll": list(nll)}}
+
+    def row(label, test, recipe=True):
+        return {"label": label, "sparsity": 0.5, "seed": 0, "recipe": {} if recipe else None, "tests": {"a": test}}
+
+    generator = torch.Generator().manual_seed(0)
+    hard = torch.rand(12, generator=generator).tolist()
+    dense = {"tests": {"a": result(*(2.0 + h for h in hard))}}
+    uniform = row(UNIFORM, result(*(2.4 + h for h in hard)), recipe=False)
+    common, better = (row(name, result(*(x + h for h in hard))) for name, x in ((COMMON, 2.2), ("rank 4", 2.1)))
+    (line,) = gains([uniform, common, better], dense)
+    expected = (math.exp(2.2) - math.exp(2.1)) / (math.exp(2.4) - math.exp(2.0))
+    assert line[:3] == ["50%", "rank 4", "0"] and line[3].startswith(f"{expected:+.2f} [")
+    low, high = map(float, line[3].partition("[")[2].rstrip("]").split(","))
+    assert low == high == round(expected, 2)  # hard windows are hard for all
+    assert gains([uniform, better], dense) == []
 
 
 def test_a_row_of_tuned_weights_leaves_the_model_as_it_was(study, tmp_path):
