@@ -59,6 +59,16 @@ def test_an_extension_begins_as_the_method_alone_and_learns(tiny_llama, extensio
         assert all(torch.equal(center, centers[0]) for center in centers)  # as a fused layer needs it
 
 
+def test_the_low_rank_part_has_a_rate_of_its_own(tiny_llama):
+    fitted, sites = fit(tiny_llama), find_sites(tiny_llama)
+    whole, tenth = (
+        [rate for _, rate in Extended(fitted, tiny_llama, sites, Extension(2, factor)).parameters(RECIPE)]
+        for factor in (1.0, 0.1)
+    )
+    assert tenth == pytest.approx([0.1 * rate for rate in whole]) and min(tenth) > 0
+    assert "rank_rate" not in Extension(2).as_dict() and Extension(2, 0.1).as_dict()["rank_rate"] == 0.1
+
+
 def test_the_bytes_of_a_low_rank_part_are_counted(tiny_llama):
     sites = find_sites(tiny_llama)
     linears = [m for name, m in tiny_llama.named_modules() if name.endswith("_proj")]
