@@ -75,7 +75,7 @@ class Recovery(Bench):
             found |= _training(row.recipe, trained.losses)
         with self._merged(trained.method):
             start, alphas = time.perf_counter(), trained.alphas
-            method = trained.method if row.recipe is None else match(_alone(trained.method, fitted), alphas)
+            method = trained.method if row.recipe is None else match(_alone(trained.method), alphas)
             seconds["matching"], start = time.perf_counter() - start, time.perf_counter()
             found["tests"] = self.evaluate(method, row.name, alphas=alphas)
             if row.deltas:
@@ -89,7 +89,7 @@ class Recovery(Bench):
     def _method(self, row: Row, fitted: ThresholdFitted) -> Any:
         """What is trained beside alphas, around the masks."""
         if row.deltas:
-            return Deltas(self.model, fitted.masks, row.deltas, RATE, row.seed)
+            return Deltas(fitted, self.model, row.deltas, RATE, row.seed)
         return Extended(fitted, self.model, self.sites, row.extension, row.seed) if row.extension else fitted
 
     def _match(self, target: float, method: Any, alphas: Mapping[str, Tensor]) -> Any:
@@ -133,9 +133,9 @@ class Recovery(Bench):
             write_adapter(fitted.adapter(alphas), directory)
 
 
-def _alone(method: Any, fitted: ThresholdFitted) -> Any:
+def _alone(method: Any) -> Any:
     """The method on merged weights."""
-    return fitted.with_masks(method.masks) if isinstance(method, Deltas) else method
+    return method.base if isinstance(method, Deltas) else method
 
 
 def _training(recipe: Recipe, losses: Losses) -> dict[str, Any]:

@@ -30,11 +30,15 @@ MORE = (
 def share(dense: Mapping[str, Any], teal: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[float | None, Any]:
     """The share that a row recovers on one test, and its interval; see `bootstrap.interval`."""
     value = share_recovered(dense["perplexity"], teal["perplexity"], row["perplexity"])
-    columns = [side.get("windows", {}).get("nll") for side in (dense, teal, row)]
-    ends: Interval | None = None
-    if value is not None and all(column and None not in column for column in columns):
-        ends = interval(torch.tensor(columns, dtype=torch.float64), _share)
-    return value, ends
+    means = _losses(dense, teal, row)
+    return value, None if value is None or means is None else interval(means, _share)
+
+
+def _losses(*sides: Mapping[str, Any]) -> Tensor | None:
+    """The mean loss of each side in each window, float64 ``[sides, windows]``; None where one was not kept."""
+    columns = [side.get("windows", {}).get("nll") for side in sides]
+    kept = all(column and None not in column for column in columns)
+    return torch.tensor(columns, dtype=torch.float64) if kept else None
 
 
 def _share(means: Tensor) -> Tensor:
@@ -46,12 +50,9 @@ def gain(
     dense: Mapping[str, Any], teal: Mapping[str, Any], common: Mapping[str, Any], row: Mapping[str, Any]
 ) -> tuple[float, Interval] | None:
     """How much more a row recovers than another one on a test, in shares, and the interval in pairs over windows."""
-    columns = [side.get("windows", {}).get("nll") for side in (dense, teal, common, row)]
-    if any(column is None or None in column for column in columns):
-        return None
-    means = torch.tensor(columns, dtype=torch.float64)
-    ends = interval(means, _gain)
-    return None if ends is None else (float(_gain(means.mean(-1, keepdim=True))), ends)
+    means = _losses(dense, teal, common, row)
+    ends = None if means is None else interval(means, _gain)
+    return None if means is None or ends is None else (float(_gain(means.mean(-1, keepdim=True))), ends)
 
 
 def _gain(means: Tensor) -> Tensor:

@@ -17,13 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spon_plugin.adapter.mask import Mask
-from spon_plugin.calibration.sensitivity import scaled
 from spon_plugin.decoder.attachment import SparseMethod
-from spon_plugin.decoder.masked_linears import MaskedLinears
 from spon_plugin.decoder.sparsity import SparsityCounter
 from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
+from spon_plugin.sparsifiers.thresholds import ThresholdFitted
 from spon_plugin.training.recipe import Recipe
 from spon_plugin.weights import Opaque, linear_features, weight_of
 from spon_plugin.weights.dense import DenseWeight
@@ -33,22 +31,23 @@ RANK, RATE = 16, 3e-4
 
 
 class Deltas(SparseMethod):
-    """An adapter's masks on weights ``W + B A``: ``y = (W + B A) (S(x) + alpha) + b``.
+    """A method with thresholds on weights ``W + B A``: ``y = (W + B A) (S(x) + alpha) + b``.
 
     Args:
+        base: the method; no position of its is dense.
         model: the dense model, with floating-point weights.
-        masks: module path -> threshold and centre.
         rank: of every ``B A``.
         rate: Adam's, of A and B.
         seed: of the first values of A; B begins at zero.
 
     Attributes:
-        masks: as they are now.
+        base: at its thresholds of now.
         down: module path -> A, float32 ``[rank, in_features]``.
         up: module path -> B, float32 ``[out_features, rank]``.
 
     Raises:
-        SponError: the rank or the rate is not positive, or a weight is quantized or cannot be read.
+        SponError: the rank or the rate is not positive, `base` leaves positions dense, or a weight is quantized or
+            cannot be read.
     """
 
     dense_prefix = 0
@@ -56,26 +55,23 @@ class Deltas(SparseMethod):
     # They are in what the linears read, with alphas, so that B A multiplies them as well.
     centers: Mapping[str, Tensor] = {}
 
-    def __init__(self, model: nn.Module, masks: Mapping[str, Mask], rank: int, rate: float, seed: int = 0) -> None:
+    def __init__(self, base: ThresholdFitted, model: nn.Module, rank: int, rate: float, seed: int = 0) -> None:
         check_deltas(rank, rate)
-        for path in masks:
+        if base.dense_prefix:
+            raise _not_dense(base.dense_prefix)
+        for path in base.modules:
             floating_point(model, path)
-        self.rate, self._model = rate, model
+        self.base, self.rate = base, rate
+        self.modules, self.weights, self.site_of = base.modules, base.weights, base.site_of
         generator = torch.Generator().manual_seed(seed)
         device = next(model.parameters()).device
         self.down: dict[str, Tensor] = {}
         self.up: dict[str, Tensor] = {}
-        for path in masks:
+        for path in base.modules:
             inputs, outputs = linear_features(model.get_submodule(path), path)
             drawn = torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)
             self.down[path] = drawn.to(device).requires_grad_()
             self.up[path] = torch.zeros(outputs, rank, device=device, requires_grad=True)
-        self._mask_by(masks)
-
-    def _mask_by(self, masks: Mapping[str, Mask]) -> None:
-        self.masks = {path: mask.without_alpha() for path, mask in masks.items()}
-        self._masked = MaskedLinears.of(self._model, self.masks)
-        self.modules, self.weights, self.site_of = self._masked.modules, self._masked.weights, self._masked.site_of
 
     def parameters(self, recipe: Recipe) -> list[tuple[Tensor, float]]:
         """See `training.loop.Trainable`."""
@@ -84,12 +80,12 @@ class Deltas(SparseMethod):
     def with_factor(self, logarithm: float) -> Deltas:
         """The same with thresholds that are ``exp(logarithm)`` times as high, sharing its parameters."""
         other = copy.copy(self)
-        other._mask_by(scaled(self.masks, logarithm))
+        other.base = self.base.with_factor(logarithm)
         return other
 
     def sparse_input(self, site: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `SparseMethod.sparse_input`."""
-        return self._masked.sparse_input(site, x)
+        return self.base.sparse_input(site, x)
 
     @contextmanager
     def attach(
@@ -106,15 +102,16 @@ class Deltas(SparseMethod):
             SponError: a position is to be dense, or an alpha belongs to a linear without a mask.
         """
         if dense_prefix:
-            raise SponError.of("dense_prefix", dense_prefix, "0, under low-rank deltas")
+            raise _not_dense(dense_prefix)
         alphas = alphas or {}
         for path in alphas:
-            if path not in self.masks:
+            if path not in self.modules:
                 raise SponError.of(f"{path}: alpha", "one", "none, as this linear has no mask")
         with super().attach(model, None, counter, biases, 0) as tokens, ExitStack() as stack:
             for path in self.modules:
                 module = model.get_submodule(path)
-                vectors = [v for v in (self._masked.centers.get(path), alphas.get(path)) if v is not None]
+                vectors = [v for v in (self.base.centers.get(path), alphas.get(path)) if v is not None]
+                vectors = [v.to(self.down[path].device) for v in vectors]
                 handles = [module.register_forward_hook(_adds(self.down[path], self.up[path]))]
                 if vectors:
                     handles.append(module.register_forward_pre_hook(_shifts(vectors)))
@@ -164,6 +161,10 @@ def floating_point(model: nn.Module, path: str) -> DenseWeight:
     raise SponError.of(
         f"{path}: weight", received, "a floating-point one", "Train them first, then quantize the merged model."
     )
+
+
+def _not_dense(dense_prefix: int) -> SponError:
+    return SponError.of("dense_prefix", dense_prefix, "0, under low-rank deltas")
 
 
 def _shifts(vectors: list[Tensor]) -> Any:

@@ -35,9 +35,8 @@ def model(request):
     return request.param()
 
 
-def masks_of(model):
-    """Masks, and alphas to be given apart."""
-    return get_sparsifier("sensitivity").fit(model, find_sites(model), WINDOWS, 0.5).masks
+def fit(model):
+    return get_sparsifier("sensitivity").fit(model, find_sites(model), WINDOWS, 0.5)
 
 
 def logits(model, masks, attached=None, alphas=None):
@@ -58,16 +57,17 @@ def drawn(method, size=0.05):
 
 
 def test_deltas_begin_as_the_masks_alone(model):
-    masks = masks_of(model)
-    expected = logits(model, masks)
-    torch.testing.assert_close(logits(model, {}, Deltas(model, masks, 2, 1e-3)), expected, rtol=1e-4, atol=1e-4)
+    fitted = fit(model)
+    expected = logits(model, fitted.masks)
+    torch.testing.assert_close(logits(model, {}, Deltas(fitted, model, 2, 1e-3)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_merged_model_computes_what_was_trained(model):
-    masks = masks_of(model)
+    fitted = fit(model)
+    masks = fitted.masks
     generator = torch.Generator().manual_seed(2)
     alphas = {path: 0.1 * torch.randn(mask.threshold.numel(), generator=generator) for path, mask in masks.items()}
-    method = drawn(Deltas(model, masks, 2, 1e-3))
+    method = drawn(Deltas(fitted, model, 2, 1e-3))
     beside, given = logits(model, {}, method, alphas), {n: p.clone() for n, p in model.named_parameters()}
     assert not torch.allclose(beside, logits(model, masks), atol=1e-2)
     with method.merged(model):
@@ -77,16 +77,15 @@ def test_a_merged_model_computes_what_was_trained(model):
 
 
 def test_merging_keeps_to_a_dtype(model):
-    masks = masks_of(model)
-    drawn(Deltas(model, masks, 2, 1e-3)).merge(model, torch.bfloat16)
-    for path in masks:
+    fitted = fit(model)
+    drawn(Deltas(fitted, model, 2, 1e-3)).merge(model, torch.bfloat16)
+    for path in fitted.modules:
         codes = weight_of(model.get_submodule(path)).codes
         assert codes.dtype == torch.float32 and torch.equal(codes, codes.bfloat16().float())
 
 
 def test_deltas_learn_what_alphas_alone_cannot(model):
-    fitted = get_sparsifier("sensitivity").fit(model, find_sites(model), WINDOWS, 0.5)
-    teacher = Teacher(model, WINDOWS)
+    fitted, teacher = fit(model), Teacher(model, WINDOWS)
 
     def trained(method):
         def match(method, alphas):
@@ -95,17 +94,17 @@ def test_deltas_learn_what_alphas_alone_cannot(model):
         return distil(model, method, fitted, teacher, RECIPE, match=match)
 
     alone = trained(fitted).losses
-    alphas, losses, method = trained(Deltas(model, fitted.masks, 4, 5e-3))
+    alphas, losses, method = trained(Deltas(fitted, model, 4, 5e-3))
     assert losses[-1]["loss"] < 0.9 * alone[-1]["loss"] and losses[-1]["loss"] < 0.9 * losses[0]["loss"]
     assert evaluate(model, method, WINDOWS, alphas=alphas).masked == pytest.approx(0.4, abs=0.02)
-    path = next(iter(method.masks))
-    assert not torch.equal(method.masks[path].threshold, fitted.masks[path].threshold)
+    path = next(iter(fitted.masks))
+    assert not torch.equal(method.base.masks[path].threshold, fitted.masks[path].threshold)
 
 
 def test_the_same_seed_gives_the_same_deltas(tiny_llama):
-    masks = masks_of(tiny_llama)
-    first, again, other = (Deltas(tiny_llama, masks, 2, 1e-3, seed) for seed in (3, 3, 4))
-    path = next(iter(masks))
+    fitted = fit(tiny_llama)
+    first, again, other = (Deltas(fitted, tiny_llama, 2, 1e-3, seed) for seed in (3, 3, 4))
+    path = next(iter(fitted.modules))
     assert torch.equal(first.down[path], again.down[path]) and not torch.equal(first.down[path], other.down[path])
 
 
@@ -118,22 +117,23 @@ def test_the_same_seed_gives_the_same_deltas(tiny_llama):
 )
 def test_wrong_values_are_said(tiny_llama, options, message):
     with pytest.raises(SponError, match=message):
-        Deltas(tiny_llama, masks_of(tiny_llama), **{"rank": 2, "rate": 1e-3, **options})
+        Deltas(fit(tiny_llama), tiny_llama, **{"rank": 2, "rate": 1e-3, **options})
 
 
 def test_quantized_weights_are_refused(tiny_llama):
     quantized = copy.deepcopy(tiny_llama)
     quantize(quantized, Rounding(8, None, True, False))
     with pytest.raises(SponError, match="expected a floating-point one. Train them first, then quantize"):
-        Deltas(quantized, masks_of(tiny_llama), 2, 1e-3)
+        Deltas(fit(tiny_llama), quantized, 2, 1e-3)
 
 
 def test_no_position_may_be_dense_and_no_alpha_without_a_mask(tiny_llama):
-    masks = masks_of(tiny_llama)
-    path = next(iter(masks))
-    method = Deltas(tiny_llama, {path: masks[path]}, 1, 1e-3)
+    down = get_sparsifier("sensitivity").fit(tiny_llama, find_sites(tiny_llama, ["down_proj"]), WINDOWS, 0.5)
+    method = Deltas(down, tiny_llama, 1, 1e-3)
+    with pytest.raises(SponError, match="dense_prefix: got 1"):
+        Deltas(down.with_dense_prefix(1), tiny_llama, 1, 1e-3)
     with pytest.raises(SponError, match="dense_prefix: got 1"), method.attach(tiny_llama, dense_prefix=1):
         pass
-    other = next(name for name in masks if name != path)
-    with pytest.raises(SponError, match="expected none"), method.attach(tiny_llama, {other: masks[other].threshold}):
+    other = {"model.layers.0.mlp.up_proj": torch.zeros(48)}
+    with pytest.raises(SponError, match="expected none"), method.attach(tiny_llama, other):
         pass

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -28,6 +27,7 @@ from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new
 from spon_plugin.masking import check_sparsity
 from spon_plugin.sparsifiers.calibrate import method_of
+from spon_plugin.training.loop import loss_ends
 from spon_plugin.training.recipe import PRESETS, Recipe, preset
 
 _OF_THE_PRESET = "the preset's"
@@ -162,7 +162,7 @@ def train_command(given: TrainOptions) -> None:
                 loaded, adapter, sources, recipe, work, given.seed, given.gradient_checkpointing, stage
             )
         save(adapter, given.output, losses)
-    ends = _ends(losses)
+    ends = loss_ends(losses)
     if given.json:
         show_json({"adapter": str(given.output), **summary(adapter), "recipe": recipe.as_dict(), "loss": ends})
         return
@@ -202,9 +202,3 @@ def _with_alphas(start: Adapter, loaded: Loaded, alpha_modules: str | list[str])
         raise SponError.of("alpha_modules", alpha_modules, '"all" or names of the adapter\'s linears')
     fields = replace(start.fields, alpha_modules=alpha_modules)
     return replace(start, fields=fields, masks=with_alphas(start.masks, alphas))
-
-
-def _ends(losses: Sequence[dict[str, Any]]) -> dict[str, float]:
-    tenth = max(1, len(losses) // 10)
-    values = [row["loss"] for row in losses]
-    return {"first": sum(values[:tenth]) / tenth, "last": sum(values[-tenth:]) / tenth}
