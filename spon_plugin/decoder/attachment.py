@@ -77,6 +77,10 @@ class SparseMethod(ABC):
         """While the block runs, `sparse_input` may be called for `model`; for methods that need more than the input."""
         yield
 
+    def hooks(self, model: nn.Module) -> list[Any]:
+        """Put hooks of the method's own after those of its masks; `attach` removes what is given back."""
+        return []
+
     @contextmanager
     def attach(
         self,
@@ -125,6 +129,7 @@ class SparseMethod(ABC):
                         own.append((module, module.weight))
                         module.weight = nn.Parameter(replaced, requires_grad=False)
                     handles += _Hooks(self, path, shared, constant, state, counter).register(module)
+                handles += self.hooks(model)
                 yield state
         finally:
             for handle in handles:

@@ -110,8 +110,8 @@ class Deltas(SparseMethod):
         with super().attach(model, None, counter, biases, 0) as tokens, ExitStack() as stack:
             for path in self.modules:
                 module = model.get_submodule(path)
-                vectors = [v for v in (self.base.centers.get(path), alphas.get(path)) if v is not None]
-                vectors = [v.to(self.down[path].device) for v in vectors]
+                given = (self.base.centers.get(path), alphas.get(path))
+                vectors = [vector.to(self.down[path].device) for vector in given if vector is not None]
                 handles = [module.register_forward_hook(_adds(self.down[path], self.up[path]))]
                 if vectors:
                     handles.append(module.register_forward_pre_hook(_shifts(vectors)))

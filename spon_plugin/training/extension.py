@@ -12,8 +12,7 @@ where `A` and `B` have rank r (the paper's open question: several spontaneous ne
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,8 +22,6 @@ from torch.nn import functional as F
 
 from spon_plugin.decoder.attachment import SparseMethod
 from spon_plugin.decoder.sites import Site
-from spon_plugin.decoder.sparsity import SparsityCounter
-from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.errors import SponError
 from spon_plugin.kernels.masked_input import reference
 from spon_plugin.sparsifiers.thresholds import ThresholdFitted
@@ -163,23 +160,9 @@ class Extended(SparseMethod):
             kept = kept + F.linear(F.linear(x, self.down[site].to(x.dtype)), self.up[site].to(x.dtype))
         return kept, keep
 
-    @contextmanager
-    def attach(
-        self,
-        model: nn.Module,
-        alphas: Mapping[str, Tensor] | None = None,
-        counter: SparsityCounter | None = None,
-        biases: Mapping[str, Tensor] | None = None,
-        dense_prefix: int | None = None,
-    ) -> Iterator[DenseTokens]:
-        """See `SparseMethod.attach`."""
-        with super().attach(model, alphas, counter, biases, dense_prefix) as tokens:
-            handles = [
-                model.get_submodule(path).register_forward_hook(lambda _module, _args, y, gain=gain: y * gain)
-                for path, gain in self.output_gain.items()
-            ]
-            try:
-                yield tokens
-            finally:
-                for handle in handles:
-                    handle.remove()
+    def hooks(self, model: nn.Module) -> list[Any]:
+        """See `SparseMethod.hooks`: gains of outputs."""
+        return [
+            model.get_submodule(path).register_forward_hook(lambda _module, _args, y, gain=gain: y * gain)
+            for path, gain in self.output_gain.items()
+        ]
