@@ -57,6 +57,11 @@ def clone(weight: RowWeight) -> RowWeight:
     return replace(weight, codes=weight.codes.clone())
 
 
+def alias(weight: RowWeight) -> RowWeight:
+    """The same values at the same place, as a weight of its own: kernels remember what a weight was called with."""
+    return replace(weight, codes=weight.codes.view_as(weight.codes))
+
+
 def tensors(weight: RowWeight) -> list[Tensor]:
     """What a product with nothing masked reads."""
     return [weight.codes, weight.scales] if isinstance(weight, ScaledWeight) else [weight.codes]

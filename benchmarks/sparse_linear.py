@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.cuda_baselines import copier
-from benchmarks.formats import FORMATS, baselines, clone, make, nbytes, tensors
+from benchmarks.formats import FORMATS, alias, baselines, clone, make, nbytes, tensors
 from benchmarks.timing import copies_for, interleaved_medians
 from spon_plugin import SponError
 from spon_plugin.kernels import sparse_linear
@@ -68,7 +68,8 @@ def measure(
     calls: dict[str, Callable[[int], object]] = {**baselines(weights, x, bias, group, library)}
     for sparsity in sorted({0.0, *sparsities}):
         threshold = thresholds.get(sparsity, torch.full((1,), -1.0, device=device))
-        calls[str(sparsity)] = lambda i, threshold=threshold: sparse_linear(x, weights[i], threshold, bias)  # type: ignore[misc]
+        own = [alias(weight) for weight in weights]
+        calls[str(sparsity)] = lambda i, own=own, threshold=threshold: sparse_linear(x, own[i], threshold, bias)  # type: ignore[misc]
     if device.type == "cpu":
         words = [[part.view(-1).view(torch.int64) for part in tensors(weight)] for weight in weights]
         calls["read"], moved = lambda i: [part.sum() for part in words[i]], size

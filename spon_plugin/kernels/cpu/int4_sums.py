@@ -99,8 +99,8 @@ def sum_portable(
 
 @njit(**OPTIONS)
 def sum_vectors(
-    wide: Any, narrow: Any, codes: Any, inputs: Any, first: int, last: int, rounded: Any, pairs: Any, steps: Any,
-    start: int, stop: int, width: int, addresses: Any, sums: Any,
+    wide: Any, narrow: Any, codes: Any, inputs: Any, addresses: Any, first: int, last: int, rounded: Any, pairs: Any,
+    steps: Any, start: int, stop: int, width: int, sums: Any,
 ) -> None:  # fmt: skip
     """`sum_portable` by vector intrinsics, `ROWS` rows at a time, while the rows to come are asked for.
 
@@ -108,7 +108,8 @@ def sum_vectors(
         wide: `int4_dot.int4_dot_wide`, or one of `int4_dot_vnni` in its place.
         narrow: likewise `int4_dot.int4_dot_narrow`.
         codes: uint8 ``[in_features, bytes]``.
-        inputs: the thread's active inputs, and `ROWS` more.
+        inputs: the thread's active inputs.
+        addresses: of their rows and of `ROWS` more, int64.
         first: the run's first of them.
         last: where the run ends.
         rounded: the run's inputs of eight bits, int32 ``[batch, n]``.
@@ -117,20 +118,16 @@ def sum_vectors(
         start: the tile's first byte.
         stop: where the tile ends.
         width: bytes of a row.
-        addresses: room for int64 ``[2 * ROWS]``.
         sums: float32 ``[batch, outputs]``, written.
     """
     clear(sums, 2 * (stop - start))
-    # Signed, all of them: Numba makes a float of the sum of a signed and an unsigned integer.
-    base, stride, where = np.int64(codes.ctypes.data), codes.strides[0], np.int64(addresses.ctypes.data)
+    listed = np.int64(addresses.ctypes.data)  # signed: Numba makes a float of a signed and an unsigned integer's sum
     for block in range(first, last, ROWS):
         count = min(ROWS, last - block)
         following, begin = block + ROWS, start
         if following >= last:  # the next tile of this run, or the next run
             following, begin = (first, stop) if stop < width else (last, 0)
-        for k in range(ROWS):
-            addresses[k] = base + np.int64(inputs[block + min(k, count - 1)]) * stride
-            addresses[ROWS + k] = base + np.int64(inputs[following + k]) * stride
+        where, next_rows = listed + 8 * block, listed + 8 * following
         two = (count + 1) // 2
         for b in range(sums.shape[0]):
             out, step = sums[b], steps[b, (block - first) // ROWS]
@@ -140,7 +137,7 @@ def sum_vectors(
                 done = column - start
                 aheads, ahead = where, column + DISTANCE
                 if ahead >= stop:  # past the end of these rows: the beginning of those to come
-                    aheads, ahead = where + 8 * ROWS, ahead - stop + begin
+                    aheads, ahead = next_rows, ahead - stop + begin
                 if column + WIDE <= stop:
                     wide(where, values, two, column, aheads, ahead, target + 8 * done, step)
                     column += WIDE

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,32 +159,58 @@ class Prepared:
             words = weight_words(weight, first, width) + layer
             self._shards.append((first, width, words))
             first += width
-        self._settled: dict[int, list[tuple[int, bytes, int, int, int]]] = {}
+        self._settled: dict[tuple[torch.Size, torch.dtype], _Settled] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output for a CPU tensor x ``[..., in_features]`` with a row at least."""
-        x, batch = x.contiguous(), x.numel() // self.in_features
-        y = x.new_empty((*x.shape[:-1], self.out_features))
-        source, target, kind, size = x.data_ptr(), y.data_ptr(), KINDS[x.dtype], x.element_size()
-        threads, worker, run = torch.get_num_threads(), _worker(self._kind)[1], cpu.parallel()
-        for first, words, tile, sums, per_thread in self._settled.get(batch) or self._settle(batch):
+        settled = self._settled.get((x.shape, x.dtype)) or self._settle(x)
+        x, y = x.contiguous(), torch.empty_like(settled.like)
+        source, target, threads = x.data_ptr(), y.data_ptr(), torch.get_num_threads()
+        worker, run = _worker(self._kind)[1], cpu.parallel()
+        for offset, words, tile, sums, per_thread in settled.shards:
             scratch = cpu.scratch(-(-threads * sums // 16) * 16 + threads * per_thread)
-            call = _CALL.pack(source, kind, target + first * size, batch, tile, per_thread, scratch.data_ptr())
+            place = scratch.data_ptr()
+            call = _CALL.pack(source, settled.kind, target + offset, settled.batch, tile, per_thread, place)
             run(worker, call + words, threads, 0)
         return y
 
-    def _settle(self, batch: int) -> list[tuple[int, bytes, int, int, int]]:
-        """What depends on the number of rows: by shard its first output, words, tile, and words of scratch."""
-        settled = []
+    def _settle(self, x: Tensor) -> _Settled:
+        batch, shards = x.numel() // self.in_features, []
         for first, width, words in self._shards:
-            tile = _TILE
-            if batch == 1 and self._kind in (SUM_INT8, SUM_FP8, *VECTORS):
-                # Sums leave the first cache, and where a group ends they are read once more.
-                tile = max(1, -(-width // self._unit)) if self._groups == 1 else _LONGEST
+            tile = max(1, -(-width // self._unit))
+            if batch > 1 or self._kind not in (SUM_INT8, SUM_FP8, *VECTORS):
+                tile = min(tile, _TILE)
+            elif self._groups > 1:  # sums leave the first cache, and where a group ends they are read once more
+                tile = min(tile, _LONGEST)
             per_thread = layout.scratch_parts(batch, self.in_features, self._groups, tile * self._unit)[-1]
-            settled.append((first, words, tile, batch * width, per_thread))
-        self._settled[batch] = settled
+            shards.append((first * x.element_size(), words, tile, batch * width, per_thread))
+        like = _like((*x.shape[:-1], self.out_features), x.dtype)
+        settled = self._settled[x.shape, x.dtype] = _Settled(batch, KINDS[x.dtype], like, shards)
         return settled
+
+
+class _Settled(NamedTuple):
+    """What depends on how many rows x has, and of which dtype.
+
+    Attributes:
+        batch: rows of x.
+        kind: of its elements, of `scaled_layout`.
+        like: a tensor like the output.
+        shards: by shard where its outputs begin, in bytes, its words, its tile, and words of scratch: sums, and a
+            thread's own.
+    """
+
+    batch: int
+    kind: int
+    like: Tensor
+    shards: list[tuple[int, bytes, int, int, int]]
+
+
+@functools.lru_cache(maxsize=256)
+def _like(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """One tensor for all calls with such an output: making another like it takes half as long as saying what it is."""
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def weight_words(weight: ScaledWeight, first: int, width: int) -> bytes:

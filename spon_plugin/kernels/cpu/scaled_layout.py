@@ -50,14 +50,14 @@ def scratch_parts(batch: int, in_features: int, groups: int, outputs: int) -> tu
         outputs: outputs of a tile.
 
     Returns:
-        The starts of addresses of rows (int64 ``[2 * ROWS]``); x and kept values ``[batch, in_features]`` (float32);
-        flags, indices and another order of active inputs (int32, with `ROWS` to spare); their counts by block; places
-        by group; scales, zero points and offsets of a tile (float32 ``[outputs]``); sums ``[batch, outputs]``; inputs
-        of eight bits (int32 ``[batch, RUN]``), pairs of them (int16) and their steps (``[batch, RUN / ROWS]``); totals
-        ``[2, batch]``; and the size of all.
+        The starts of addresses of active rows (int64, with `ROWS` to spare); x and kept values ``[batch, in_features]``
+        (float32); flags, indices and another order of active inputs (int32, with `ROWS` to spare); their counts by
+        block; places by group; scales, zero points and offsets of a tile (float32 ``[outputs]``); sums ``[batch,
+        outputs]``; inputs of eight bits (int32 ``[batch, RUN]``), pairs of them (int16) and their steps (``[batch,
+        RUN / ROWS]``); totals ``[2, batch]``; and the size of all.
     """
     blocks = (in_features + BLOCK - 1) // BLOCK
-    x = 4 * ROWS
+    x = 2 * (in_features + ROWS)
     values = x + batch * in_features
     active = values + batch * in_features
     index = active + in_features

@@ -14,6 +14,7 @@ from spon_plugin.kernels.cpu.int4_dot import int4_dot_narrow, int4_dot_wide
 from spon_plugin.kernels.cpu.int4_dot_vnni import int4_dot_256, int4_dot_256_twice, int4_dot_512
 from spon_plugin.kernels.cpu.int4_sums import round_inputs, sum_exact, sum_portable, sum_vectors
 from spon_plugin.kernels.cpu.numba_types import pointer, prefetch
+from spon_plugin.kernels.cpu.rows_dot import rows_dot
 from spon_plugin.kernels.cpu.scaled_layout import (
     FIELDS,
     INTEGERS,
@@ -25,13 +26,11 @@ from spon_plugin.kernels.cpu.scaled_layout import (
     SUM_INT4_AVX512_VNNI,
     SUM_INT4_AVX_VNNI,
     SUM_INT8,
+    VECTORS,
 )
 from spon_plugin.kernels.cpu.sources import fingerprint
 from spon_plugin.kernels.cpu.steps import (
-    IN_FLIGHT,
     OPTIONS,
-    add_row,
-    add_rows,
     barrier,
     clear,
     gather_values,
@@ -80,11 +79,7 @@ def _end_of_run(inputs: Any, first: int, last: int, group_of_row: Any, ordered: 
 def _sum_rows(codes: Any, index: Any, first: int, last: int, values: Any, start: int, stop: int, sums: Any) -> None:
     """``sums[b] = sum over q of values[b, q] * codes[index[q], start:stop]``, q from `first` to `last`, in float32."""
     clear(sums, stop - start)
-    grouped = last - (last - first) % IN_FLIGHT
-    for q in range(first, grouped, IN_FLIGHT):
-        add_rows(codes, index, values, q, last, start, stop, sums, 0)
-    for q in range(grouped, last):
-        add_row(codes[index[q], start:stop], values, q, sums)
+    rows_dot(codes, index, values, first, last, last, start, stop, sums, 0)
 
 
 @njit(**OPTIONS)
@@ -130,6 +125,7 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
     whole_bytes = kind in (SUM_INT8, SUM_FP8)
     rounds = kind in INTEGERS
     avx512_vnni, avx_vnni, avx2 = (kind == k for k in (SUM_INT4_AVX512_VNNI, SUM_INT4_AVX_VNNI, SUM_INT4_AVX2))
+    vectors = kind in VECTORS
     per_byte = 1 if whole_bytes else 2
     most = RUN if rounds else 1 << 30
 
@@ -151,7 +147,7 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
         scratch = fields[layout.SCRATCH]
         own = scratch + 4 * ((threads * batch * out_features + 15) // 16 * 16 + thread * fields[layout.THREAD_WORDS])
         partial = carray(pointer(scratch, types.float32), (threads, batch, out_features))
-        addresses = carray(pointer(own, types.int64), (2 * ROWS,))
+        addresses = carray(pointer(own, types.int64), (in_features + ROWS,))
         x = carray(pointer(own + 4 * parts[1], types.float32), (batch, in_features))
         values = carray(pointer(own + 4 * parts[2], types.float32), (batch, in_features))
         active = carray(pointer(own + 4 * parts[3], types.int32), (in_features,))
@@ -183,6 +179,9 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
                 index[q] = found[q]
         for q in range(ROWS):
             index[count + q] = index[count - 1] if count else 0
+        if vectors:
+            for q in range(count + ROWS):
+                addresses[q] = fields[layout.CODES] + np.int64(index[q]) * fields[layout.CODE_STRIDE]
         gather_values(x, threshold, per_channel, index[:count], values)
         own_sums = partial[thread]
         own_sums[:] = 0
@@ -213,17 +212,17 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
                 elif avx512_vnni:
                     sum_vectors(
                         int4_dot_512, int4_dot_256,
-                        codes, index, first, last, rounded, pairs, steps, start, stop, width, addresses, sums,
+                        codes, index, addresses, first, last, rounded, pairs, steps, start, stop, width, sums,
                     )  # fmt: skip
                 elif avx_vnni:
                     sum_vectors(
                         int4_dot_256_twice, int4_dot_256,
-                        codes, index, first, last, rounded, pairs, steps, start, stop, width, addresses, sums,
+                        codes, index, addresses, first, last, rounded, pairs, steps, start, stop, width, sums,
                     )  # fmt: skip
                 elif avx2:
                     sum_vectors(
                         int4_dot_wide, int4_dot_narrow,
-                        codes, index, first, last, rounded, pairs, steps, start, stop, width, addresses, sums,
+                        codes, index, addresses, first, last, rounded, pairs, steps, start, stop, width, sums,
                     )  # fmt: skip
                 elif rounds:
                     sum_portable(codes, index, first, last, rounded, steps, start, stop, sums)

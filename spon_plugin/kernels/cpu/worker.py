@@ -11,12 +11,10 @@ from numba import carray, njit, types
 from spon_plugin.kernels.cpu import layout
 from spon_plugin.kernels.cpu.layout import BIAS_ELEMENT, BIAS_FLOAT32, CALL_FIELDS, WEIGHT_FIELDS
 from spon_plugin.kernels.cpu.numba_types import narrow, pointer, widen
+from spon_plugin.kernels.cpu.rows_dot import IN_FLIGHT, rows_dot
 from spon_plugin.kernels.cpu.sources import fingerprint
 from spon_plugin.kernels.cpu.steps import (
-    IN_FLIGHT,
     OPTIONS,
-    add_row,
-    add_rows,
     barrier,
     gather_values,
     mark_active,
@@ -36,14 +34,13 @@ _thread_parts = njit(layout.thread_parts)
 def _accumulate(weight: Any, index: Any, values: Any, sums: Any) -> None:
     """``sums[b] += sum over q of values[b, q] * weight[index[q]]``."""
     batch, out_features = sums.shape
-    tile = out_features if batch == 1 else TILE
-    grouped = index.size - index.size % IN_FLIGHT
-    for q in range(0, grouped, IN_FLIGHT):
-        for start in range(0, out_features, tile):
-            stop = min(start + tile, out_features)
-            add_rows(weight, index, values, q, index.size, start, stop, sums, start)
-    for q in range(grouped, index.size):
-        add_row(weight[index[q], :out_features], values, q, sums)
+    if batch == 1 or out_features <= TILE:
+        rows_dot(weight, index, values, 0, index.size, index.size, 0, out_features, sums, 0)
+        return
+    for q in range(0, index.size, IN_FLIGHT):
+        for start in range(0, out_features, TILE):
+            end, stop = min(q + IN_FLIGHT, index.size), min(start + TILE, out_features)
+            rows_dot(weight, index, values, q, end, index.size, start, stop, sums, start)
 
 
 @njit(**OPTIONS)
