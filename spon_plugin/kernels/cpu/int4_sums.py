@@ -10,7 +10,7 @@ from numba import njit
 
 from spon_plugin.kernels.cpu.int4_dot import NARROW, WIDE
 from spon_plugin.kernels.cpu.scaled_layout import ROWS
-from spon_plugin.kernels.cpu.steps import OPTIONS, clear
+from spon_plugin.kernels.cpu.steps import OPTIONS
 
 # Bytes of each row that are asked for early. So many rows at once are too many streams for the processor to foresee.
 
@@ -90,7 +90,6 @@ def sum_portable(
 
     Arguments are those of `sum_vectors`.
     """
-    clear(sums, 2 * (stop - start))
     for block in range(first, last, ROWS):
         rows, begin = inputs[block : min(block + ROWS, last)], block - first
         for b in range(sums.shape[0]):
@@ -118,9 +117,8 @@ def sum_vectors(
         start: the tile's first byte.
         stop: where the tile ends.
         width: bytes of a row.
-        sums: float32 ``[batch, outputs]``, written.
+        sums: float32 ``[batch, outputs]``, added to.
     """
-    clear(sums, 2 * (stop - start))
     listed = np.int64(addresses.ctypes.data)  # signed: Numba makes a float of a signed and an unsigned integer's sum
     for block in range(first, last, ROWS):
         count = min(ROWS, last - block)
@@ -165,7 +163,6 @@ def _add_four(out: Any, v: Any, w0: Any, w1: Any, w2: Any, w3: Any) -> None:
 @njit(**OPTIONS)
 def sum_exact(codes: Any, index: Any, first: int, last: int, values: Any, start: int, stop: int, sums: Any) -> None:
     """Sums of ``values[b, q] * codes[index[q], start:stop]``, q from `first` to `last`, in float32."""
-    clear(sums, 2 * (stop - start))
     four = last - (last - first) % 4
     for q in range(first, four, 4):
         w0, w1 = codes[index[q], start:stop], codes[index[q + 1], start:stop]

@@ -13,7 +13,7 @@ from spon_plugin.kernels.cpu.elements import read_row, write_row
 from spon_plugin.kernels.cpu.int4_dot import int4_dot_narrow, int4_dot_wide
 from spon_plugin.kernels.cpu.int4_dot_vnni import int4_dot_256, int4_dot_256_twice, int4_dot_512
 from spon_plugin.kernels.cpu.int4_sums import round_inputs, sum_exact, sum_portable, sum_vectors
-from spon_plugin.kernels.cpu.numba_types import pointer, prefetch
+from spon_plugin.kernels.cpu.numba_types import BFLOAT16, FLOAT16, pointer, prefetch, widen
 from spon_plugin.kernels.cpu.rows_dot import rows_dot
 from spon_plugin.kernels.cpu.scaled_layout import (
     FIELDS,
@@ -32,7 +32,6 @@ from spon_plugin.kernels.cpu.sources import fingerprint
 from spon_plugin.kernels.cpu.steps import (
     OPTIONS,
     barrier,
-    clear,
     gather_values,
     mark_active,
     own_outputs,
@@ -76,21 +75,31 @@ def _end_of_run(inputs: Any, first: int, last: int, group_of_row: Any, ordered: 
 
 
 @njit(**OPTIONS)
-def _sum_rows(codes: Any, index: Any, first: int, last: int, values: Any, start: int, stop: int, sums: Any) -> None:
-    """``sums[b] = sum over q of values[b, q] * codes[index[q], start:stop]``, q from `first` to `last`, in float32."""
-    clear(sums, stop - start)
-    rows_dot(codes, index, values, first, last, last, start, stop, sums, 0)
+def _add_scaled(part: Any, sums: Any, scale: Any, shift: Any) -> None:
+    """``part += (sums - shift) * scale``, elements of any format; zeros are left in sums for the next group."""
+    for j in range(part.size):
+        part[j] += (sums[j] - shift) * widen(scale[j])
+        sums[j] = 0
 
 
 @njit(**OPTIONS)
-def _add_scaled(part: Any, sums: Any, scale: Any, zero: Any, has_zeros: int, total: Any) -> None:
-    """``part += (sums - zero * total) * scale``, `total` that of the inputs."""
-    if has_zeros:
-        for j in range(part.size):
-            part[j] += (sums[j] - zero[j] * total) * scale[j]
+def _add_scaled_by(address: int, kind: int, first: int, part: Any, sums: Any, shift: Any) -> None:
+    """`_add_scaled` by the elements from `first` on of the scales at `address`."""
+    size = first + part.size
+    if kind == layout.FLOAT32:
+        _add_scaled(part, sums, carray(pointer(address, types.float32), (size,))[first:], shift)
+    elif kind == layout.BFLOAT16:
+        _add_scaled(part, sums, carray(pointer(address, BFLOAT16), (size,))[first:], shift)
     else:
-        for j in range(part.size):
-            part[j] += sums[j] * scale[j]
+        _add_scaled(part, sums, carray(pointer(address, FLOAT16), (size,))[first:], shift)
+
+
+@njit(**OPTIONS)
+def _add_shifted(part: Any, sums: Any, scale: Any, zeros: Any, total: Any) -> None:
+    """``part += (sums - zeros * total) * scale``, `total` that of the inputs; zeros are left in sums."""
+    for j in range(part.size):
+        part[j] += (sums[j] - zeros[j] * total) * scale[j]
+        sums[j] = 0
 
 
 @njit(**OPTIONS)
@@ -139,7 +148,6 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
         group_of_row = carray(pointer(fields[layout.GROUP_OF_ROW], types.int32), (in_features,))
         threshold = carray(pointer(fields[layout.THRESHOLD], types.float32), (in_features if per_channel else 1,))
         has_zeros, has_offsets = fields[layout.ZERO_KIND] != NOTHING, fields[layout.OFFSET_KIND] != NOTHING
-        shifted = has_zeros or not whole_bytes
         thread, threads = thread_number(), thread_count()
 
         outputs = tile * per_byte
@@ -187,8 +195,8 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
         own_sums[:] = 0
 
         width = (out_features + per_byte - 1) // per_byte  # bytes of a row
-        zero = np.float32(0 if whole_bytes else 8)
-        scale_rows[1] = zero
+        middle = np.float32(0 if whole_bytes else 8)
+        sums[:] = 0
         first = 0
         while first < count:
             group = np.int64(group_of_row[index[first]]) if ordered else index[first] // group_size
@@ -208,7 +216,7 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
                     end - begin,
                 )
                 if whole_bytes:
-                    _sum_rows(codes, index, first, last, values, start, stop, sums)
+                    rows_dot(codes, index, values, first, last, last, start, stop, sums, 0)
                 elif avx512_vnni:
                     sum_vectors(
                         int4_dot_512, int4_dot_256,
@@ -229,18 +237,22 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
                 else:
                     sum_exact(codes, index, first, last, values, start, stop, sums)
                 scale, zeros, offset = scale_rows[0, : end - begin], scale_rows[1, : end - begin], scale_rows[2]
-                read_row(
-                    fields[layout.SCALES], fields[layout.SCALE_KIND], group * fields[layout.SCALE_STRIDE] + begin, scale
-                )
+                scales, scale_kind = fields[layout.SCALES], fields[layout.SCALE_KIND]
+                at = group * fields[layout.SCALE_STRIDE] + begin
                 if has_zeros:
-                    at = group * fields[layout.ZERO_STRIDE] + begin
-                    read_row(fields[layout.ZEROS], fields[layout.ZERO_KIND], at, zeros)
+                    read_row(scales, scale_kind, at, scale)
+                    zeros_at = group * fields[layout.ZERO_STRIDE] + begin
+                    read_row(fields[layout.ZEROS], fields[layout.ZERO_KIND], zeros_at, zeros)
                 if has_offsets:
-                    at = group * fields[layout.OFFSET_STRIDE] + begin
-                    read_row(fields[layout.OFFSETS], fields[layout.OFFSET_KIND], at, offset[: end - begin])
+                    offsets_at = group * fields[layout.OFFSET_STRIDE] + begin
+                    read_row(fields[layout.OFFSETS], fields[layout.OFFSET_KIND], offsets_at, offset[: end - begin])
                 for b in range(batch):
                     part = own_sums[b, begin:end]
-                    _add_scaled(part, sums[b], scale, zeros, shifted, totals[0, b])
+                    if has_zeros:
+                        _add_shifted(part, sums[b], scale, zeros, totals[0, b])
+                    else:
+                        _add_scaled_by(scales, scale_kind, at, part, sums[b], middle * totals[0, b])
+                    sums[b, end - begin : per_byte * (stop - start)] = 0  # of half a byte that is no output
                     if has_offsets:
                         for j in range(part.size):
                             part[j] += offset[j] * totals[1, b]

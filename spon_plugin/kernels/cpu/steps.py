@@ -74,15 +74,6 @@ def gather_values(x: Any, threshold: Any, per_channel: int, index: Any, values: 
 
 
 @njit(**OPTIONS)
-def clear(sums: Any, width: int) -> None:
-    """Zeros for the first `width` columns."""
-    for b in range(sums.shape[0]):
-        row = sums[b, :width]
-        for j in range(row.size):
-            row[j] = 0
-
-
-@njit(**OPTIONS)
 def own_outputs(out_features: int, thread: int, threads: int) -> Any:
     """The outputs that a thread finishes: whole cache lines, so that no two threads write the same one."""
     lines = (out_features + 63) // 64

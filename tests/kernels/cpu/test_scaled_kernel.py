@@ -96,11 +96,15 @@ def test_many_rows_are_multiplied_with_what_the_kernel_decodes(monkeypatch):
     assert seen == [(0, 128), (128, 256), (256, 384)]
 
 
+@pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_longer_than_a_tile(kind, batch):
+def test_rows_longer_than_a_tile(kind, batch, zeros):
     format, options, bound = KINDS[kind]
-    weight, x, tau = make(format, (96, 2 * 8192 + 70), 32, zeros=True), torch.randn(batch, 96), torch.tensor([0.5])
+    # An odd number of outputs: the other half of the last byte is none, whatever it holds.
+    weight, x, tau = make(format, (96, 2 * 8192 + 71), 32, zeros), torch.randn(batch, 96), torch.tensor([0.5])
+    if weight.unit == 2:
+        weight.codes[:, -1] |= 0xF0
     check(scaled.sparse_linear(x, weight, tau, **options), truth(x, weight, [tau]), bound)
 
 
