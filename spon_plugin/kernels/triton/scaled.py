@@ -30,6 +30,9 @@ from spon_plugin.weights.scaled import ScaledWeight
 
 # Compute capability from which Triton converts e4m3.
 CONVERTS_FP8 = (8, 9)
+# Before Triton 3.8, ptxas (CUDA 12.8) puts some loads of codes next to their use: three to five of a thread's eight are
+# in flight. e4m3 that the GPU converts is not concerned, nor are copies, which a barrier would keep from going ahead.
+SPREADS_LOADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -134,6 +137,7 @@ class ScaledProblem(Problem):
             "OFFSETS": 0 if weight.offsets is None else weight.offsets.stride(0),
             "SHARE": self.weight_t.element_size() * weight.unit,
             "DTYPE": TRITON_DTYPES[dtype],
+            "HOLD": SPREADS_LOADS and self.rows == 1 and constants["STAGES"] is None and self._format != "fp8",
         }
 
     @property
@@ -218,6 +222,7 @@ def _scaled(
     OFFSETS: tl.constexpr,
     SHARE: tl.constexpr,
     DTYPE: tl.constexpr,
+    HOLD: tl.constexpr,
 ):
     """One block of columns over every SPLITS-th block of channels, each within a group of GROUP, or 0 for one scale."""
     let_next_start(DEPENDENT)
@@ -232,6 +237,8 @@ def _scaled(
             x, threshold, shard, channels, row_count, in_features, stride_row, PER_CHANNEL, BLOCK_ROWS
         )
         loaded = load_codes(codes, channels, active, first, end, SHARE, ROW, BLOCK_OUT, ALIGN)
+        if HOLD:
+            tl.debug_barrier()  # which no load passes
         if BLOCK_ROWS == 1:
             part = lane_sums(loaded, value, FORMAT, MIDDLE, LANES)
         else:
