@@ -372,3 +372,21 @@ def test_arguments_that_do_not_fit_are_named(arguments, message):
 def test_parts_of_a_weight_that_do_not_fit_are_named(wrong):
     with pytest.raises(SponError, match=f"^{next(iter(wrong))}: got"):
         sparse_linear(torch.randn(2, 256), replace(make("int4", (256, 96)), **wrong), torch.zeros(1))
+
+
+@pytest.mark.parametrize("what", ["threshold", "bias", "scales"])
+@pytest.mark.parametrize("how", ["another tensor", "the same tensor elsewhere"])
+def test_a_known_call_is_settled_anew_when_what_it_was_told_has_moved(what, how):
+    weight, x = make("int8", (64, 32)), torch.randn(1, 64)
+    given = {"threshold": torch.tensor([0.2]), "bias": torch.zeros(32), "scales": weight.scales}
+    first = sparse_linear(x, weight, given["threshold"], given["bias"])
+    assert torch.equal(sparse_linear(x, weight, given["threshold"], given["bias"]), first)
+    moved = given[what] * 2 + 1
+    if how == "another tensor":
+        given[what] = moved
+        weight = replace(weight, scales=given["scales"])
+    else:
+        given[what].data = moved
+    y = sparse_linear(x, weight, given["threshold"], given["bias"])
+    assert not torch.equal(y, first)
+    check(y, truth(x, weight, [given["threshold"]], given["bias"]), 1e-6)
