@@ -52,7 +52,7 @@ def why_not(weight: ScaledWeight) -> str:
             continue
         if not part.is_cpu:
             return f"{name} on {part.device}"
-        if name != "codes" and part.dtype not in KINDS:
+        if name != "codes" and (part.dtype not in KINDS or (name == "scales" and not part.is_floating_point())):
             return f"{name} of {part.dtype}"
         if part.stride(1) != 1:
             return f"{name} that do not lie by inputs: call arranged() once"

@@ -32,7 +32,7 @@ from spon_plugin.weights.scaled import ScaledWeight
 CONVERTS_FP8 = (8, 9)
 # Before Triton 3.8, ptxas (CUDA 12.8) puts some loads of codes next to their use: three to five of a thread's eight are
 # in flight. e4m3 that the GPU converts is not concerned, nor are copies, which a barrier would keep from going ahead.
-SPREADS_LOADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+SPREADS_LOADS = torch.version.hip is None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

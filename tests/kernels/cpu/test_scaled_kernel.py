@@ -318,6 +318,7 @@ def test_the_table_says_why():
         (Problem(x.double(), weight), "for float32, bfloat16 and float16, not torch.float64"),
         (Problem(x, across), "codes that do not lie by inputs: call arranged() once"),
         (Problem(x, replace(weight, scales=weight.scales.double())), "scales of torch.float64"),
+        (Problem(x, replace(weight, scales=weight.scales.int())), "scales of torch.int32"),
     ):
         assert choose(problem).name == "decoded"
         assert reasons(problem)["cpu scaled"] == reason
