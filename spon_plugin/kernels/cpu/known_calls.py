@@ -6,7 +6,6 @@ A decoding step makes hundreds of calls, and the small ones are done in less tim
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,22 +18,8 @@ from spon_plugin.weights.scaled import ScaledWeight
 
 
 class _Known(NamedTuple):
-    """A call, and the arguments that it was made for.
-
-    Attributes:
-        codes: of the weight.
-        tensors: the others, as `_tensors` has them; held, so that nothing else is at their place.
-        addresses: of all of them.
-        signature: what has to be the same where the tensors are other objects.
-        rest: what has to be the same besides.
-        call: does it.
-    """
-
     codes: weakref.ref[Tensor]
-    tensors: tuple[Tensor | None, ...]
-    addresses: tuple[int, ...]
     signature: tuple[Any, ...]
-    rest: tuple[Any, ...]
     call: Prepared
 
 
@@ -57,18 +42,12 @@ def recall(
         exact: likewise.
     """
     known = _known.get((id(parts.codes), exact))
-    if known is None or not x.is_cpu:
+    if known is None or known.codes() is not parts.codes or not x.is_cpu:
         return None
-    codes = known.codes()
-    if codes is None or codes is not parts.codes:
+    call = known.call
+    if x.shape[-1:] != (call.in_features,) or not 0 < x.numel() <= CPU_ROWS * call.in_features:
         return None
-    call, rest = known.call, (x.dtype, shard_sizes and tuple(shard_sizes))
-    if rest != known.rest or x.shape[-1] != call.in_features or not 0 < x.numel() <= CPU_ROWS * call.in_features:
-        return None
-    tensors = _tensors(parts, threshold, bias)
-    # Past what the tensors are like, which takes as long to ask as a small layer takes to read.
-    same = all(map(operator.is_, tensors, known.tensors)) and _addresses(codes, tensors) == known.addresses
-    return call if same or _signature(codes, tensors) == known.signature else None
+    return call if known.signature == _signature(x, parts, threshold, bias, shard_sizes, exact) else None
 
 
 def sparse_linear(
@@ -85,26 +64,31 @@ def sparse_linear(
     if threshold.is_contiguous() and (bias is None or bias.is_contiguous()):  # else it reads copies, which grow old
         key = id(weight.codes), exact
         reference = weakref.ref(weight.codes, lambda _: _known.pop(key, None))
-        tensors = _tensors(weight, threshold, bias)
-        addresses, signature = _addresses(weight.codes, tensors), _signature(weight.codes, tensors)
-        rest = x.dtype, shard_sizes and tuple(shard_sizes)
-        _known[key] = _Known(reference, tensors, addresses, signature, rest, call)
+        _known[key] = _Known(reference, _signature(x, weight, threshold, bias, shard_sizes, exact), call)
     return call(x)
 
 
-def _tensors(parts: Any, threshold: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What the kernel was told of, but for the codes."""
-    return threshold, bias, parts.scales, parts.zeros, parts.offsets, parts.group_of_row
-
-
-def _addresses(codes: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
-    return (codes.data_ptr(), *[0 if tensor is None else tensor.data_ptr() for tensor in tensors])
-
-
-def _signature(codes: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+def _signature(
+    x: Tensor, parts: Any, threshold: Tensor, bias: Tensor | None, shard_sizes: Sequence[int] | None, exact: bool
+) -> tuple[Any, ...]:
     """What the kernel was told of its arguments: addresses, and how to read them."""
-    told = [
-        None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        for tensor in (codes, *tensors)
-    ]
-    return tuple(told)
+    codes, scales = parts.codes, parts.scales
+    zeros, offsets, group_of_row = parts.zeros, parts.offsets, parts.group_of_row
+    return (
+        codes.data_ptr(),
+        codes.shape,
+        codes.stride(),
+        scales.data_ptr(),
+        scales.shape,
+        scales.dtype,
+        None if zeros is None else (zeros.data_ptr(), zeros.dtype, zeros.shape),
+        None if offsets is None else (offsets.data_ptr(), offsets.dtype, offsets.shape),
+        None if group_of_row is None else group_of_row.data_ptr(),
+        threshold.data_ptr(),
+        threshold.shape,
+        threshold.dtype,
+        None if bias is None else (bias.data_ptr(), bias.dtype, bias.shape),
+        shard_sizes and tuple(shard_sizes),
+        exact,
+        x.dtype,
+    )
