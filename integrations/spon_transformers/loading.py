@@ -148,6 +148,20 @@ def follow_machine(model: Any) -> Any:
     return model if wanted is model.dtype or getattr(model, "is_quantized", False) else model.to(wanted)
 
 
+@torch.no_grad()
+def untie_head(model: Any) -> None:
+    """Give a head that shares the embeddings' weights a copy of its own, and say so in the config.
+
+    Args:
+        model: a `PreTrainedModel`.
+    """
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
+
+
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model.
 

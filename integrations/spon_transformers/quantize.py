@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from spon_plugin.decoder.sites import find_sites
 from spon_plugin.errors import SponError
+from spon_transformers.loading import untie_head
 
 BITS = (8, 4)
 # Shares of a group's range that its scale may cover: clipping the largest weights rounds the others less.
@@ -95,7 +96,7 @@ def linears_to_round(model: Any, rounding: Rounding) -> dict[str, nn.Linear]:
         linears |= _head(model)
     _check_fit(linears, rounding.group)
     if rounding.head:
-        _untie_head(model)
+        untie_head(model)
     return linears
 
 
@@ -180,15 +181,6 @@ def _head(model: Any) -> dict[str, nn.Module]:
     if not isinstance(head, nn.Linear) or path is None:
         raise SponError.of("head", type(head).__name__, "a model whose head is a torch.nn.Linear", "Leave --head out.")
     return {path: head}
-
-
-def _untie_head(model: Any) -> None:
-    """Give a head that shares the embeddings' weights a copy of its own."""
-    head = model.get_output_embeddings()
-    if head.weight is model.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        model.config.tie_word_embeddings = False
-        model.config.get_text_config().tie_word_embeddings = False
 
 
 def _check_fit(linears: dict[str, Any], group: int | None) -> None:

@@ -26,15 +26,14 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spon_plugin.adapter.mask import Mask
+from spon_plugin.calibration.gradients import ObserveGradient, stream_gradients
 from spon_plugin.calibration.measurement import measure_sparsity
-from spon_plugin.calibration.streaming import SINKS, check_windows, counted_rows, first_positions, window_batches
+from spon_plugin.calibration.streaming import SINKS, check_windows, counted_rows, first_positions
 from spon_plugin.decoder.sites import Site, module_weights
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
@@ -148,10 +147,15 @@ class RowSample:
         """See ``[tokens, in_features]``."""
         self._rows.append(rows[:: self.every].float().cpu())
 
+    @property
+    def rows(self) -> Tensor:
+        """All that was kept, float32 ``[n, in_features]``, on the CPU."""
+        return torch.cat(self._rows)
+
     def sample(self, site: Site, fisher: Sensitivities) -> SiteSample:
         """What `solve` takes, with the sensitivities of the site's linears from `collect_fisher`."""
         outputs = {p: n // site.in_features for p, n in zip(site.modules, site.module_weights, strict=True)}
-        rows, counted = torch.cat(self._rows), {path: fisher.counted[path] for path in site.modules}
+        rows, counted = self.rows, {path: fisher.counted[path] for path in site.modules}
         return SiteSample(rows, counted, outputs, fisher.groups(rows, site.modules))
 
 
@@ -186,55 +190,23 @@ def collect_fisher(
     counted: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
     first: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
     first_rows: dict[str, list[Tensor]] = {site.modules[0]: [] for site in sites}
-    handles: list[Any] = []
 
-    def watch(path: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            special = first_positions(args[0], shape, skip)
-            apart = None
+    def watch(path: str) -> ObserveGradient:
+        def observe(x: Tensor, gradient: Tensor) -> None:
+            special = first_positions(x, shape, skip)
+            squares = gradient.float().square()
+            counted[path] = counted[path] + counted_rows(squares, special).sum(0).cpu()
             if special is not None and masked_first:
-                dense = first_positions(args[0], shape, dense_prefix)
+                dense = first_positions(x, shape, dense_prefix)
                 apart = special if dense is None else special & ~dense
+                first[path] = first[path] + squares[apart].sum(0).cpu()
                 if path in first_rows:
-                    first_rows[path].append(args[0].detach()[apart].float().cpu())
+                    first_rows[path].append(x[apart].float().cpu())
 
-            def add(gradient: Tensor) -> None:
-                squares = gradient.float().square()
-                counted[path] = counted[path] + counted_rows(squares, special).sum(0).cpu()
-                if apart is not None:
-                    first[path] = first[path] + squares[apart].sum(0).cpu()
+        return observe
 
-            own = args[0].view_as(args[0])  # the linears of a site read one tensor; each has its own gradient here
-            own.register_hook(add)
-            return (own, *args[1:])
-
-        return hook
-
-    def differentiable(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return output if output.requires_grad else output.requires_grad_()
-
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    try:
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                handles.append(module.register_forward_hook(differentiable))
-        for path in module_weights(sites):
-            handles.append(model.get_submodule(path).register_forward_pre_hook(watch(path)))
-        for parameter in asked:
-            parameter.requires_grad_(False)
-        for done, batch in window_batches(windows, 1):
-            with torch.enable_grad():
-                logits = model(input_ids=batch.to(device), use_cache=False).logits.flatten(0, 1).float()
-                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
-                F.cross_entropy(logits, drawn, reduction="sum").backward()
-            progress(done, len(windows))
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
-        for handle in handles:
-            handle.remove()
+    observers = {path: watch(path) for path in module_weights(sites)}
+    stream_gradients(model, observers, windows, seed, progress)
     return Sensitivities(
         counted={path: total / windows[:, skip:].numel() for path, total in counted.items()},
         first={path: total / (len(windows) * masked_first) for path, total in first.items()},

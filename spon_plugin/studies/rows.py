@@ -24,6 +24,10 @@ class RowStore:
         directory: made if it is not there.
         settings: JSON values; whatever changes a row's figures and is not part of its name.
 
+    Attributes:
+        directory: of the rows.
+        settings: as they are in its file.
+
     Raises:
         SponError: the directory holds rows that were made under other settings, or a file in it is damaged; or it
             cannot be made.
@@ -33,16 +37,28 @@ class RowStore:
         self.directory = Path(directory)
         self._rows = self.directory / "rows"
         file = self.directory / SETTINGS
-        settings = json.loads(json.dumps(settings))  # as it will be read back
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as it will be read back
         if file.is_file():
             kept = _read(file)
-            for name in sorted({*settings, *kept}):
-                if kept.get(name) != settings.get(name):
+            for name in sorted({*self.settings, *kept}):
+                if kept.get(name) != self.settings.get(name):
                     expected = f"{kept.get(name)!r}, as for the rows in {directory}"
-                    raise SponError.of(name, settings.get(name), expected, "Choose another --output.")
+                    raise SponError.of(name, self.settings.get(name), expected, "Choose another --output.")
         make_directory(self.directory)
         self._rows.mkdir(exist_ok=True)
-        _write(file, settings)
+        _write(file, self.settings)
+
+    @classmethod
+    def of(cls, directory: str | Path) -> RowStore:
+        """The rows that are in a directory.
+
+        Raises:
+            SponError: there are none, or a file is damaged.
+        """
+        file = Path(directory) / SETTINGS
+        if not file.is_file():
+            raise SponError.of("rows", str(directory), f"a directory with rows and their {SETTINGS}")
+        return cls(directory, _read(file))
 
     def has(self, name: str) -> bool:
         """Whether a row was measured."""

@@ -40,7 +40,7 @@ def names(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["quickstart", "calibrate", "train", "eval", "merge", "quantize", "inspect", "report"]
+    "command", ["quickstart", "calibrate", "train", "eval", "merge", "quantize", "rotate", "inspect", "report"]
 )
 def test_help_has_an_example(spon, command):
     code, out, _ = spon(command, "--help")
@@ -382,6 +382,50 @@ def test_quantize_refuses_what_it_cannot_read(spon, tiny_model_dir, text, tmp_pa
     code, _, err = spon("quantize", tiny_model_dir, "--group", "16", *options, "-o", tmp_path / "out" / "model")
     assert code == 2 and message in " ".join(err.split()), err
     assert not (tmp_path / "out" / "model").exists()
+
+
+ROTATE = ["--tokens", "1024", "--window", "64", "--steps", "40"]
+
+
+def test_a_rotated_model_is_one_that_every_command_takes(spon, tiny_model_dir, text, tmp_path):
+    arguments = ["rotate", tiny_model_dir, "--text", text, *ROTATE]
+    code, out, err = spon(*arguments, "-o", tmp_path / "rotated", "--json")
+    assert code == 0, err
+    shown = json.loads(out)
+    assert shown["sites"] == 4 and shown["cost_after"] < 0.9 * shown["cost_before"]
+    assert spon(*arguments, "-o", tmp_path / "again")[0] == 0
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "rotated/model.safetensors").read_bytes()
+    masks = ["--method", "sensitivity", "--sparsity", "0.5", "--text", text, "--tokens", "1024", "--window", "64"]
+    test = ["--text", text, "--window", "64", "--max-tokens", "1024", "--reference", tiny_model_dir, "--json"]
+    divergence = {}
+    for model in (tiny_model_dir, tmp_path / "rotated"):
+        adapter = tmp_path / f"masks-{model.name}"
+        assert spon("calibrate", model, *masks, "-o", adapter)[0] == 0
+        code, out, err = spon("eval", model, "--adapter", adapter, *test)
+        assert code == 0, err
+        quality = json.loads(out)["quality"]
+        divergence[model.name] = quality["teal"]["kl"]
+    assert divergence["rotated"] < 0.9 * divergence[tiny_model_dir.name]
+    code, _, err = spon("eval", tmp_path / "rotated", "--adapter", tmp_path / f"masks-{tiny_model_dir.name}", *test)
+    assert code == 2 and "which the adapter was made for" in " ".join(err.split()), (
+        "masks of the model before the rotation"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sparsity", "0"], "sparsity: got 0.0, expected more than 0"),
+        (["--sparsity", "1"], "sparsity: got 1.0"),
+        (["--window", "100000", "--tokens", "100000"], "text"),
+        (["--text", "missing.txt"], "missing.txt"),
+    ],
+    ids=["no masks", "all masked", "window", "text"],
+)
+def test_rotate_refuses_what_it_cannot_do(spon, tiny_model_dir, text, tmp_path, options, message):
+    code, _, err = spon("rotate", tiny_model_dir, "--text", text, *ROTATE, *options, "-o", tmp_path / "out")
+    assert code == 2 and message in " ".join(err.split()), err
+    assert names(tmp_path) == ["text.txt"] or names(tmp_path) == []
 
 
 @pytest.mark.parametrize(("option", "value"), [("--group", "128"), ("--bits", "3")], ids=["group", "bits"])

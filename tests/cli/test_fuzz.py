@@ -32,6 +32,7 @@ from spon_cli.commands import (
     merge,
     quantize,
     quickstart,
+    rotate,
     train,
 )
 from spon_plugin import Adapter, Mask, SponError, SponFields, find_sites, write_adapter
@@ -46,6 +47,7 @@ RIGHT: dict[str, list[str]] = {
     "eval": ["model", "--adapter", "adapter", "--text", "text.txt", "--window", "32", "--max-tokens", "64"],
     "merge": ["adapter", "-o", "out", "--model", "model"],
     "quantize": ["model", "-o", "out", "--group", "16"],
+    "rotate": ["model", "-o", "out", "--text", "text.txt", "--window", "32"],
     "inspect": ["adapter"],
     "report": ["results.json", "-o", "out"],
     "compare": ["model", "-o", "out", "--text", "text.txt", "--test", "text.txt", "--calibration-tokens", "512"],
@@ -55,7 +57,7 @@ RIGHT: dict[str, list[str]] = {
 }
 NUMBERS = ["--sparsity", "--window", "--windows", "--tokens", "--max-tokens", "--batch-size", "--seed", "--epochs",
            "--learning-rate", "--weight-decay", "--dense-prefix", "--calibration-tokens", "--count",
-           "--max-length", "--bits", "--group", "--passages", "--ridge"]  # fmt: skip
+           "--max-length", "--bits", "--steps", "--group", "--passages", "--ridge"]  # fmt: skip
 WORDS = ["--allocation", "--alpha", "--alpha-modules", "--target-modules", "--preset", "--dtype", "--protocol",
          "--precision", "--methods", "--method", "--study", "--projection", "--precisions", "--metric",
          "--formats"]  # fmt: skip
@@ -88,6 +90,7 @@ def no_work(patch: pytest.MonkeyPatch) -> None:
         analyze: ["all_states"],
         quickstart: ["smollm2_gguf"],
         quantize: ["quantize"],
+        rotate: ["rotate_model"],
     }.items():
         for name in names:
             patch.setattr(module, name, worked)
@@ -166,7 +169,7 @@ def broken_file(draw: random.Random, directory: Path) -> list[str]:
     files = {
         "adapter/adapter_config.json": ["inspect", "eval", "merge", "train adapter"],
         "adapter/adapter_model.safetensors": ["inspect", "eval", "analyze", "train adapter"],
-        "model/config.json": ["calibrate", "train", "merge", "quantize", "compare"],
+        "model/config.json": ["calibrate", "train", "merge", "quantize", "rotate", "compare"],
         "model/tokenizer.json": ["calibrate", "eval"],
         "model/tokenizer_config.json": ["calibrate", "analyze"],
         "model/model.safetensors": ["calibrate", "ablate"],

@@ -28,3 +28,13 @@ def test_recover_writes_tables_and_a_plot_and_goes_on(tmp_path):
     assert {path.name: path.read_bytes() for path in (out / "rows").iterdir()} == before
     tests = {row["test"] for row in json.loads(printed)["rows"]}
     assert tests == {"text.txt, 256", "text.txt, 128"}
+    changed = [*call[:3], tmp_path / "other", *call[4:], "--only", "sensitivity", "--json"]
+    code, printed, err = run(*changed, "--against", tmp_path / "nothing")
+    assert code == 2 and "rows: got" in err and not (tmp_path / "other").exists()
+    code, printed, err = run(*changed, "--against", out)
+    assert code == 0, err
+    found = json.loads(printed)["rows"]
+    assert {row["row"] for row in found} == {"uniform TEAL", "sensitivity"}, "the other run's, and its own"
+    assert all(row["recovered"] is not None for row in found)
+    code, _, err = run(*changed, "--max-tokens", "512", "-o", tmp_path / "third", "--against", out)
+    assert code == 2 and "against: got" in err

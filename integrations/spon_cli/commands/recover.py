@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import json as json_module
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +26,7 @@ from spon_plugin.calibration.text import windows_digest
 from spon_plugin.masking import check_sparsity
 from spon_plugin.studies.ablation import DENSE
 from spon_plugin.studies.recovery import Recovery
-from spon_plugin.studies.recovery_plan import Row, rows
+from spon_plugin.studies.recovery_plan import UNIFORM, Row, rows
 from spon_plugin.studies.recovery_tables import columns, lines, markdown, records
 from spon_plugin.studies.rows import SETTINGS, RowStore
 from spon_plugin.studies.tables import csv_text, json_text, number
@@ -47,6 +46,10 @@ class RecoverOptions(options.StudyOptions):
     train_window: Annotated[int, typer.Option(help="Tokens per training window."), Between(2, options.MANY)] = 512
     seeds: Annotated[int, typer.Option(help="Seeds of what claims rest on."), Between(1, options.MANY)] = 3
     only: Annotated[str | None, typer.Option(help="Comma-separated: rows whose label begins so.")] = None
+    against: Annotated[
+        Path | None,
+        typer.Option(help="OUTPUT of another run: shares are of its TEAL's gap, such as before `spon rotate`."),
+    ] = None
     workers: Annotated[
         int,
         typer.Option(help="Processes that measure rows at once; 0 writes the tables of what is there."),
@@ -75,6 +78,7 @@ def recover_command(given: RecoverOptions) -> None:
     """
     wanted = given.rows()
     given.check(PRESETS["fast"])
+    other = None if given.against is None else RowStore.of(given.against)
     announce(f"This measures {len(wanted)} rows, less those that {given.output} has")
     if given.workers == 1:
         work(given, wanted)
@@ -85,7 +89,7 @@ def recover_command(given: RecoverOptions) -> None:
             process.start()
         for process in processes:
             process.join()
-    found, dense = write_tables(given.output, wanted)
+    found, dense = write_tables(given.output, wanted, other)
     if dense is None:
         raise SponError.of("output", str(given.output), "rows that were measured", "The lines above say what failed.")
     if given.json:
@@ -113,6 +117,8 @@ def work(given: RecoverOptions, wanted: Sequence[Row]) -> None:
     length = PRESETS["fast"].window
     calibration = loaded.mixed_windows(sources[:2], length, given.calibration_tokens // length, given.seed)
     settings = {**given.common(loaded, tests, PRESETS["fast"]), "calibration": windows_digest(calibration)}
+    if given.against is not None:
+        check_against(RowStore.of(given.against), settings)
     on_device = loaded.model.device.type != "cpu"
     study = Recovery(
         model=loaded.model, sites=loaded.sites, tests=tests, protocol=given.protocol, seed=given.seed,
@@ -122,21 +128,43 @@ def work(given: RecoverOptions, wanted: Sequence[Row]) -> None:
         study.run(wanted, RowStore(given.output, settings))
 
 
-def write_tables(output: Path, wanted: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Write table.md, table.csv, table.json and recovery.png of the rows that are there, and give them."""
+def write_tables(
+    output: Path, wanted: Sequence[Row], other: RowStore | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Write table.md, table.csv, table.json and recovery.png of the rows that are there, and give them.
+
+    Args:
+        output: the directory of the rows.
+        wanted: which.
+        other: rows of another model on the same texts, whose dense model and uniform TEAL take the place of these.
+
+    Raises:
+        SponError: the other rows are of other texts.
+    """
     if not (output / SETTINGS).is_file():
         return [], None
-    settings = json_module.loads((output / SETTINGS).read_text(encoding="utf-8"))
-    store = RowStore(output, settings)
+    store = RowStore.of(output)
     found = [store.read(row.name) for row in wanted if store.has(row.name)]
     dense = store.read(DENSE) if store.has(DENSE) else None
+    if other is not None:
+        check_against(other, store.settings)
+        dense = other.read(DENSE)
+        found = [row for row in other.all() if row.get("label") == UNIFORM] + [
+            row for row in found if row["label"] != UNIFORM
+        ]
     if dense is not None and found:
         flat = records(found, dense)
         (output / "table.md").write_text(markdown(found, dense), encoding="utf-8")
         (output / "table.csv").write_text(csv_text(flat), encoding="utf-8")
-        (output / "table.json").write_text(json_text({"settings": settings, "rows": flat}), encoding="utf-8")
+        (output / "table.json").write_text(json_text({"settings": store.settings, "rows": flat}), encoding="utf-8")
         plot_recovery(flat, output / "recovery.png")
     return found, dense
+
+
+def check_against(other: RowStore, settings: Mapping[str, Any]) -> None:
+    """Raise `SponError` unless the other rows are of the texts of these settings."""
+    if other.settings.get("tests") != settings["tests"]:
+        raise SponError.of("against", str(other.directory), "rows of the same --test texts, --window, --max-tokens")
 
 
 def _line(row: dict[str, Any]) -> str:
