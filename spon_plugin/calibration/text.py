@@ -112,7 +112,7 @@ def leading_windows(tokenizer: Any, text: str, length: int, max_tokens: int | No
     return torch.tensor([first + ids[i * body : (i + 1) * body] for i in range(count)], dtype=torch.int64)
 
 
-def spread_windows(tokenizer: Any, text: str, length: int, count: int) -> Tensor:
+def spread_windows(tokenizer: Any, text: str, length: int, count: int, offset: float = 0.0) -> Tensor:
     """Windows spread evenly over a text, for calibration and training.
 
     Each starts at a line or word boundary. A text that is too short for `count` windows apart gives all it has.
@@ -122,6 +122,7 @@ def spread_windows(tokenizer: Any, text: str, length: int, count: int) -> Tensor
         text: the text.
         length: tokens per window, with its opening.
         count: how many windows to take.
+        offset: in [0, 1), where in its part of the text each starts: windows of two offsets are apart.
 
     Returns:
         int64 ``[<= count, length]``.
@@ -135,7 +136,7 @@ def spread_windows(tokenizer: Any, text: str, length: int, count: int) -> Tensor
     rows = []
     first = opening(tokenizer)
     for index in range(count):
-        start = index * room
+        start = int((index + offset) * room)
         if start:
             start = _boundary(text, start)
         ids = first + token_ids(tokenizer, text[start : start + length * _CHARACTERS_PER_TOKEN])
@@ -154,7 +155,9 @@ def _boundary(text: str, start: int) -> int:
     return start
 
 
-def mixed_windows(tokenizer: Any, texts: Sequence[str], length: int, count: int, seed: int = 0) -> Tensor:
+def mixed_windows(
+    tokenizer: Any, texts: Sequence[str], length: int, count: int, seed: int = 0, offset: float = 0.0
+) -> Tensor:
     """An even mix of several texts, shuffled: `count` windows, as many from each text.
 
     A text that is too short gives all it has and the others make up for it, so that `count` is met where possible.
@@ -165,6 +168,7 @@ def mixed_windows(tokenizer: Any, texts: Sequence[str], length: int, count: int,
         length: tokens per window, with its opening.
         count: windows in all.
         seed: of the order.
+        offset: see `spread_windows`.
 
     Returns:
         int64 ``[<= count, length]``.
@@ -178,7 +182,7 @@ def mixed_windows(tokenizer: Any, texts: Sequence[str], length: int, count: int,
     left = count
     for index, text in enumerate(sorted(texts, key=len)):  # short ones first: their shortfall goes to the longer
         share = -(-left // (len(texts) - index))
-        pools.append(spread_windows(tokenizer, text, length, share))
+        pools.append(spread_windows(tokenizer, text, length, share, offset))
         left -= len(pools[-1])
     windows = torch.cat(pools)
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]

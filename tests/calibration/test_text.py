@@ -95,3 +95,18 @@ def test_a_long_text_is_tokenized_only_as_far_as_windows_are_taken(kind):
         windows = leading_windows(tokenizer, text, 64, max_tokens=640)
     assert windows.shape == (10, 64)
     assert sum(read) < 10_000 < len(text) / 100
+
+
+def test_windows_of_two_offsets_are_apart():
+    tokenizer = make_byte_tokenizer()
+    text = "".join(f"{number:05d}\n" for number in range(6000))
+
+    def numbers(offset):
+        return {
+            line for row in spread_windows(tokenizer, text, 60, 8, offset) for line in tokenizer.decode(row).split()
+        }
+
+    assert len(numbers(0.0)) == len(numbers(1 / 3)) == 8 * 10
+    assert not numbers(0.0) & numbers(1 / 3)
+    mixed = mixed_windows(tokenizer, [text], 60, 8, seed=0, offset=1 / 3)
+    assert {line for row in mixed for line in tokenizer.decode(row).split()} == numbers(1 / 3)

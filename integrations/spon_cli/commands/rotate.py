@@ -22,6 +22,10 @@ from spon_transformers.loading import load_model, load_tokenizer
 from spon_transformers.rotate import rotate_model
 from spon_transformers.windows import check_ids, check_length
 
+APART = 1 / 3
+"""Where windows start in their parts of a text: not where those of calibration do, to which the masks would seem to
+cost even less, as the basis has been chosen on them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RotateOptions(options.TextOptions, options.SeedOptions):
@@ -59,7 +63,8 @@ def rotate_command(given: RotateOptions) -> None:
         model = load_model(given.model, stored=True, trust_remote_code=given.trust_remote_code)
         check_length(model, given.window)
         texts = [source.text for source in sources]
-        windows = mixed_windows(tokenizer, texts, given.window, max(1, given.tokens // given.window), given.seed)
+        count = max(1, given.tokens // given.window)
+        windows = mixed_windows(tokenizer, texts, given.window, count, given.seed, APART)
         check_ids(model, windows)
         found = rotate_model(model, windows, given.sparsity, given.steps, given.seed, stage)
         model.save_pretrained(directory)
