@@ -27,8 +27,8 @@ class Rotated:
 
     Attributes:
         sites: how many input sites read the rotated stream.
-        before: `rotation.cost.dropped_cost` without it.
-        after: with it, on the same inputs.
+        before: `rotation.cost.dropped_cost` without it, on text that it was not chosen on.
+        after: with it, on the same.
     """
 
     sites: int
@@ -40,6 +40,7 @@ class Rotated:
 def rotate_model(
     model: Any,
     windows: Tensor,
+    held_out: Tensor,
     sparsity: float,
     steps: int = STEPS,
     seed: int = 0,
@@ -52,7 +53,8 @@ def rotate_model(
 
     Args:
         model: a dense `PreTrainedModel` with floating-point weights.
-        windows: token ids ``[count, length]``; some ten thousand tokens.
+        windows: token ids ``[count, length]`` that the rotation is chosen on; some ten thousand tokens.
+        held_out: others, which say what it brings.
         sparsity: that masks will have.
         steps: of the search.
         seed: of what is drawn.
@@ -80,10 +82,12 @@ def rotate_model(
     stream = ResidualStream.of(model, model.get_input_embeddings(), head)
     stream.fold_gains(model)
     check(model, stream, said, before)
-    inputs = sample_inputs(model, stream.sites, windows, seed, progress=stage("What the output feels"))
-    inputs = [each.to(model.device) for each in inputs]
+    inputs, others = (
+        [site.to(model.device) for site in sample_inputs(model, stream.sites, ids, seed, progress=stage(name))]
+        for name, ids in (("What the output feels", windows), ("What it feels on other text", held_out))
+    )
     rotation = find_rotation(inputs, sparsity, steps, seed, stage("Turning"))
     stream.rotate(model, rotation)
-    costs = [dropped_cost(inputs, turned, sparsity) for turned in (torch.eye(len(rotation)).to(rotation), rotation)]
+    costs = [dropped_cost(others, turned, sparsity) for turned in (torch.eye(len(rotation)).to(rotation), rotation)]
     model.to(stored)
     return Rotated(len(inputs), *costs)

@@ -77,7 +77,7 @@ def price_for(sites: Sequence[StreamInputs], rotation: Tensor, sparsity: float, 
         sites: what they read.
         rotation: `Q`.
         sparsity: the target, in (0, 1).
-        rows: of each site, from the first, that are looked at.
+        rows: of each site, spread over all, that are looked at.
     """
     logs = [(site.entry_costs(rotation, slice(rows)) / site.outputs).clamp(min=_TINY).log().flatten() for site in sites]
     wanted = sparsity * sum(site.outputs for site in sites)
@@ -97,10 +97,15 @@ def dropped_cost(sites: Sequence[StreamInputs], rotation: Tensor, sparsity: floa
         sites: what they read.
         rotation: `Q`.
         sparsity: the target, in (0, 1).
-        rows: of each site, from the first, that are looked at.
+        rows: of each site, spread over all, that are looked at.
     """
-    price, total = price_for(sites, rotation, sparsity), 0.0
+    price, total = price_for(sites, rotation, sparsity, rows), 0.0
     for site in sites:
-        costs = site.entry_costs(rotation, slice(rows))
+        costs = site.entry_costs(rotation, _spread(site, rows))
         total += float(costs.where(costs < price * site.outputs, 0).mean(0).sum())
     return total
+
+
+def _spread(site: StreamInputs, rows: int) -> slice:
+    """About so many rows of a site, at equal distances."""
+    return slice(None, None, max(1, len(site.rows) // rows))

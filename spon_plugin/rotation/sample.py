@@ -12,11 +12,14 @@ from spon_plugin.calibration.gradients import ObserveGradient, stream_gradients
 from spon_plugin.calibration.sensitivity import RowSample
 from spon_plugin.calibration.streaming import SINKS, check_windows, counted_rows, first_positions
 from spon_plugin.decoder.sites import Site
+from spon_plugin.machine import is_native
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.rotation.cost import StreamInputs
 
-ROWS = 1024
-"""Inputs of each site that are kept."""
+ROWS = 16384
+"""Inputs of each site that are kept, in float32. A rotation has as many freedoms as a weight, and fits what few inputs
+have in common by chance: SmolLM2-135M's falls by 46% on 1,024 of its own inputs and by 4% on others of the kind, with
+4,096 by 34 and 17%."""
 
 
 def sample_inputs(
@@ -60,7 +63,8 @@ def sample_inputs(
         return observe
 
     observers = {path: watch(index, path) for index, site in enumerate(sites) for path in site.modules}
-    stream_gradients(model, observers, windows, seed, progress)
+    with torch.autocast(device.type, torch.bfloat16, enabled=is_native(torch.bfloat16, device)):
+        stream_gradients(model, observers, windows, seed, progress)
     tokens = windows[:, SINKS:].numel()
     return [
         StreamInputs(sample.rows, moment / tokens, site.weights // site.in_features)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from spon_cli import options
-from spon_cli.calibration import CALIBRATION_TOKENS
+from spon_cli.calibration import CALIBRATION_TOKENS, HELD_OUT_WINDOWS, split_held_out
 from spon_cli.command import Between, command
 from spon_cli.duration import announce
 from spon_cli.loading import quiet
@@ -64,9 +64,9 @@ def rotate_command(given: RotateOptions) -> None:
         check_length(model, given.window)
         texts = [source.text for source in sources]
         count = max(1, given.tokens // given.window)
-        windows = mixed_windows(tokenizer, texts, given.window, count, given.seed, APART)
+        windows = mixed_windows(tokenizer, texts, given.window, count + HELD_OUT_WINDOWS, given.seed, APART)
         check_ids(model, windows)
-        found = rotate_model(model, windows, given.sparsity, given.steps, given.seed, stage)
+        found = rotate_model(model, *split_held_out(windows), given.sparsity, given.steps, given.seed, stage)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     less = 1 - found.after / found.before
@@ -74,5 +74,5 @@ def rotate_command(given: RotateOptions) -> None:
         shown = {"model": str(given.output), "sparsity": given.sparsity, "sites": found.sites, "steps": given.steps}
         show_json({**shown, "cost_before": found.before, "cost_after": found.after})
         return
-    note(f"What masks drop of the {found.sites} inputs on the residual stream costs {less:.0%} less, by estimate")
+    note(f"What masks drop of the {found.sites} inputs on the residual stream costs {less:.0%} less on other windows")
     note(f"Model written to {given.output}; make its adapters anew, with spon calibrate or spon train")
