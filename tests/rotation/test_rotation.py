@@ -5,8 +5,6 @@ import pytest
 import torch
 from tiny_models import make_tiny_llama
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
     GemmaConfig,
@@ -25,14 +23,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from spon_plugin import SponError, find_sites, sparse_inputs
-from spon_plugin.calibration.text import leading_windows, mixed_windows, offline_text
+from spon_plugin import SponError, find_sites
 from spon_plugin.rotation.cost import StreamInputs, dropped_cost, masked_cost, price_for
 from spon_plugin.rotation.sample import sample_inputs
 from spon_plugin.rotation.search import find_rotation
-from spon_plugin.sparsifiers.calibrate import calibrate
-from spon_plugin.studies.evaluation import quality
-from spon_plugin.studies.quality import Reference
 from spon_transformers.rotate import rotate_model
 
 SMALL = {
@@ -180,19 +174,3 @@ def test_a_rotated_model_keeps_its_dtype_and_a_quantized_one_is_refused(tiny_lla
     model.is_quantized = True
     with pytest.raises(SponError, match="model: got 'a quantized model'"):
         rotate_model(model, ids(), ids(2, seed=3), 0.5)
-
-
-@pytest.mark.slow
-def test_on_a_real_model_masks_take_less_away(smollm2_dir):
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
-    train, test = offline_text("train"), leading_windows(tokenizer, offline_text("test"), 128, 1024)
-    windows = mixed_windows(tokenizer, [train], 128, 24, 0)
-    dense, turned = (AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval() for _ in range(2))
-    rotate_model(turned, windows[:20], windows[20:], 0.5, steps=200)
-    reference, divergence = Reference(dense, test), []
-    assert quality(turned, test, reference=reference).figures()["kl"] < 1e-6
-    for model in (dense, turned):
-        adapter = calibrate(model, find_sites(model), windows[:16], windows[16:], 0.5, "sensitivity")
-        with sparse_inputs(model, adapter.masks):
-            divergence.append(quality(model, test, reference=reference).figures()["kl"])
-    assert divergence[1] < 0.95 * divergence[0], divergence
