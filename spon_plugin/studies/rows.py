@@ -46,7 +46,8 @@ class RowStore:
                     raise SponError.of(name, self.settings.get(name), expected, "Choose another --output.")
         make_directory(self.directory)
         self._rows.mkdir(exist_ok=True)
-        _write(file, self.settings)
+        if not file.is_file():
+            _write(file, self.settings)
 
     @classmethod
     def of(cls, directory: str | Path) -> RowStore:
