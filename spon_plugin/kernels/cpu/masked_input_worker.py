@@ -35,9 +35,21 @@ def _mask_row(x: Any, threshold: Any, per_channel: int, out: Any, keep: Any) -> 
 
 
 @njit(**OPTIONS)
-def _subtract(x: Any, center: Any, out: Any) -> None:
-    for i in range(x.size):
-        out[i] = narrow(widen(x[i]) - center[i], x[i])
+def _mask_deviation(x: Any, center: Any, threshold: Any, per_channel: int, out: Any, keep: Any) -> None:
+    """`_mask_row` of ``x - center``, rounded. In one loop: a row masked in its own place would not be vectorized."""
+    if per_channel:
+        for i in range(x.size):
+            apart = narrow(widen(x[i]) - center[i], x[i])
+            kept = not (abs(widen(apart)) <= threshold[i])
+            keep[i] = np.int8(kept)
+            out[i] = apart if kept else narrow(np.float32(0), x[i])
+    else:
+        tau = threshold[0]
+        for i in range(x.size):
+            apart = narrow(widen(x[i]) - center[i], x[i])
+            kept = not (abs(widen(apart)) <= tau)
+            keep[i] = np.int8(kept)
+            out[i] = apart if kept else narrow(np.float32(0), x[i])
 
 
 @njit(**OPTIONS)
@@ -95,8 +107,7 @@ def compile_forward(element: Any) -> Any:
                 _copy(x[row], out[row], keep[row])
                 continue
             if at_center != 0:
-                _subtract(x[row], center, out[row])
-                _mask_row(out[row], threshold, per_channel, out[row], keep[row])
+                _mask_deviation(x[row], center, threshold, per_channel, out[row], keep[row])
             else:
                 _mask_row(x[row], threshold, per_channel, out[row], keep[row])
             if at_shift != 0:
