@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from spon_plugin.sparsifiers import get_sparsifier
-from spon_plugin.studies.bootstrap import excludes_zero, interval
 from spon_plugin.studies.comparison import DENSE, MEAN, OFF, ON, Key, by_key
+from spon_plugin.studies.equal_bytes import Between
 from spon_plugin.studies.evaluation import share_recovered
 from spon_plugin.studies.quality import COMPARED, changes
 from spon_plugin.studies.quality_tables import (
@@ -59,24 +55,9 @@ def recovered(row: Row, rows: Sequence[Row], text: str) -> float | None:
 
 
 def recovered_at_equal_bytes(row: Row, rows: Sequence[Row], text: str) -> float | None:
-    """The share of uniform TEAL's gap that the row closes, TEAL taken where it saves as many bytes as the row does.
-
-    The rows of one target do not save alike: trained alphas lift entries over the thresholds, other methods have other
-    thresholds, and some read more than weights. TEAL's loss over the dense model, in nats, is nearly a power of the
-    share that it saves, so it is interpolated between TEAL's rows as a straight line of logarithms, below the first
-    along the first two.
-
-    Returns:
-        None where TEAL has fewer than two rows, saves less than this row in all of them, or has no gap.
-    """
+    """The share of uniform TEAL's gap that the row closes at equal bytes (`equal_bytes`); None where that has none."""
     between = _between(row, rows, text)
-    if between is None:
-        return None
-    dense, first, second, place = between
-    low, high = (math.log(math.log(result["perplexity"] / dense["perplexity"])) for result in (first, second))
-    loss = math.exp(low + (high - low) * place)
-    own = row["texts"][text]["perplexity"]
-    return share_recovered(dense["perplexity"], dense["perplexity"] * math.exp(loss), own)
+    return None if between is None else between.share(row["texts"][text])
 
 
 def share_cells(row: Row, rows: Sequence[Row], text: str) -> list[str]:
@@ -102,19 +83,7 @@ def certain_change(row: Row, rows: Sequence[Row], text: str) -> bool | None:
 def certain_at_equal_bytes(row: Row, rows: Sequence[Row], text: str) -> bool | None:
     """The same of what TEAL would have where it saves as many bytes, its two rows and the dense one drawn along."""
     between = _between(row, rows, text)
-    if between is None:
-        return None
-    results, place = [*between[:3], row["texts"][text]], between[3]
-    columns = [(result.get("windows") or {}).get("nll") for result in results]
-    if not all(column and None not in column for column in columns):
-        return None
-
-    def difference(mean: Tensor) -> Tensor:
-        dense, first, second, own = mean
-        loss = torch.exp((1 - place) * (first - dense).log() + place * (second - dense).log())
-        return own - dense - loss
-
-    return excludes_zero(interval(torch.tensor(columns, dtype=torch.float64), difference))
+    return None if between is None else between.is_certain(row["texts"][text])
 
 
 def _dense(rows: Sequence[Row]) -> Row | None:
@@ -129,25 +98,12 @@ def _teal(row: Row, rows: Sequence[Row]) -> Row | None:
     return None if found is row else found
 
 
-def _between(row: Row, rows: Sequence[Row], text: str) -> tuple[Row, Row, Row, float] | None:
-    """The results of the dense model and of the two TEAL rows around this one, and its place between their logarithms.
-
-    Returns:
-        None as `recovered_at_equal_bytes`; the place is negative for a row that saves less than the first.
-    """
-    dense = (_dense(rows) or {"texts": {text: {"perplexity": None}}})["texts"][text]
-    own = row["texts"][text]
-    if not dense["perplexity"] or (row["method"], row["alpha"]) == ("teal", OFF) or own["saved"] <= 0:
+def _between(row: Row, rows: Sequence[Row], text: str) -> Between | None:
+    """Where the row lies among TEAL's; None for TEAL's own."""
+    if (row["method"], row["alpha"]) == ("teal", OFF):
         return None
-    results = [r["texts"][text] for k, r in by_key(rows) if (k.method, k.alpha) == ("teal", OFF)]
-    above = [r for r in results if r["perplexity"] and r["perplexity"] > dense["perplexity"] and r["saved"] > 0]
-    above.sort(key=lambda result: result["saved"])
-    if len(above) < 2 or own["saved"] > above[-1]["saved"]:
-        return None
-    index = next(i for i in range(1, len(above)) if own["saved"] <= above[i]["saved"])
-    first, second = above[index - 1], above[index]
-    start, end = math.log(first["saved"]), math.log(second["saved"])
-    return dense, first, second, (math.log(own["saved"]) - start) / (end - start)
+    teal = [r["texts"][text] for k, r in by_key(rows) if (k.method, k.alpha) == ("teal", OFF)]
+    return Between.of(row["texts"][text], (_dense(rows) or {"texts": {}})["texts"].get(text), teal)
 
 
 def records(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spon_plugin.studies.bootstrap import Interval, interval
+from spon_plugin.studies.equal_bytes import Between
 from spon_plugin.studies.evaluation import share_recovered
 from spon_plugin.studies.recovery_plan import COMMON, UNIFORM
 from spon_plugin.studies.tables import markdown_table, number
@@ -19,6 +20,12 @@ NOTES = (
     "bytes read in the sparse model, as every row is after its training. In brackets the interval of 95% of a paired "
     "bootstrap over windows. `masked` and `read`: on the test texts, the mean of all; `read` with what a row reads "
     "beside the weights. Seconds of training beside other processes."
+)
+
+EQUAL = (
+    "The same shares, of what uniform TEAL would lose where it saves as many bytes on that text as the row does: masks "
+    "that were matched on one text keep more of some others. TEAL's loss over the dense model is drawn through its "
+    "rows as a power of what is saved."
 )
 
 MORE = (
@@ -81,7 +88,8 @@ def records(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list
     uniform = {row["sparsity"]: row for row in rows if row["label"] == UNIFORM}
     for row in rows:
         teal = uniform.get(row["sparsity"])
-        for test, result in row["tests"].items():
+        equal = _at_equal_bytes(row, rows, dense)
+        for (test, result), (at_equal_bytes, equal_ends) in zip(row["tests"].items(), equal, strict=True):
             value, ends = (None, None) if teal is None else share(dense["tests"][test], teal["tests"][test], result)
             flat.append(
                 {
@@ -96,6 +104,9 @@ def records(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list
                     "recovered": value,
                     "low": None if ends is None else ends[0],
                     "high": None if ends is None else ends[1],
+                    "recovered_at_equal_bytes": at_equal_bytes,
+                    "equal_low": None if equal_ends is None else equal_ends[0],
+                    "equal_high": None if equal_ends is None else equal_ends[1],
                     "masked": result["masked"],
                     "saved": result["saved"],
                     "training_tokens": row.get("tokens", 0),
@@ -104,6 +115,32 @@ def records(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list
                 }
             )
     return flat
+
+
+def equal_bytes(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[list[str]]:
+    """Lines of the table of shares at equal bytes; none where TEAL has fewer than two rows."""
+    body = []
+    for row in rows:
+        words = [_words(*found) for found in _at_equal_bytes(row, rows, dense)]
+        if any(words):
+            body.append([f"{row['sparsity']:.0%}", row["label"], str(row["seed"]), str(row.get("tokens", "")), *words])
+    return body
+
+
+def _at_equal_bytes(
+    row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]
+) -> list[tuple[float | None, Interval | None]]:
+    """By test text, the share at equal bytes and its interval; no shares of TEAL's own rows."""
+    found: list[tuple[float | None, Interval | None]] = []
+    for test, own in row["tests"].items():
+        teal = [r["tests"][test] for r in rows if r["label"] == UNIFORM]
+        between = None if row["label"] == UNIFORM else Between.of(own, dense["tests"][test], teal)
+        found.append((None, None) if between is None else (between.share(own), between.interval(own)))
+    return found
+
+
+def _words(share: float | None, ends: Interval | None) -> str:
+    return "" if share is None else f"{share:.2f}" + ("" if ends is None else f" [{ends[0]:.2f}, {ends[1]:.2f}]")
 
 
 def columns(dense: Mapping[str, Any]) -> list[str]:
@@ -120,11 +157,9 @@ def lines(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[l
         own = [r for r in flat if (r["sparsity"], r["row"], r["seed"]) == (row["sparsity"], row["label"], row["seed"])]
         line = [f"{row['sparsity']:.0%}", row["label"], str(row["seed"])]
         for r in own:
-            words = number(r["perplexity"])
-            if r["recovered"] is not None and row["label"] != UNIFORM:
-                words += f": {r['recovered']:.2f}"
-                words += "" if r["low"] is None else f" [{r['low']:.2f}, {r['high']:.2f}]"
-            line.append(words)
+            ends = None if r["low"] is None else (r["low"], r["high"])
+            words = "" if row["label"] == UNIFORM else _words(r["recovered"], ends)
+            line.append(number(r["perplexity"]) + (f": {words}" if words else ""))
         masked, saved = (sum(r[name] for r in own) / len(own) for name in ("masked", "saved"))
         last, seconds = own[0]["loss"], own[0]["seconds"]
         line += [f"{masked:.1%}", f"{1 - saved:.1%}", "" if last is None else f"{last:.4f}"]
@@ -137,6 +172,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> str
     first = next(iter(dense["tests"].values()))
     table = markdown_table(columns(dense), lines(rows, dense), text=2)
     text = ["## Recovery", "", *table, "", f"{first['tokens']} tokens of each text. {NOTES}", ""]
+    if equal := equal_bytes(rows, dense):
+        head = ["target", "row", "seed", "tokens", *dense["tests"]]
+        text += ["### At equal bytes", "", *markdown_table(head, equal, text=2), "", EQUAL, ""]
     if more := gains(rows, dense):
         head = ["target", "row", "seed", *dense["tests"]]
         text += [f"### Beyond `{COMMON}`", "", *markdown_table(head, more, text=2), "", MORE, ""]

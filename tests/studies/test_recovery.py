@@ -71,6 +71,30 @@ def test_trials_are_compared_with_the_common_row_in_pairs():
     assert gains([uniform, better], dense) == []
 
 
+def test_shares_are_also_said_at_equal_bytes_where_teal_has_two_rows():
+    hard = torch.rand(12, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def row(label, saved, loss, sparsity=0.5):
+        test = {"perplexity": 10 * math.exp(loss), "saved": saved, "masked": saved, "tokens": 12}
+        test["windows"] = {"nll": [math.log(10) + h - sum(hard) / 12 + loss for h in hard]}
+        return {"label": label, "sparsity": sparsity, "seed": 0, "recipe": None, "seconds": {}, "tests": {"a": test}}
+
+    def teal(saved):
+        return 4 * saved**4  # nats over the dense model
+
+    dense = row(DENSE, 0.0, 0.0)
+    lower, upper = row(UNIFORM, 0.5, teal(0.5)), row(UNIFORM, 0.6, teal(0.6), 0.6)
+    own = row("sensitivity", 0.47, teal(0.47) / 2)  # keeps more than TEAL at 50%
+    at, to = math.exp(teal(0.47)), math.exp(teal(0.47) / 2)
+    found = next(r for r in records([lower, upper, own], dense) if r["row"] == "sensitivity")
+    assert found["recovered_at_equal_bytes"] == pytest.approx((at - to) / (at - 1))
+    assert found["equal_low"] == pytest.approx(found["recovered_at_equal_bytes"], abs=0.01), "windows go together"
+    assert found["recovered"] > found["recovered_at_equal_bytes"] + 0.1
+    table = markdown([lower, upper, own], dense)
+    assert "### At equal bytes" in table and f"| {found['recovered_at_equal_bytes']:.2f} [" in table
+    assert "At equal bytes" not in markdown([lower, own], dense), "one row of TEAL says nothing of other bytes"
+
+
 def test_a_row_of_tuned_weights_leaves_the_model_as_it_was(study, tmp_path):
     store, before = RowStore(tmp_path, {}), {n: p.clone() for n, p in study.model.named_parameters()}
     tuned = next(row for row in wanted() if row.deltas)
