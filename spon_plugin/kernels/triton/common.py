@@ -218,9 +218,14 @@ def _reduce(
 
 
 @lru_cache(maxsize=64)
+def capability(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability; ``(0, 0)`` of anything else."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def starts_early(device: torch.device) -> bool:
     """Whether a launch may start before the one that it depends on ends (programmatic dependent launch, Hopper's)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return torch.version.hip is None and capability(device) >= (9, 0)
 
 
 @lru_cache(maxsize=4096)

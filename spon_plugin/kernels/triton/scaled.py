@@ -18,6 +18,7 @@ from spon_plugin.kernels.triton.codes import lane_sums, load_codes, numbers
 from spon_plugin.kernels.triton.common import (
     Problem,
     add_products,
+    capability,
     empty_sums,
     fitted,
     let_next_start,
@@ -33,6 +34,9 @@ CONVERTS_FP8 = (8, 9)
 # Before Triton 3.8, ptxas (CUDA 12.8) puts some loads of codes next to their use: three to five of a thread's eight are
 # in flight. e4m3 that the GPU converts is not concerned, nor are copies, which a barrier would keep from going ahead.
 SPREADS_LOADS = torch.version.hip is None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+# There ptxas for this capability and later ones moves the uses of integer codes before the barrier.
+PASSES_BARRIERS = (10, 0)
+STAGES_AHEAD = 3
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -103,6 +107,7 @@ class ScaledProblem(Problem):
         flat = x.reshape(-1, in_features)
         thresholds = Thresholds.of(threshold, weight.codes, shard_sizes, out_features)
         sizes = tuple(thresholds.sizes)
+        launch = copied_ahead(within_groups(launch, weight), weight, flat.shape[0], x.device)
         return ScaledProblem(
             x=flat if flat.stride(1) == 1 or in_features == 1 else flat.contiguous(),
             weight_t=elements(weight, thresholds.sizes, bytewise=converts_fp8(x.device) and flat.shape[0] == 1),
@@ -111,7 +116,7 @@ class ScaledProblem(Problem):
             sizes=sizes,
             bias=None if bias is None else bias.contiguous(),
             y=x.new_empty((flat.shape[0], out_features)),
-            launch=fitted(within_groups(launch, weight), in_features, sizes, x.device),
+            launch=fitted(launch, in_features, sizes, x.device),
             weight=weight,
         )
 
@@ -165,7 +170,7 @@ def elements(weight: ScaledWeight, sizes: Sequence[int], bytewise: bool) -> Tens
 
 def converts_fp8(device: torch.device) -> bool:
     """Whether Triton has e4m3 on a device; elsewhere the kernel takes its bits apart."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CONVERTS_FP8
+    return capability(device) >= CONVERTS_FP8
 
 
 def within_groups(launch: Launch, weight: ScaledWeight) -> Launch:
@@ -177,6 +182,14 @@ def within_groups(launch: Launch, weight: ScaledWeight) -> Launch:
         resident = launch.resident * launch.num_warps // warps
         launch = replace(launch, block_in=launch.block_in // 2, num_warps=warps, resident=resident)
     return launch
+
+
+def copied_ahead(launch: Launch, weight: ScaledWeight, rows: int, device: torch.device) -> Launch:
+    """`launch` with codes of one row copied ahead, where `SPREADS_LOADS` and a barrier does not help."""
+    if not SPREADS_LOADS or rows > 1 or launch.num_stages > 1:
+        return launch
+    spreads = not converts_fp8(device) if weight.format == "fp8" else capability(device) >= PASSES_BARRIERS
+    return replace(launch, num_stages=STAGES_AHEAD) if spreads else launch
 
 
 @triton.jit

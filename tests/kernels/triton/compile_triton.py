@@ -180,8 +180,7 @@ if __name__ == "__main__":
     capabilities, *what = sys.argv[1:]
     device = NoDevice()
     triton.runtime.driver.set_active(device)
-    common.starts_early = lambda _: device.capability >= 90
-    scaled.converts_fp8 = lambda _: device.capability >= 89
+    common.capability = scaled.capability = lambda _: divmod(device.capability, 10)
     work, *paths = what if what[0] in ("variants", "formats") else ("shipped", *what)
     for device.capability in map(int, capabilities.split(",")):
         found = {"variants": variants, "formats": formats, "shipped": shipped}[work]
