@@ -45,7 +45,7 @@ class StreamInputs:
         dtype = compute_dtype(torch.bfloat16, device)
         return StreamInputs(self.rows.to(device, dtype), self.moment.to(device, dtype), self.outputs)
 
-    def entry_costs(self, rotation: Tensor, rows: Tensor | slice) -> Tensor:
+    def entry_costs(self, rotation: Tensor, rows: Tensor) -> Tensor:
         """``f_i z_i^2`` of some rows, float32 ``[rows, hidden]``.
 
         Args:
@@ -57,7 +57,7 @@ class StreamInputs:
         return felt * (self.rows[rows] @ low).float().square()
 
 
-def masked_cost(site: StreamInputs, rotation: Tensor, price: float, rows: Tensor | slice) -> Tensor:
+def masked_cost(site: StreamInputs, rotation: Tensor, price: float, rows: Tensor) -> Tensor:
     """A site's part of the cost, a scalar with a gradient by the rotation.
 
     Args:
@@ -70,23 +70,16 @@ def masked_cost(site: StreamInputs, rotation: Tensor, price: float, rows: Tensor
 
 
 @torch.no_grad()
-def price_for(sites: Sequence[StreamInputs], rotation: Tensor, sparsity: float, rows: int = 64) -> float:
+def price_for(sites: Sequence[StreamInputs], rotation: Tensor, sparsity: float, rows: int = 256) -> float:
     """The price at which masks drop a share `sparsity` of the sites' weights.
 
     Args:
         sites: what they read.
         rotation: `Q`.
         sparsity: the target, in (0, 1).
-        rows: of each site, spread over all, that are looked at.
+        rows: of each site that are looked at.
     """
-    logs = [(site.entry_costs(rotation, slice(rows)) / site.outputs).clamp(min=_TINY).log().flatten() for site in sites]
-    wanted = sparsity * sum(site.outputs for site in sites)
-    low, high = min(float(x.min()) for x in logs), max(float(x.max()) for x in logs)
-    for _ in range(_HALVINGS):
-        level = (low + high) / 2
-        met = sum(site.outputs * float((x <= level).float().mean()) for site, x in zip(sites, logs, strict=True))
-        low, high = (level, high) if met < wanted else (low, level)
-    return float(torch.tensor(level).exp())
+    return _price(sites, [site.entry_costs(rotation, _some(site, rows)) for site in sites], sparsity)
 
 
 @torch.no_grad()
@@ -97,15 +90,26 @@ def dropped_cost(sites: Sequence[StreamInputs], rotation: Tensor, sparsity: floa
         sites: what they read.
         rotation: `Q`.
         sparsity: the target, in (0, 1).
-        rows: of each site, spread over all, that are looked at.
+        rows: of each site that are looked at.
     """
-    price, total = price_for(sites, rotation, sparsity, rows), 0.0
-    for site in sites:
-        costs = site.entry_costs(rotation, _spread(site, rows))
-        total += float(costs.where(costs < price * site.outputs, 0).mean(0).sum())
-    return total
+    costs = [site.entry_costs(rotation, _some(site, rows)) for site in sites]
+    price = _price(sites, costs, sparsity)
+    dropped = (c.where(c < price * site.outputs, 0).mean(0).sum() for site, c in zip(sites, costs, strict=True))
+    return float(sum(dropped))
 
 
-def _spread(site: StreamInputs, rows: int) -> slice:
-    """About so many rows of a site, at equal distances."""
-    return slice(None, None, max(1, len(site.rows) // rows))
+def _price(sites: Sequence[StreamInputs], costs: Sequence[Tensor], sparsity: float) -> float:
+    """`price_for` of the sites' entries with these costs."""
+    logs = [(c / site.outputs).clamp(min=_TINY).log().flatten() for site, c in zip(sites, costs, strict=True)]
+    wanted = sparsity * sum(site.outputs for site in sites)
+    low, high = min(float(x.min()) for x in logs), max(float(x.max()) for x in logs)
+    for _ in range(_HALVINGS):
+        level = (low + high) / 2
+        met = sum(site.outputs * float((x <= level).float().mean()) for site, x in zip(sites, logs, strict=True))
+        low, high = (level, high) if met < wanted else (low, level)
+    return float(torch.tensor(level).exp())
+
+
+def _some(site: StreamInputs, rows: int) -> Tensor:
+    """The places of so many rows, drawn once: at equal distances they may all be the same place of a window."""
+    return torch.randperm(len(site.rows), generator=torch.Generator().manual_seed(0))[:rows].to(site.rows.device)
