@@ -7,9 +7,7 @@
 
 `wikitext2.txt` is WikiText-2 raw test as the hub's data set joins it (lines with their newline, joined by two more);
 `lambada.txt` is the test passages of OpenAI's LAMBADA, joined by an empty line. `python_docs.txt` comes with Python.
-`sampled.txt` is text to train on where there is none: the model goes on from single tokens of its vocabulary, drawn at
-random (LLM-QAT, arXiv 2305.17888, section 3.1, which also takes the likeliest for the next three to five; here all are
-drawn).
+`sampled.txt` is text to train on where there is none, as `spon sample` makes it.
 """
 
 from __future__ import annotations
@@ -18,11 +16,11 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from spon_plugin.calibration.text import offline_text
 from spon_transformers.loading import load_model, load_tokenizer
+from spon_transformers.samples import sample_documents
 from spon_transformers.text_sources import text_sources
 
 
@@ -37,7 +35,9 @@ def main(
 ) -> None:
     """Write wikitext2.txt, lambada.txt and python_docs.txt, or sampled.txt."""
     if sample is not None:
-        write(output, {"sampled.txt": sampled(sample, tokens, seed, length, batch)})
+        model, tokenizer = load_model(sample, "auto"), load_tokenizer(sample)
+        documents = sample_documents(model, tokenizer, tokens, length, batch, seed)
+        write(output, {"sampled.txt": "\n\n".join(documents)})
         return
     if data is None:
         wiki, lambada = (
@@ -52,30 +52,6 @@ def main(
         rows = (data / "tasks" / "lambada_openai" / "test.jsonl").read_text(encoding="utf-8").splitlines()
         lambada = "\n\n".join(json.loads(row)["text"] for row in rows)
     write(output, {"wikitext2.txt": wiki, "lambada.txt": lambada, "python_docs.txt": offline_text()})
-
-
-@torch.no_grad()
-def sampled(name: str, tokens: int, seed: int, length: int = 256, batch: int = 32) -> str:
-    """Documents of `length` tokens at temperature 1, joined by empty lines."""
-    tokenizer, model = load_tokenizer(name), load_model(name, "auto")
-    torch.manual_seed(seed)
-    documents: list[str] = []
-    while len(documents) * length < tokens:
-        start = torch.randint(len(tokenizer), (batch, 1)).to(model.device)
-        made = model.generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_new_tokens=length - 1,
-            max_new_tokens=length - 1,
-            pad_token_id=0,
-        )
-        documents += tokenizer.batch_decode(made, skip_special_tokens=True)
-        print(f"{len(documents) * length} tokens", flush=True)
-    return "\n\n".join(documents)
 
 
 def write(output: Path, texts: dict[str, str]) -> None:

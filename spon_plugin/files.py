@@ -177,6 +177,27 @@ def new_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_new(path: str | Path, text: str) -> None:
+    """Write a text file, under a temporary name until it is whole.
+
+    Args:
+        path: the file to make; missing parents are made.
+        text: written in UTF-8, what that cannot hold as backslash sequences.
+
+    Raises:
+        SponError: something is at `path`.
+    """
+    path = check_new(path)
+    parent = path.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _follow_umask(directory: Path) -> None:
     """Give files that a library wrote for their owner alone the permissions that `directory` itself was made with."""
     mode = directory.stat().st_mode & 0o777

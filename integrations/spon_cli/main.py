@@ -21,6 +21,7 @@ from spon_cli.commands.quickstart import quickstart_command
 from spon_cli.commands.recover import recover_command
 from spon_cli.commands.report import report_command
 from spon_cli.commands.rotate import rotate_command
+from spon_cli.commands.sample import sample_command
 from spon_cli.commands.train import train_command
 from spon_cli.failures import in_a_sentence
 from spon_cli.output import show
@@ -41,6 +42,7 @@ app.command("eval")(eval_command)
 app.command("merge")(merge_command)
 app.command("quantize")(quantize_command)
 app.command("rotate")(rotate_command)
+app.command("sample")(sample_command)
 app.command("inspect")(inspect_command)
 app.command("push")(push_command)
 app.command("report")(report_command)

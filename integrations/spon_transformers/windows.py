@@ -12,19 +12,20 @@ from spon_plugin.errors import SponError
 _OFFSET = 8  # more rows than positions: OPT and its kin count from 2
 
 
-def check_length(model: Any, length: int) -> None:
+def check_length(model: Any, length: int, field: str = "window") -> None:
     """Check the length of windows before a text is tokenized.
 
     Args:
         model: a `PreTrainedModel`.
         length: tokens per window.
+        field: what errors call it.
 
     Raises:
         SponError: the model has learned fewer positions. Rotary and relative positions have no such end.
     """
     positions = learned_positions(model)
     if positions is not None and length > positions:
-        raise SponError.of("window", length, f"at most {positions} tokens, the positions that the model has learned")
+        raise SponError.of(field, length, f"at most {positions} tokens, the positions that the model has learned")
 
 
 def check_ids(model: Any, ids: Tensor) -> None:

@@ -40,7 +40,8 @@ def names(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["quickstart", "calibrate", "train", "eval", "merge", "quantize", "rotate", "inspect", "report"]
+    "command",
+    ["quickstart", "calibrate", "train", "eval", "merge", "quantize", "rotate", "sample", "inspect", "report"],
 )
 def test_help_has_an_example(spon, command):
     code, out, _ = spon(command, "--help")
@@ -611,3 +612,25 @@ def test_a_full_disk_leaves_nothing(spon, tiny_model_dir, text, tmp_path, monkey
     assert code == 1 and "No space left on device" in err
     trained = ["out.training"] if command == "train" else []  # to go on from when there is room
     assert names(tmp_path) == [*trained, "text.txt"] and ("--resume" in err) == bool(trained)
+
+
+SAMPLE = ["--tokens", "200", "--length", "16", "--batch-size", "8"]
+
+
+def test_sampled_text_is_the_models_own_and_the_same_again(spon, tiny_model_dir, tmp_path):
+    code, out, err = spon("sample", tiny_model_dir, *SAMPLE, "-o", tmp_path / "new/a.txt", "--json")
+    assert code == 0, err
+    shown = json.loads(out)
+    assert shown["documents"] == 16 and shown["tokens"] == 256, "whole batches"
+    first = (tmp_path / "new/a.txt").read_text()
+    assert first.count("\n\n") >= 15 and len(set(first.split("\n\n"))) > 8
+    assert names(tmp_path / "new") == ["a.txt"]
+    state = torch.get_rng_state()
+    assert spon("sample", tiny_model_dir, *SAMPLE, "-o", tmp_path / "b.txt")[0] == 0
+    assert (tmp_path / "b.txt").read_text() == first and torch.equal(torch.get_rng_state(), state)
+    assert spon("sample", tiny_model_dir, *SAMPLE, "--seed", "1", "-o", tmp_path / "c.txt")[0] == 0
+    assert (tmp_path / "c.txt").read_text() != first
+    code, _, err = spon("sample", tiny_model_dir, *SAMPLE, "-o", tmp_path / "b.txt")
+    assert code == 2 and "b.txt" in err and (tmp_path / "b.txt").read_text() == first
+    code, _, err = spon("sample", tiny_model_dir, *SAMPLE, "--length", "1", "-o", tmp_path / "d.txt")
+    assert code == 2 and "length" in err and not (tmp_path / "d.txt").exists()

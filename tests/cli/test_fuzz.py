@@ -33,6 +33,7 @@ from spon_cli.commands import (
     quantize,
     quickstart,
     rotate,
+    sample,
     train,
 )
 from spon_plugin import Adapter, Mask, SponError, SponFields, find_sites, write_adapter
@@ -48,6 +49,7 @@ RIGHT: dict[str, list[str]] = {
     "merge": ["adapter", "-o", "out", "--model", "model"],
     "quantize": ["model", "-o", "out", "--group", "16"],
     "rotate": ["model", "-o", "out", "--text", "text.txt", "--window", "32"],
+    "sample": ["model", "-o", "out", "--tokens", "64", "--length", "32"],
     "inspect": ["adapter"],
     "report": ["results.json", "-o", "out"],
     "compare": ["model", "-o", "out", "--text", "text.txt", "--test", "text.txt", "--calibration-tokens", "512"],
@@ -57,7 +59,7 @@ RIGHT: dict[str, list[str]] = {
 }
 NUMBERS = ["--sparsity", "--window", "--windows", "--tokens", "--max-tokens", "--batch-size", "--seed", "--epochs",
            "--learning-rate", "--weight-decay", "--dense-prefix", "--calibration-tokens", "--count",
-           "--max-length", "--bits", "--steps", "--group", "--passages", "--ridge"]  # fmt: skip
+           "--max-length", "--bits", "--steps", "--group", "--passages", "--ridge", "--length"]  # fmt: skip
 WORDS = ["--allocation", "--alpha", "--alpha-modules", "--target-modules", "--preset", "--dtype", "--protocol",
          "--precision", "--methods", "--method", "--study", "--projection", "--precisions", "--metric",
          "--formats"]  # fmt: skip
@@ -91,6 +93,7 @@ def no_work(patch: pytest.MonkeyPatch) -> None:
         quickstart: ["smollm2_gguf"],
         quantize: ["quantize"],
         rotate: ["rotate_model"],
+        sample: ["sample_documents"],
     }.items():
         for name in names:
             patch.setattr(module, name, worked)
@@ -169,7 +172,7 @@ def broken_file(draw: random.Random, directory: Path) -> list[str]:
     files = {
         "adapter/adapter_config.json": ["inspect", "eval", "merge", "train adapter"],
         "adapter/adapter_model.safetensors": ["inspect", "eval", "analyze", "train adapter"],
-        "model/config.json": ["calibrate", "train", "merge", "quantize", "rotate", "compare"],
+        "model/config.json": ["calibrate", "train", "merge", "quantize", "rotate", "sample", "compare"],
         "model/tokenizer.json": ["calibrate", "eval"],
         "model/tokenizer_config.json": ["calibrate", "analyze"],
         "model/model.safetensors": ["calibrate", "ablate"],

@@ -33,6 +33,8 @@ def test_the_limit_is_that_of_the_model_itself(kind):
     model(input_ids=torch.zeros(1, limit, dtype=torch.int64))
     with pytest.raises(SponError, match=f"window: got {limit + 1}, expected at most {limit} tokens"):
         check_length(model, limit + 1)
+    with pytest.raises(SponError, match=f"length: got {limit + 1}"):
+        check_length(model, limit + 1, "length")
     with pytest.raises((IndexError, RuntimeError)):  # what the check comes before
         model(input_ids=torch.zeros(1, limit + 1, dtype=torch.int64))
 
