@@ -233,6 +233,29 @@ def test_a_part_of_a_weight_is_read_in_place_and_again_to_the_same_bits(device: 
     assert torch.equal(y, scaled.sparse_linear(x, part, tau, launch=replace(LAUNCH, splits=3)))
 
 
+@pytest.mark.parametrize(
+    ("format", "capability", "rows", "spreads", "stages"),
+    [
+        ("int8", (10, 0), 1, True, 3),
+        ("int4", (12, 0), 1, True, 3),
+        ("fp8", (8, 0), 1, True, 3),
+        ("int4", (9, 0), 1, True, 1),
+        ("fp8", (10, 0), 1, True, 1),
+        ("int8", (10, 0), 4, True, 1),
+        ("int8", (10, 0), 1, False, 1),
+    ],
+)
+def test_codes_are_copied_ahead_where_a_barrier_does_not_hold_loads_together(
+    format: str, capability: tuple[int, int], rows: int, spreads: bool, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaled, "capability", lambda _device: capability)
+    monkeypatch.setattr(scaled, "SPREADS_LOADS", spreads)
+    found = scaled.copied_ahead(LAUNCH, make(format, group=64), rows, torch.device("cpu"))
+    assert found == replace(LAUNCH, num_stages=stages)
+    deeper = replace(LAUNCH, num_stages=4)
+    assert scaled.copied_ahead(deeper, make(format, group=64), rows, torch.device("cpu")) == deeper
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("format", FORMATS)
 def test_tiles_that_are_copied_ahead(format: str, rows: int, device: torch.device) -> None:
