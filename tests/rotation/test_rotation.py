@@ -102,6 +102,15 @@ def test_at_its_price_masks_drop_the_share_that_is_asked_for(sparsity):
     assert dropped / 14 == pytest.approx(sparsity, abs=0.01)
 
 
+@pytest.mark.parametrize("first", ["a text of their own", "a place in every window"])
+def test_the_price_is_that_of_all_rows_not_of_those_that_come_first(first):
+    rows = torch.randn(16_384, 8, generator=torch.Generator().manual_seed(0))
+    rows[slice(512) if first == "a text of their own" else slice(None, None, 64)] *= 1e-3
+    site = [StreamInputs(rows, torch.eye(8), 4)]
+    every = price_for(site, torch.eye(8), 0.5, rows=len(rows))
+    assert price_for(site, torch.eye(8), 0.5) == pytest.approx(every, rel=0.2)
+
+
 def test_the_search_finds_the_axes_and_is_reproducible():
     sites = inputs()
     found = find_rotation(sites, 0.5, steps=600)
