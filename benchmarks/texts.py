@@ -36,7 +36,7 @@ def main(
     """Write wikitext2.txt, lambada.txt and python_docs.txt, or sampled.txt."""
     if sample is not None:
         model, tokenizer = load_model(sample, "auto"), load_tokenizer(sample)
-        documents = sample_documents(model, tokenizer, tokens, length, batch, seed)
+        documents = sample_documents(model, tokenizer, tokens, length, batch, seed, progress=shown)
         write(output, {"sampled.txt": "\n\n".join(documents)})
         return
     if data is None:
@@ -52,6 +52,11 @@ def main(
         rows = (data / "tasks" / "lambada_openai" / "test.jsonl").read_text(encoding="utf-8").splitlines()
         lambada = "\n\n".join(json.loads(row)["text"] for row in rows)
     write(output, {"wikitext2.txt": wiki, "lambada.txt": lambada, "python_docs.txt": offline_text()})
+
+
+def shown(done: int, _tokens: int) -> None:
+    """Say how many tokens have been sampled."""
+    print(f"{done} tokens", flush=True)
 
 
 def write(output: Path, texts: dict[str, str]) -> None:

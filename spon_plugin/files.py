@@ -159,9 +159,7 @@ def new_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path)
     if not overwrite:
         check_new(path)
-    parent = path.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    temporary = _beside(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -188,14 +186,19 @@ def write_new(path: str | Path, text: str) -> None:
         SponError: something is at `path`.
     """
     path = check_new(path)
-    parent = path.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    temporary = _beside(path)
     try:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """A temporary name in the directory of `path`, which is made if it is not there."""
+    parent = path.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    return parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
 
 
 def _follow_umask(directory: Path) -> None:

@@ -36,10 +36,11 @@ def sample_documents(
     """
     documents: list[str] = []
     device = model.device
+    vocabulary = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])  # a tokenizer may know more
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         while len(documents) * length < tokens:
-            start = torch.randint(len(tokenizer), (batch_size, 1)).to(device)
+            start = torch.randint(vocabulary, (batch_size, 1)).to(device)
             made = model.generate(
                 start,
                 attention_mask=torch.ones_like(start),

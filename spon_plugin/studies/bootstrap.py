@@ -10,8 +10,9 @@ the Bootstrap", The American Statistician 69(4), 2015, section 5.3.2), as plain 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,20 @@ def interval(means: Tensor, statistic: Callable[[Tensor], Tensor], seed: int = 0
         return None
     drawn = [statistic(means.double() @ times.t() / windows) for times in _draws(windows, windows, seed)]
     return _ends(torch.cat(drawn), windows)
+
+
+def window_losses(*results: Mapping[str, Any]) -> Tensor | None:
+    """The mean loss of each result in each window, for `interval`.
+
+    Args:
+        results: of one test text, as studies keep them.
+
+    Returns:
+        float64 ``[results, windows]``; None where a result has not kept its windows.
+    """
+    columns = [(result.get("windows") or {}).get("nll") for result in results]
+    kept = all(column and None not in column for column in columns)
+    return torch.tensor(columns, dtype=torch.float64) if kept else None
 
 
 def percentile_interval(values: Tensor, share: float, seed: int = 0) -> Interval | None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spon_plugin.studies.bootstrap import Interval, excludes_zero, interval
+from spon_plugin.studies.bootstrap import Interval, excludes_zero, interval, window_losses
 from spon_plugin.studies.evaluation import share_recovered
 
 Result = Mapping[str, Any]
@@ -84,9 +84,7 @@ class Between(NamedTuple):
         return None if means is None else excludes_zero(interval(means, lambda mean: mean[3] - self._teal(mean)))
 
     def _losses(self, own: Result) -> Tensor | None:
-        columns = [(result.get("windows") or {}).get("nll") for result in (self.dense, self.first, self.second, own)]
-        kept = all(column and None not in column for column in columns)
-        return torch.tensor(columns, dtype=torch.float64) if kept else None
+        return window_losses(self.dense, self.first, self.second, own)
 
     def _teal(self, mean: Tensor) -> Tensor:
         dense, first, second, _ = mean

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from spon_plugin.studies.bootstrap import Interval, interval
+from spon_plugin.studies.bootstrap import Interval, interval, window_losses
 from spon_plugin.studies.equal_bytes import Between
 from spon_plugin.studies.evaluation import share_recovered
 from spon_plugin.studies.recovery_plan import COMMON, UNIFORM
@@ -37,15 +36,8 @@ MORE = (
 def share(dense: Mapping[str, Any], teal: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[float | None, Any]:
     """The share that a row recovers on one test, and its interval; see `bootstrap.interval`."""
     value = share_recovered(dense["perplexity"], teal["perplexity"], row["perplexity"])
-    means = _losses(dense, teal, row)
+    means = window_losses(dense, teal, row)
     return value, None if value is None or means is None else interval(means, _share)
-
-
-def _losses(*sides: Mapping[str, Any]) -> Tensor | None:
-    """The mean loss of each side in each window, float64 ``[sides, windows]``; None where one was not kept."""
-    columns = [side.get("windows", {}).get("nll") for side in sides]
-    kept = all(column and None not in column for column in columns)
-    return torch.tensor(columns, dtype=torch.float64) if kept else None
 
 
 def _share(means: Tensor) -> Tensor:
@@ -57,7 +49,7 @@ def gain(
     dense: Mapping[str, Any], teal: Mapping[str, Any], common: Mapping[str, Any], row: Mapping[str, Any]
 ) -> tuple[float, Interval] | None:
     """How much more a row recovers than another one on a test, in shares, and the interval in pairs over windows."""
-    means = _losses(dense, teal, common, row)
+    means = window_losses(dense, teal, common, row)
     ends = None if means is None else interval(means, _gain)
     return None if means is None or ends is None else (float(_gain(means.mean(-1, keepdim=True))), ends)
 

@@ -48,7 +48,7 @@ def sample_command(given: SampleOptions) -> None:
     with progress_bars() as stage:
         stage("Loading the model")
         tokenizer = load_tokenizer(given.model, given.trust_remote_code)
-        model = load_model(given.model, given.dtype, trust_remote_code=given.trust_remote_code).eval()
+        model = load_model(given.model, given.dtype, trust_remote_code=given.trust_remote_code)
         check_length(model, given.length, "length")
         documents = sample_documents(
             model, tokenizer, given.tokens, given.length, given.batch_size, given.seed, stage("Sampling")
