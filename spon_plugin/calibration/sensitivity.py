@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.gradients import ObserveGradient, stream_gradients
 from spon_plugin.calibration.measurement import measure_sparsity
-from spon_plugin.calibration.streaming import SINKS, check_windows, counted_rows, first_positions
+from spon_plugin.calibration.streaming import SINKS, check_windows, first_positions
 from spon_plugin.decoder.sites import Site, module_weights
 from spon_plugin.masking import check_sparsity
 from spon_plugin.progress import Progress, no_progress
@@ -195,11 +195,11 @@ def collect_fisher(
         def observe(x: Tensor, gradient: Tensor) -> None:
             special = first_positions(x, shape, skip)
             squares = gradient.float().square()
-            counted[path] = counted[path] + counted_rows(squares, special).sum(0).cpu()
+            counted[path] = counted[path] + _chosen(squares, None if special is None else ~special)
             if special is not None and masked_first:
                 dense = first_positions(x, shape, dense_prefix)
                 apart = special if dense is None else special & ~dense
-                first[path] = first[path] + squares[apart].sum(0).cpu()
+                first[path] = first[path] + _chosen(squares, apart)
                 if path in first_rows:
                     first_rows[path].append(x[apart].float().cpu())
 
@@ -208,11 +208,18 @@ def collect_fisher(
     observers = {path: watch(path) for path in module_weights(sites)}
     stream_gradients(model, observers, windows, seed, progress)
     return Sensitivities(
-        counted={path: total / windows[:, skip:].numel() for path, total in counted.items()},
-        first={path: total / (len(windows) * masked_first) for path, total in first.items()},
+        counted={path: total.cpu() / windows[:, skip:].numel() for path, total in counted.items()},
+        first={path: total.cpu() / (len(windows) * masked_first) for path, total in first.items()},
         first_rows={path: torch.cat(rows) for path, rows in first_rows.items() if rows},
         first_share=masked_first / (windows.shape[1] - skip + masked_first),
     )
+
+
+def _chosen(values: Tensor, rows: Tensor | None) -> Tensor:
+    """The sum of ``values [..., features]`` over some rows, bool ``[...]``, or all; without waiting for a device."""
+    if rows is not None:
+        values = values.where(rows.unsqueeze(-1), 0)
+    return values.flatten(0, -2).sum(0)
 
 
 def solve(samples: Sequence[SiteSample], sparsity: float, blend: float = BLEND) -> dict[str, Mask]:
@@ -278,12 +285,26 @@ def _level(
         for sample, shape, center in zip(samples, shapes, centers, strict=True)
         for path, log in shape.items()
     ]
-    total = sum(outputs * e.shape[1] for e, outputs in excess)
-    low, high = min(float(e.min()) for e, _ in excess), max(float(e.max()) for e, _ in excess)
-    for _ in range(_BISECTIONS):
+    return level_below([e for e, _ in excess], [outputs for _, outputs in excess], sparsity, _BISECTIONS)
+
+
+def level_below(values: Sequence[Tensor], outputs: Sequence[int], share: float, halvings: int) -> float:
+    """The level below which a share of the weights lies, by bisection; a device is waited for once a halving.
+
+    Args:
+        values: of the entries of each linear's or site's inputs, ``[tokens, in_features]``.
+        outputs: how many weights an entry of each meets.
+        share: of all weights, in [0, 1].
+        halvings: of the range of the values.
+    """
+    wanted = share * sum(count * x.shape[1] for x, count in zip(values, outputs, strict=True))
+    low = float(torch.stack([x.min() for x in values]).min())
+    high = float(torch.stack([x.max() for x in values]).max())
+    for _ in range(halvings):
         level = (low + high) / 2
-        met = sum(outputs * e.shape[1] * float((e <= level).float().mean()) for e, outputs in excess)
-        low, high = (level, high) if met < sparsity * total else (low, level)
+        below = torch.stack([(x <= level).float().mean() for x in values]).tolist()
+        met = sum(count * x.shape[1] * part for x, count, part in zip(values, outputs, below, strict=True))
+        low, high = (level, high) if met < wanted else (low, level)
     return (low + high) / 2
 
 

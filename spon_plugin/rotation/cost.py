@@ -14,12 +14,14 @@ model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from spon_plugin.calibration.sensitivity import level_below
 from spon_plugin.machine import compute_dtype
 
 _TINY = 1e-30
@@ -100,14 +102,8 @@ def dropped_cost(sites: Sequence[StreamInputs], rotation: Tensor, sparsity: floa
 
 def _price(sites: Sequence[StreamInputs], costs: Sequence[Tensor], sparsity: float) -> float:
     """`price_for` of the sites' entries with these costs."""
-    logs = [(c / site.outputs).clamp(min=_TINY).log().flatten() for site, c in zip(sites, costs, strict=True)]
-    wanted = sparsity * sum(site.outputs for site in sites)
-    low, high = min(float(x.min()) for x in logs), max(float(x.max()) for x in logs)
-    for _ in range(_HALVINGS):
-        level = (low + high) / 2
-        met = sum(site.outputs * float((x <= level).float().mean()) for site, x in zip(sites, logs, strict=True))
-        low, high = (level, high) if met < wanted else (low, level)
-    return float(torch.tensor(level).exp())
+    logs = [(c / site.outputs).clamp(min=_TINY).log() for site, c in zip(sites, costs, strict=True)]
+    return math.exp(level_below(logs, [site.outputs for site in sites], sparsity, _HALVINGS))
 
 
 def _some(site: StreamInputs, rows: int) -> Tensor:

@@ -116,10 +116,11 @@ def rows(
     ]
     trials = [Row(label, first, recipe=replace(large, **changes), extension=ext) for label, changes, ext in tried]
     found += [*trials[:9], Row(TUNED, first, recipe=large, deltas=RANK)]
-    found.append(Row(f"{BEST}, centres", first, recipe=long, extension=Extension(centers=True)))
+    found += [Row(f"{TUNED}, {BEST}", s, recipe=long, deltas=RANK) for s in sparsities]
+    found.append(Row(f"centres trained, too, {BEST}", first, recipe=long, extension=Extension(centers=True)))
     for s in sparsities:
         found += [Row(BEST, s, recipe=long, seed=seed) for seed in range(1, seeds)]
     found += trials[9:]
-    found += [Row(COMMON, first, recipe=large, seed=seed) for seed in range(1, seeds)]
+    found += [Row(COMMON, s, recipe=large, seed=seed) for s in sparsities for seed in range(1, seeds)]
     found.append(Row("alpha on uniform TEAL", first, TEAL, large))
     return found

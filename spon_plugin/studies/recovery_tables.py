@@ -27,6 +27,11 @@ EQUAL = (
     "rows as a power of what is saved."
 )
 
+SEEDS = (
+    "The mean over seeds of the order of the windows, and in brackets the lowest and the highest; at equal bytes where "
+    "there is such a table."
+)
+
 MORE = (
     "Differences of shares, in pairs over the same windows. Rows of the options' steps differ from that one in what "
     "their label says, the others in their steps, too."
@@ -119,6 +124,25 @@ def equal_bytes(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> 
     return body
 
 
+def over_seeds(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[list[str]]:
+    """Lines of the table of mean shares of what was trained with several seeds; at equal bytes where that is known."""
+    found: dict[tuple[float, str], dict[str, list[float]]] = {}
+    for record in records(rows, dense):
+        equal, plain = record["recovered_at_equal_bytes"], record["recovered"]
+        value = plain if equal is None else equal
+        if value is not None and record["row"] != UNIFORM:
+            of_row = found.setdefault((record["sparsity"], record["row"]), {})
+            of_row.setdefault(record["test"], []).append(value)
+    body = []
+    for (target, label), tests in found.items():
+        seeds = max(len(values) for values in tests.values())
+        if seeds > 1:
+            shares = (tests.get(test, []) for test in dense["tests"])
+            words = [f"{sum(v) / len(v):.2f} [{min(v):.2f}, {max(v):.2f}]" if v else "" for v in shares]
+            body.append([f"{target:.0%}", label, str(seeds), *words])
+    return body
+
+
 def _at_equal_bytes(
     row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]
 ) -> list[tuple[float | None, Interval | None]]:
@@ -167,6 +191,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> str
     if equal := equal_bytes(rows, dense):
         head = ["target", "row", "seed", "tokens", *dense["tests"]]
         text += ["### At equal bytes", "", *markdown_table(head, equal, text=2), "", EQUAL, ""]
+    if seeds := over_seeds(rows, dense):
+        head = ["target", "row", "seeds", *dense["tests"]]
+        text += ["### Over seeds", "", *markdown_table(head, seeds, text=2), "", SEEDS, ""]
     if more := gains(rows, dense):
         head = ["target", "row", "seed", *dense["tests"]]
         text += [f"### Beyond `{COMMON}`", "", *markdown_table(head, more, text=2), "", MORE, ""]

@@ -155,7 +155,7 @@ class Extended(SparseMethod):
         center = self._trained_centers.get(site)
         kept, keep = mask.sparse_deviation(x) if center is None else reference(x, mask.threshold, center)
         if site in self.input_gain:
-            kept = kept * self.input_gain[site]
+            kept = (kept * self.input_gain[site]).to(x.dtype)  # in float32 where the model is not
         if site in self.down:
             kept = kept + F.linear(F.linear(x, self.down[site].to(x.dtype)), self.up[site].to(x.dtype))
         return kept, keep
@@ -163,6 +163,6 @@ class Extended(SparseMethod):
     def hooks(self, model: nn.Module) -> list[Any]:
         """See `SparseMethod.hooks`: gains of outputs."""
         return [
-            model.get_submodule(path).register_forward_hook(lambda _module, _args, y, gain=gain: y * gain)
+            model.get_submodule(path).register_forward_hook(lambda _module, _args, y, gain=gain: (y * gain).to(y.dtype))
             for path, gain in self.output_gain.items()
         ]

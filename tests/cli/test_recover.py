@@ -6,6 +6,8 @@ from tiny_models import make_byte_tokenizer, make_tiny_llama
 
 SMALL = ["--train-steps", "2", "--batch-size", "2", "--train-window", "64", "--window", "256", "--max-tokens", "1024"]
 
+ONLY = "four times,uniform TEAL,centres trained"
+
 
 def test_recover_writes_tables_and_a_plot_and_goes_on(tmp_path):
     make_tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
@@ -16,14 +18,18 @@ def test_recover_writes_tables_and_a_plot_and_goes_on(tmp_path):
     call += ["--sparsity", "0.5", "--calibration-tokens", "512", "--seeds", "1"]
     code, _, err = run(*call, "--workers", "0")
     assert code == 2 and "expected rows that were measured" in err
-    code, printed, err = run(*call, "--only", "four times,uniform TEAL")
+    code, printed, err = run(*call, "--only", ONLY)
     assert code == 0, err
     assert printed.startswith("Recovery") and "50% uniform TEAL, seed 0" in err
-    assert "four times the steps, centres" in (out / "table.md").read_text()  # a narrow terminal wraps it
+    table = (out / "table.md").read_text()  # a narrow terminal wraps it
+    assert 0 < table.index("| four times the steps |") < table.index("| uniform TEAL |"), (
+        "in the order that was asked for"
+    )
+    assert "centres trained, too, four times the steps" in table and "sensitivity" not in table
     names = {path.name for path in out.iterdir()}
     assert names == {"table.md", "table.csv", "table.json", "recovery.png", "settings.json", "rows", "adapters"}
     before = {path.name: path.read_bytes() for path in (out / "rows").iterdir()}
-    code, printed, err = run(*call, "--only", "four times,uniform TEAL", "--workers", "0", "--json")
+    code, printed, err = run(*call, "--only", ONLY, "--workers", "0", "--json")
     assert code == 0, err
     assert {path.name: path.read_bytes() for path in (out / "rows").iterdir()} == before
     tests = {row["test"] for row in json.loads(printed)["rows"]}

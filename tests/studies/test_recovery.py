@@ -11,7 +11,7 @@ from spon_plugin.files import claim
 from spon_plugin.studies.ablation import DENSE
 from spon_plugin.studies.recovery import Recovery
 from spon_plugin.studies.recovery_plan import BEST, COMMON, TUNED, UNIFORM, Row, rows
-from spon_plugin.studies.recovery_tables import gains, lines, markdown, records
+from spon_plugin.studies.recovery_tables import gains, lines, markdown, over_seeds, records
 from spon_plugin.studies.rows import RowStore
 
 WINDOWS = torch.randint(0, 256, (20, 32), generator=torch.Generator().manual_seed(0))
@@ -93,6 +93,20 @@ def test_shares_are_also_said_at_equal_bytes_where_teal_has_two_rows():
     table = markdown([lower, upper, own], dense)
     assert "### At equal bytes" in table and f"| {found['recovered_at_equal_bytes']:.2f} [" in table
     assert "At equal bytes" not in markdown([lower, own], dense), "one row of TEAL says nothing of other bytes"
+
+
+def test_several_seeds_become_their_mean_and_range():
+    def row(label, loss, seed=0):
+        test = {"perplexity": math.exp(loss), "saved": 0.5, "masked": 0.5, "tokens": 12}
+        return {"label": label, "sparsity": 0.5, "seed": seed, "recipe": None, "seconds": {}, "tests": {"a": test}}
+
+    dense, teal = row(DENSE, math.log(10)), row(UNIFORM, math.log(20))
+    trained = [row(COMMON, math.log(perplexity), seed) for seed, perplexity in enumerate((12, 13, 15))]
+    assert over_seeds([teal, *trained, row("sensitivity", math.log(18))], dense) == [
+        ["50%", COMMON, "3", "0.67 [0.50, 0.80]"]
+    ]
+    assert "### Over seeds" in markdown([teal, *trained], dense)
+    assert "### Over seeds" not in markdown([teal, trained[0]], dense)
 
 
 def test_a_row_of_tuned_weights_leaves_the_model_as_it_was(study, tmp_path):

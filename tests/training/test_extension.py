@@ -37,6 +37,15 @@ def matcher(model, target):
 
 
 @pytest.mark.parametrize("extension", KINDS.values(), ids=KINDS)
+def test_an_extension_learns_in_bfloat16(tiny_llama, extension):
+    model = tiny_llama.to(torch.bfloat16)
+    fitted, teacher = fit(model), Teacher(model, WINDOWS)
+    method = Extended(fitted, model, find_sites(model), extension)
+    _, losses, _ = distil(model, method, fitted, teacher, RECIPE, match=matcher(model, 0.5))
+    assert losses[-1]["loss"] < losses[0]["loss"]
+
+
+@pytest.mark.parametrize("extension", KINDS.values(), ids=KINDS)
 def test_an_extension_begins_as_the_method_alone_and_learns(tiny_llama, extension):
     fitted, teacher = fit(tiny_llama), Teacher(tiny_llama, WINDOWS)
     method = Extended(fitted, tiny_llama, find_sites(tiny_llama), extension)

@@ -45,7 +45,7 @@ class RecoverOptions(options.StudyOptions):
     batch_size: Annotated[int, typer.Option(help="Windows per step."), Between(1, options.MANY)] = 8
     train_window: Annotated[int, typer.Option(help="Tokens per training window."), Between(2, options.MANY)] = 512
     seeds: Annotated[int, typer.Option(help="Seeds of what claims rest on."), Between(1, options.MANY)] = 3
-    only: Annotated[str | None, typer.Option(help="Comma-separated: rows whose label begins so.")] = None
+    only: Annotated[str | None, typer.Option(help="Comma-separated: rows whose label begins so, in this order.")] = None
     against: Annotated[
         Path | None,
         typer.Option(help="OUTPUT of another run: shares are of its TEAL's gap, such as before `spon rotate`."),
@@ -63,7 +63,9 @@ class RecoverOptions(options.StudyOptions):
             raise SponError.of("sparsity", self.sparsity, "comma-separated numbers, as 0.5,0.6")
         every = rows(targets, self.train_steps, self.batch_size, self.train_window, seeds=self.seeds)
         words = options.split_names(self.only)
-        return [row for row in every if words is None or row.label.startswith(tuple(words))]
+        if words is None:
+            return every
+        return list(dict.fromkeys(row for word in words for row in every if row.label.startswith(word)))
 
 
 @command
@@ -83,6 +85,7 @@ def recover_command(given: RecoverOptions) -> None:
     if given.workers == 1:
         work(given, wanted)
     elif given.workers > 1:
+        given.sources("train"), given.tests()  # one process says what is wrong with them, not each
         context = multiprocessing.get_context("spawn")
         processes = [context.Process(target=work, args=(given, wanted), daemon=True) for _ in range(given.workers)]
         for process in processes:
