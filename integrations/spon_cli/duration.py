@@ -9,6 +9,8 @@ import torch
 
 from spon_cli.output import note
 from spon_plugin import machine
+from spon_plugin.sparsifiers.registry import plain_name
+from spon_plugin.sparsifiers.sensitivity import Sensitivity
 from spon_plugin.training.recipe import Recipe
 
 READ, FELT, TRAINED, COMPARED = 1, 3, 3, 3
@@ -34,7 +36,7 @@ def likely_minutes(parameters: int, passes: int, dtype: torch.dtype, device: tor
 
 def calibration_passes(method: str, tokens: int) -> int:
     """Passes of tokens that a method calibrates with."""
-    return (FELT if method == "sensitivity" else READ) * tokens
+    return (FELT if plain_name(method) == Sensitivity.name else READ) * tokens
 
 
 def training_passes(recipe: Recipe) -> int:

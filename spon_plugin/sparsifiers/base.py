@@ -110,6 +110,15 @@ class Sparsifier(ABC):
         self.complete(model, statistics, progress)
         return statistics
 
+    @classmethod
+    def of(cls, parameter: str) -> Sparsifier:
+        """The method with a parameter, which is asked for as ``name:parameter``.
+
+        Raises:
+            SponError: it takes none, or not this one.
+        """
+        raise SponError.of("method", f"{cls.name}:{parameter}", f"{cls.name} alone, as it has no parameter")
+
     def observer(self, model: nn.Module, site: Site, statistics: Statistics) -> Any:
         """What sees the site's input beside the histogram of magnitudes: an object with ``update(rows)``, or None."""
         return None

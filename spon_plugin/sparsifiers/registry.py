@@ -57,13 +57,15 @@ def method_names() -> list[str]:
 
 
 def get_sparsifier(name: str) -> Sparsifier:
-    """The method of that name.
+    """The method of that name, or of ``name:parameter`` (`Sparsifier.of`).
 
     Raises:
-        SponError: there is none, or the package that brings it is broken.
+        SponError: there is none, it has no such parameter, or the package that brings it is broken.
     """
     if name in SPARSIFIERS:
         return SPARSIFIERS[name]()
+    if (plain := plain_name(name)) in SPARSIFIERS:
+        return SPARSIFIERS[plain].of(name[len(plain) + 1 :])
     brought = _brought().get(name)
     if brought is None:
         raise SponError.of("method", name, "one of " + ", ".join(method_names()))
@@ -79,6 +81,11 @@ def get_sparsifier(name: str) -> Sparsifier:
     if getattr(sparsifier, "name", None) != name:
         raise SponError.of(f"{source}: name", getattr(sparsifier, "name", None), repr(name))
     return sparsifier
+
+
+def plain_name(name: str) -> str:
+    """The name of a method without its parameter."""
+    return name if name in SPARSIFIERS else name.partition(":")[0]
 
 
 def adapter_methods() -> list[str]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.calibration.sensitivity import (
+    BLEND,
     RATE,
     RowSample,
     collect_fisher,
@@ -15,6 +16,7 @@ from spon_plugin.calibration.sensitivity import (
     where_there_is_room,
 )
 from spon_plugin.decoder.sites import Site
+from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers.base import Statistics, linear_by_linear
 from spon_plugin.sparsifiers.thresholds import ThresholdFitted, ThresholdSparsifier
@@ -33,9 +35,31 @@ class Sensitivity(ThresholdSparsifier):
 
     Ours, not a paper's. Every linear has its own thresholds, and masks its input by itself; the linears of a site share
     the centres. The target holds for the whole model and is met in the sparse model itself.
+
+    Args:
+        blend: see `calibration.sensitivity.solve`; ``sensitivity:0.8`` by name.
+
+    Raises:
+        SponError: it lies outside [0, 1].
     """
 
     name, title = "sensitivity", "Sensitivity"
+
+    def __init__(self, blend: float = BLEND) -> None:
+        if not 0 <= blend <= 1:
+            raise SponError.of("method", f"sensitivity:{blend}", "a blend from 0 to 1", "Try sensitivity:0.8.")
+        self.blend = blend
+        if blend != BLEND:
+            self.name, self.title = f"sensitivity:{blend:g}", f"Sensitivity, blend {blend:g}"
+
+    @classmethod
+    def of(cls, parameter: str) -> Sensitivity:
+        """See `Sparsifier.of`: the blend."""
+        try:
+            return cls(float(parameter))
+        except ValueError:
+            expected = "sensitivity, or sensitivity:BLEND with a number from 0 to 1"
+            raise SponError.of("method", f"sensitivity:{parameter}", expected) from None
 
     def observer(self, model: nn.Module, site: Site, statistics: Statistics) -> RowSample:
         """See `Sparsifier.observer`."""
@@ -55,5 +79,5 @@ class Sensitivity(ThresholdSparsifier):
         sites, windows, prefix = statistics.sites, statistics.windows, statistics.dense_prefix
         device = next(model.parameters()).device
         samples = where_there_is_room([statistics.own[site.name] for site in sites], device)
-        masks = match_sparsity(model, sites, solve(samples, sparsity), windows, sparsity, prefix)
+        masks = match_sparsity(model, sites, solve(samples, sparsity, self.blend), windows, sparsity, prefix)
         return SensitivityFitted(self.name, linear_by_linear(statistics), sparsity, masks, "sensitivity", matched=True)

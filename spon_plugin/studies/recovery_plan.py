@@ -67,7 +67,13 @@ class Row:
 
 
 def rows(
-    sparsities: Sequence[float], steps: int, batch_size: int, window: int, paper: bool = True, seeds: int = 3
+    sparsities: Sequence[float],
+    steps: int,
+    batch_size: int,
+    window: int,
+    paper: bool = True,
+    seeds: int = 3,
+    method: str = SENSITIVITY,
 ) -> list[Row]:
     """The rows, the most telling first.
 
@@ -78,6 +84,7 @@ def rows(
         window: tokens per window.
         paper: whether the paper's own schedule is among them.
         seeds: of the rows that claims rest on.
+        method: of the rows that are not on uniform TEAL.
     """
     first = sparsities[0]
     fast = replace(PRESETS["fast"], windows=600)
@@ -123,4 +130,4 @@ def rows(
     found += trials[9:]
     found += [Row(COMMON, s, recipe=large, seed=seed) for s in sparsities for seed in range(1, seeds)]
     found.append(Row("alpha on uniform TEAL", first, TEAL, large))
-    return found
+    return [replace(row, method=method) if row.method == SENSITIVITY else row for row in found]

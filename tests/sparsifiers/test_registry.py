@@ -2,11 +2,12 @@
 import sys
 
 import pytest
+import torch
 from strangers import NAME, install
 
-from spon_plugin import SponError
+from spon_plugin import SponError, find_sites
 from spon_plugin.sparsifiers import SPARSIFIERS, Sparsifier, ThresholdSparsifier, get_sparsifier, method_names
-from spon_plugin.sparsifiers.registry import adapter_methods, adapter_sparsifier
+from spon_plugin.sparsifiers.registry import adapter_methods, adapter_sparsifier, plain_name
 
 
 @pytest.fixture
@@ -54,3 +55,39 @@ def test_a_method_for_evaluation_makes_no_adapter():
     with pytest.raises(SponError, match="method: got 'topk', expected one that masks inputs by thresholds: teal, "):
         adapter_sparsifier("topk")
     assert all(issubclass(cls, Sparsifier) and cls.name == name for name, cls in SPARSIFIERS.items())
+
+
+@pytest.mark.parametrize("name", SPARSIFIERS)
+def test_every_method_is_known_by_its_name(name):
+    assert get_sparsifier(name).name == name and plain_name(name) == name
+
+
+def test_sensitivity_takes_a_blend_by_name(tiny_llama):
+    windows = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    uniform, half, full = (
+        get_sparsifier(name).fit(tiny_llama, find_sites(tiny_llama), windows, 0.5)
+        for name in ("sensitivity:0", "sensitivity", "sensitivity:1.0")
+    )
+    assert [fitted.name for fitted in (uniform, half, full)] == ["sensitivity:0", "sensitivity", "sensitivity:1"]
+    assert plain_name(full.name) == "sensitivity" and get_sparsifier("sensitivity:0.5").name == "sensitivity"
+    spread = [
+        sum(float(mask.threshold.log().std()) for mask in fitted.masks.values()) for fitted in (uniform, half, full)
+    ]
+    assert spread[0] < 1e-3 and spread[1] == pytest.approx(spread[2] / 2, rel=1e-3)
+    adapter = full.adapter()
+    assert adapter.fields.allocation == "sensitivity"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    {
+        "no number": ("sensitivity:much", "with a number from 0 to 1"),
+        "too much": ("sensitivity:1.5", "with a number from 0 to 1"),
+        "nothing": ("sensitivity:", "with a number from 0 to 1"),
+        "not this one": ("teal:0.5", "teal alone"),
+        "unknown": ("nothing:0.5", "one of teal"),
+    }.values(),
+)
+def test_a_parameter_that_a_method_has_not_is_refused(name, message):
+    with pytest.raises(SponError, match=message):
+        get_sparsifier(name)

@@ -24,6 +24,7 @@ from spon_plugin import SponError
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.sites import target_names
 from spon_plugin.sparsifiers import SPARSIFIERS, get_sparsifier, method_names
+from spon_plugin.sparsifiers.registry import plain_name
 from spon_plugin.studies.comparison import DENSE, MEAN, OFF, ON, QUICK, Comparison, Key, by_key, keys
 from spon_plugin.studies.comparison_tables import (
     SHARES,
@@ -242,12 +243,13 @@ def _perplexities(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {number(result['perplexity'])}" for name, result in row["texts"].items())
 
 
-def _order(row: dict[str, Any]) -> tuple[int, float, int, str]:
+def _order(row: dict[str, Any]) -> tuple[int, str, float, int, str]:
     if row["method"] == DENSE:
-        return (-1, 0.0, 0, "")
+        return (-1, "", 0.0, 0, "")
     key = Key(row["method"], row["sparsity"], row["alpha"])
     return (
-        method_names().index(key.method),
+        method_names().index(plain_name(key.method)),
+        key.method,
         key.sparsity,
         (OFF, MEAN, ON, key.alpha).index(key.alpha),
         key.alpha,

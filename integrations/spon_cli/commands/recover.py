@@ -24,9 +24,10 @@ from spon_cli.study_plots import plot_recovery
 from spon_plugin import SponError
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.masking import check_sparsity
+from spon_plugin.sparsifiers.registry import adapter_sparsifier
 from spon_plugin.studies.ablation import DENSE
 from spon_plugin.studies.recovery import Recovery
-from spon_plugin.studies.recovery_plan import UNIFORM, Row, rows
+from spon_plugin.studies.recovery_plan import SENSITIVITY, UNIFORM, Row, rows
 from spon_plugin.studies.recovery_tables import columns, lines, markdown, records
 from spon_plugin.studies.rows import SETTINGS, RowStore
 from spon_plugin.studies.tables import csv_text, json_text, number
@@ -45,6 +46,7 @@ class RecoverOptions(options.StudyOptions):
     batch_size: Annotated[int, typer.Option(help="Windows per step."), Between(1, options.MANY)] = 8
     train_window: Annotated[int, typer.Option(help="Tokens per training window."), Between(2, options.MANY)] = 512
     seeds: Annotated[int, typer.Option(help="Seeds of what claims rest on."), Between(1, options.MANY)] = 3
+    method: Annotated[str, typer.Option(help="Of the masks that are not uniform TEAL's.")] = SENSITIVITY
     only: Annotated[str | None, typer.Option(help="Comma-separated: rows whose label begins so, in this order.")] = None
     against: Annotated[
         Path | None,
@@ -61,7 +63,8 @@ class RecoverOptions(options.StudyOptions):
         targets = [check_sparsity(value) for value in options.split_numbers("sparsity", self.sparsity)]
         if not targets:
             raise SponError.of("sparsity", self.sparsity, "comma-separated numbers, as 0.5,0.6")
-        every = rows(targets, self.train_steps, self.batch_size, self.train_window, seeds=self.seeds)
+        method = adapter_sparsifier(self.method).name
+        every = rows(targets, self.train_steps, self.batch_size, self.train_window, seeds=self.seeds, method=method)
         words = options.split_names(self.only)
         if words is None:
             return every
