@@ -44,6 +44,16 @@ def test_compare_writes_tables_resumes_and_refuses_other_settings(tiny_model_dir
         assert code == 2 and {"--passages": "last_words"}.get(other[0], other[0][2:].replace("-", "_")) + ": got" in err
 
 
+def test_rows_of_a_method_with_a_parameter_stand_beside_it(tiny_model_dir, texts, tmp_path):
+    methods = ["wanda-2:4", "sensitivity:0.8", "sensitivity", "sensitivity:1"]
+    out, wanted = tmp_path / "compare", ["--methods", ",".join(methods), "--alpha", "off", "--sparsity", "0.5"]
+    code, printed, err = run("compare", tiny_model_dir, "-o", out, *texts, *SMALL, *wanted, "--json")
+    assert code == 0, err
+    order = ["sensitivity", "sensitivity:0.8", "sensitivity:1", "wanda-2:4"]
+    assert [row["method"] for row in json.loads(printed)["rows"]] == order
+    assert "Sensitivity, blend 0.8" in (out / "table.md").read_text()
+
+
 def test_compare_refuses_rows_of_another_model(tiny_model_dir, texts, tmp_path):
     make_tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / tiny_model_dir.name)
     make_byte_tokenizer().save_pretrained(tmp_path / tiny_model_dir.name)

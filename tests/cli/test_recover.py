@@ -37,8 +37,12 @@ def test_recover_writes_tables_and_a_plot_and_goes_on(tmp_path):
     changed = [*call[:3], tmp_path / "other", *call[4:], "--only", "sensitivity", "--json"]
     code, printed, err = run(*changed, "--against", tmp_path / "nothing")
     assert code == 2 and "rows: got" in err and not (tmp_path / "other").exists()
-    code, printed, err = run(*changed, "--against", out)
+    code, _, err = run(*changed, "--method", "sensitivity:2")
+    assert code == 2 and "a number from 0 to 1" in err and not (tmp_path / "other").exists()
+    code, printed, err = run(*changed, "--against", out, "--method", "sensitivity:0.8")
     assert code == 0, err
+    rows = [json.loads(path.read_text()) for path in (tmp_path / "other" / "rows").iterdir()]
+    assert {row.get("method") for row in rows} == {None, "sensitivity:0.8"}, "the dense model's, and its masks"
     found = json.loads(printed)["rows"]
     assert {row["row"] for row in found} == {"uniform TEAL", "sensitivity"}, "the other run's, and its own"
     assert all(row["recovered"] is not None for row in found)
