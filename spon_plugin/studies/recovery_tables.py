@@ -114,31 +114,33 @@ def records(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list
     return flat
 
 
-def equal_bytes(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[list[str]]:
-    """Lines of the table of shares at equal bytes; none where TEAL has fewer than two rows."""
+def equal_bytes(flat: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Lines of the table of shares at equal bytes, from `records`; none where TEAL has fewer than two rows."""
     body = []
-    for row in rows:
-        words = [_words(*found) for found in _at_equal_bytes(row, rows, dense)]
+    for own in _by_row(flat):
+        words = [_words(r["recovered_at_equal_bytes"], _ends(r["equal_low"], r["equal_high"])) for r in own]
         if any(words):
-            body.append([f"{row['sparsity']:.0%}", row["label"], str(row["seed"]), str(row.get("tokens", "")), *words])
+            body.append([*_head(own[0]), _tokens(own[0]), *words])
     return body
 
 
-def over_seeds(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[list[str]]:
-    """Lines of the table of mean shares of what was trained with several seeds; at equal bytes where that is known."""
+def over_seeds(flat: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Lines of the table of mean shares of what was trained with several seeds, from `records`.
+
+    They are at equal bytes where that is known.
+    """
     found: dict[tuple[float, str], dict[str, list[float]]] = {}
-    for record in records(rows, dense):
+    for record in flat:
         equal, plain = record["recovered_at_equal_bytes"], record["recovered"]
         value = plain if equal is None else equal
-        if value is not None and record["row"] != UNIFORM:
-            of_row = found.setdefault((record["sparsity"], record["row"]), {})
-            of_row.setdefault(record["test"], []).append(value)
+        if record["row"] != UNIFORM:
+            shares = found.setdefault((record["sparsity"], record["row"]), {}).setdefault(record["test"], [])
+            shares += [] if value is None else [value]
     body = []
     for (target, label), tests in found.items():
-        seeds = max(len(values) for values in tests.values())
+        seeds = max(len(shares) for shares in tests.values())
         if seeds > 1:
-            shares = (tests.get(test, []) for test in dense["tests"])
-            words = [f"{sum(v) / len(v):.2f} [{min(v):.2f}, {max(v):.2f}]" if v else "" for v in shares]
+            words = [f"{sum(v) / len(v):.2f} [{min(v):.2f}, {max(v):.2f}]" if v else "" for v in tests.values()]
             body.append([f"{target:.0%}", label, str(seeds), *words])
     return body
 
@@ -165,33 +167,59 @@ def columns(dense: Mapping[str, Any]) -> list[str]:
     return ["target", "row", "seed", *tests, "masked", "read", "loss", "tokens", "train, s"]
 
 
-def lines(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[list[str]]:
-    """Lines of the table."""
-    flat = records(rows, dense)
+def lines(flat: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Lines of the table, from `records`."""
     body = []
-    for row in rows:
-        own = [r for r in flat if (r["sparsity"], r["row"], r["seed"]) == (row["sparsity"], row["label"], row["seed"])]
-        line = [f"{row['sparsity']:.0%}", row["label"], str(row["seed"])]
+    for own in _by_row(flat):
+        first, line = own[0], _head(own[0])
         for r in own:
-            ends = None if r["low"] is None else (r["low"], r["high"])
-            words = "" if row["label"] == UNIFORM else _words(r["recovered"], ends)
+            words = "" if r["row"] == UNIFORM else _words(r["recovered"], _ends(r["low"], r["high"]))
             line.append(number(r["perplexity"]) + (f": {words}" if words else ""))
         masked, saved = (sum(r[name] for r in own) / len(own) for name in ("masked", "saved"))
-        last, seconds = own[0]["loss"], own[0]["seconds"]
+        last, seconds = first["loss"], first["seconds"]
         line += [f"{masked:.1%}", f"{1 - saved:.1%}", "" if last is None else f"{last:.4f}"]
-        body.append([*line, str(row.get("tokens", "")), "" if seconds is None else f"{seconds:.0f}"])
+        body.append([*line, _tokens(first), "" if seconds is None else f"{seconds:.0f}"])
     return body
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> str:
-    """The table under its title."""
+def _by_row(flat: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The records of each row, one a test text."""
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for record in flat:
+        found.setdefault((record["sparsity"], record["row"], record["seed"]), []).append(record)
+    return list(found.values())
+
+
+def _head(record: Mapping[str, Any]) -> list[str]:
+    return [f"{record['sparsity']:.0%}", record["row"], str(record["seed"])]
+
+
+def _tokens(record: Mapping[str, Any]) -> str:
+    return str(record["training_tokens"] or "")
+
+
+def _ends(low: float | None, high: float | None) -> Interval | None:
+    return None if low is None or high is None else (low, high)
+
+
+def markdown(
+    rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], flat: Sequence[Mapping[str, Any]] | None = None
+) -> str:
+    """The tables under their titles.
+
+    Args:
+        rows: that were measured.
+        dense: the dense model's.
+        flat: `records` of the same, where they were made before.
+    """
+    flat = records(rows, dense) if flat is None else flat
     first = next(iter(dense["tests"].values()))
-    table = markdown_table(columns(dense), lines(rows, dense), text=2)
+    table = markdown_table(columns(dense), lines(flat), text=2)
     text = ["## Recovery", "", *table, "", f"{first['tokens']} tokens of each text. {NOTES}", ""]
-    if equal := equal_bytes(rows, dense):
+    if equal := equal_bytes(flat):
         head = ["target", "row", "seed", "tokens", *dense["tests"]]
         text += ["### At equal bytes", "", *markdown_table(head, equal, text=2), "", EQUAL, ""]
-    if seeds := over_seeds(rows, dense):
+    if seeds := over_seeds(flat):
         head = ["target", "row", "seeds", *dense["tests"]]
         text += ["### Over seeds", "", *markdown_table(head, seeds, text=2), "", SEEDS, ""]
     if more := gains(rows, dense):

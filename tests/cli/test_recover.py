@@ -28,6 +28,8 @@ def test_recover_writes_tables_and_a_plot_and_goes_on(tmp_path):
     assert "centres trained, too, four times the steps" in table and "sensitivity" not in table
     names = {path.name for path in out.iterdir()}
     assert names == {"table.md", "table.csv", "table.json", "recovery.png", "settings.json", "rows", "adapters"}
+    code, _, err = run(*call, "--text", text, "--workers", "2")
+    assert code == 2 and err.count("each text once") == 1 and "Traceback" not in err
     before = {path.name: path.read_bytes() for path in (out / "rows").iterdir()}
     code, printed, err = run(*call, "--only", ONLY, "--workers", "0", "--json")
     assert code == 0, err

@@ -45,7 +45,7 @@ def test_rows_are_measured_once_and_become_a_table(study, tmp_path):
     if gap > 0:
         assert best["recovered"] == pytest.approx((best["uniform_teal"] - best["perplexity"]) / gap)
     assert rank["saved"] == pytest.approx(best["saved"], abs=0.03) and rank["masked"] > best["masked"] + 0.05
-    assert len(lines(found, store.read(DENSE))) == 5 and markdown(found, store.read(DENSE)).count("\n| ") == 7
+    assert len(lines(flat)) == 5 and markdown(found, store.read(DENSE)).count("\n| ") == 7
     kept = {path.name: path for path in (tmp_path / "adapters").iterdir()}
     assert sorted(kept) == sorted(row.name for row in wanted() if not row.extension and not row.deltas)
     assert all(read_adapter(path).fields.calibration["matched"] for path in kept.values())
@@ -102,7 +102,7 @@ def test_several_seeds_become_their_mean_and_range():
 
     dense, teal = row(DENSE, math.log(10)), row(UNIFORM, math.log(20))
     trained = [row(COMMON, math.log(perplexity), seed) for seed, perplexity in enumerate((12, 13, 15))]
-    assert over_seeds([teal, *trained, row("sensitivity", math.log(18))], dense) == [
+    assert over_seeds(records([teal, *trained, row("sensitivity", math.log(18))], dense)) == [
         ["50%", COMMON, "3", "0.67 [0.50, 0.80]"]
     ]
     assert "### Over seeds" in markdown([teal, *trained], dense)

@@ -95,13 +95,13 @@ def recover_command(given: RecoverOptions) -> None:
             process.start()
         for process in processes:
             process.join()
-    found, dense = write_tables(given.output, wanted, other)
+    flat, dense = write_tables(given.output, wanted, other)
     if dense is None:
         raise SponError.of("output", str(given.output), "rows that were measured", "The lines above say what failed.")
     if given.json:
-        show_json({"rows": records(found, dense)})
+        show_json({"rows": flat})
         return
-    show_table("Recovery", columns(dense), lines(found, dense))
+    show_table("Recovery", columns(dense), lines(flat))
     note(f"Tables and plot written to {given.output}")
 
 
@@ -137,12 +137,15 @@ def work(given: RecoverOptions, wanted: Sequence[Row]) -> None:
 def write_tables(
     output: Path, wanted: Sequence[Row], other: RowStore | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Write table.md, table.csv, table.json and recovery.png of the rows that are there, and give them.
+    """Write table.md, table.csv, table.json and recovery.png of the rows that are there.
 
     Args:
         output: the directory of the rows.
         wanted: which.
         other: rows of another model on the same texts, whose dense model and uniform TEAL take the place of these.
+
+    Returns:
+        `recovery_tables.records` of the rows, and the dense model's row; none and None where there are none.
 
     Raises:
         SponError: the other rows are of other texts.
@@ -158,13 +161,14 @@ def write_tables(
         found = [row for row in other.all() if row.get("label") == UNIFORM] + [
             row for row in found if row["label"] != UNIFORM
         ]
-    if dense is not None and found:
-        flat = records(found, dense)
-        (output / "table.md").write_text(markdown(found, dense), encoding="utf-8")
-        (output / "table.csv").write_text(csv_text(flat), encoding="utf-8")
-        (output / "table.json").write_text(json_text({"settings": store.settings, "rows": flat}), encoding="utf-8")
-        plot_recovery(flat, output / "recovery.png")
-    return found, dense
+    if dense is None or not found:
+        return [], dense
+    flat = records(found, dense)
+    (output / "table.md").write_text(markdown(found, dense, flat), encoding="utf-8")
+    (output / "table.csv").write_text(csv_text(flat), encoding="utf-8")
+    (output / "table.json").write_text(json_text({"settings": store.settings, "rows": flat}), encoding="utf-8")
+    plot_recovery(flat, output / "recovery.png")
+    return flat, dense
 
 
 def check_against(other: RowStore, settings: Mapping[str, Any]) -> None:
