@@ -51,9 +51,9 @@ def make(format: str, shape: tuple[int, int], dtype: torch.dtype, group: int, ge
 
 
 def clone(weight: RowWeight) -> RowWeight:
-    """The same values elsewhere in memory."""
+    """The same values elsewhere in memory, as a layer holds them."""
     if isinstance(weight, ScaledWeight):
-        return replace(weight, codes=weight.codes.clone(), scales=weight.scales.clone())
+        return replace(weight, codes=weight.codes.clone(), scales=weight.scales.clone()).arranged()
     return replace(weight, codes=weight.codes.clone())
 
 
@@ -65,6 +65,12 @@ def alias(weight: RowWeight) -> RowWeight:
 def tensors(weight: RowWeight) -> list[Tensor]:
     """What a product with nothing masked reads."""
     return [weight.codes, weight.scales] if isinstance(weight, ScaledWeight) else [weight.codes]
+
+
+def words(weight: RowWeight) -> list[Tensor]:
+    """The memory that `weight` lies in, flat, int64, what lies between its rows with it; the weight is on a CPU."""
+    flat = [part.as_strided((part.shape[0] * part.stride(0),), (1,)) for part in tensors(weight)]
+    return [part.view(torch.int64) for part in flat]
 
 
 def nbytes(weight: RowWeight) -> int:

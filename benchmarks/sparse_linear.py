@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.cuda_baselines import copier
-from benchmarks.formats import FORMATS, alias, baselines, clone, make, nbytes, tensors
+from benchmarks.formats import FORMATS, alias, baselines, clone, make, nbytes, words
 from benchmarks.timing import copies_for, interleaved_medians
 from spon_plugin import SponError
 from spon_plugin.kernels import sparse_linear
@@ -71,8 +71,9 @@ def measure(
         own = [alias(weight) for weight in weights]
         calls[str(sparsity)] = lambda i, own=own, threshold=threshold: sparse_linear(x, own[i], threshold, bias)  # type: ignore[misc]
     if device.type == "cpu":
-        words = [[part.view(-1).view(torch.int64) for part in tensors(weight)] for weight in weights]
-        calls["read"], moved = lambda i: [part.sum() for part in words[i]], size
+        memory = [words(weight) for weight in weights]
+        calls["read"] = lambda i: [part.sum() for part in memory[i]]
+        moved = sum(part.nbytes for part in memory[0])
     else:
         calls["read"], moved = copier(device)
     times = interleaved_medians(calls, copies, device, seconds)

@@ -66,10 +66,14 @@ def hold(layer: Any, weight: ScaledWeight) -> None:
     """Put a weight's tensors into a layer.
 
     They are parameters, as what vLLM copies into the served ones when weights are loaded again.
+
+    Args:
+        layer: of vLLM's.
+        weight: arranged.
     """
     for name in PARTS:
         part = getattr(weight, name)
-        own = None if part is None else nn.Parameter(part.contiguous(), requires_grad=False)
+        own = None if part is None else nn.Parameter(part, requires_grad=False)
         layer.register_parameter(f"spon_{name}", own)
 
 

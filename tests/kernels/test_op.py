@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator: registration, gradients, compilation and errors, on a CPU."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from spon_plugin import SparseLinear, SponError
 from spon_plugin.kernels import op, reference, sparse_linear
 from spon_plugin.kernels.cpu import kernel as cpu
+from spon_plugin.kernels.cpu import known_calls
 from spon_plugin.kernels.few_rows import CPU_ROWS
 
 OPERATOR = torch.ops.spon.sparse_linear.default
@@ -129,6 +131,54 @@ WRONG = {
     "shard_sizes: zero": ({4: [0, 10]}, "shard_sizes: got .*0, 10"),
     "shard_sizes: none": ({4: []}, "shard_sizes: got"),
 }
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="needs Numba and GNU's OpenMP")
+def test_a_known_call_is_that_of_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second call skips the checks; with anything else in the place of an argument it is another call."""
+    x, weight_t, tau, bias, _ = arguments()
+    narrow, few = weight_t[:, 5:].contiguous(), bias[5:].clone()
+    checked: list[Tensor] = []
+    check = op.check_arguments
+    monkeypatch.setattr(op, "check_arguments", lambda *given: (checked.append(given[0]), check(*given)))
+
+    def agree(*given: Any) -> None:
+        torch.testing.assert_close(call(sparse_linear, list(given)), call(reference.sparse_linear, list(given)))
+
+    agree(x, weight_t, tau, bias, None)
+    agree(torch.randn(2, 12), weight_t, tau, bias, None)
+    tau.fill_(0.9)
+    agree(x, weight_t, tau, bias, None)
+    assert len(checked) == 1
+    two = torch.tensor([0.3, 0.9])
+    for changed in (
+        [x, weight_t, torch.full((12,), 0.3), bias, None],
+        [x, weight_t, tau, None, None],
+        [x, weight_t, two, bias, [4, 6]],
+        [x, weight_t, two, bias, [6, 4]],
+        [x, narrow, tau, few, None],
+        [x, weight_t[:6].view(12, 5), tau, few, None],
+    ):
+        agree(*changed)
+        agree(*changed)
+    assert len(checked) == 7
+    for rows in (CPU_ROWS + 1, 0):
+        agree(torch.randn(rows, 12), weight_t, tau, bias, None)
+    with pytest.raises(SponError, match="dtype"):
+        sparse_linear(x.double(), weight_t, tau, bias)
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="needs Numba and GNU's OpenMP")
+def test_known_calls_keep_nothing_alive_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_calls, "_MOST", len(known_calls._matrices) + 2)
+    held: list[weakref.ref[Tensor]] = []
+    for _ in range(5):
+        given = arguments()
+        sparse_linear(*given[:4])
+        held += [weakref.ref(part) for part in given[1:4]]
+    assert len(known_calls._matrices) <= known_calls._MOST
+    given = None
+    assert not [part for part in held if part() is not None]
 
 
 @pytest.mark.parametrize("wrong", WRONG)

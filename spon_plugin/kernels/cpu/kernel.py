@@ -119,20 +119,43 @@ def sparse_linear(
 
     Sums are float32, in an order that depends on the number of threads alone: the same call gives the same bits.
     """
-    in_features, out_features = weight_t.shape
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], out_features))
-    size, first = x.element_size(), 0
-    bias = None if bias is None else bias.contiguous()
-    for tau, width in zip(*Thresholds.of(threshold, weight_t, shard_sizes), strict=True):
-        tau = tau.contiguous()
-        at_bias = 0 if bias is None else bias.data_ptr() + first * bias.element_size()
-        addresses = weight_t.data_ptr() + first * size, at_bias, y.data_ptr() + first * size
-        weight = (*addresses, width, out_features, _bias_kind(bias))
-        batch, worker = x.numel() // in_features, _worker(x.dtype)[1]
-        launch(x.data_ptr(), tau.data_ptr(), batch, in_features, int(tau.numel() > 1), [weight], worker)
-        first += width
-    return y
+    return Shards(weight_t, threshold, bias, shard_sizes)(x)
+
+
+class Shards:
+    """`sparse_linear` with all of its arguments but x, whose addresses are kept: the caller keeps the tensors alive."""
+
+    __slots__ = ("_copies", "_shards", "_worker", "in_features", "out_features")
+
+    def __init__(
+        self, weight_t: Tensor, threshold: Tensor, bias: Tensor | None, shard_sizes: Sequence[int] | None
+    ) -> None:
+        self.in_features, self.out_features = weight_t.shape
+        self._worker, size = _worker(weight_t.dtype)[1], weight_t.element_size()
+        thresholds = Thresholds.of(threshold, weight_t, shard_sizes)
+        given = (*thresholds.rows, *(() if bias is None else (bias,)))
+        self._copies = {part: part.contiguous() for part in given if not part.is_contiguous()}
+        taus = [self._copies.get(tau, tau) for tau in thresholds.rows]
+        bias = None if bias is None else self._copies.get(bias, bias)
+        # Of a shard its threshold, and whether that is per channel; weight and bias; where its outputs begin, in bytes,
+        # and their number; and of which kind the bias is.
+        self._shards: list[tuple[int, int, int, int, int, int, int]] = []
+        first = 0
+        for tau, width in zip(taus, thresholds.sizes, strict=True):
+            at_bias = 0 if bias is None else bias.data_ptr() + first * bias.element_size()
+            mask, offset = (tau.data_ptr(), int(tau.numel() > 1)), first * size
+            self._shards.append((*mask, weight_t.data_ptr() + offset, at_bias, offset, width, _bias_kind(bias)))
+            first += width
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output for a CPU tensor x ``[..., in_features]`` of the weight's dtype."""
+        x, in_features, out_features = x.contiguous(), self.in_features, self.out_features
+        y = x.new_empty((*x.shape[:-1], out_features))
+        source, target, batch = x.data_ptr(), y.data_ptr(), x.numel() // in_features
+        for threshold, per_channel, weight, bias, offset, width, kind in self._shards:
+            words = (weight, bias, target + offset, width, out_features, kind)
+            launch(source, threshold, batch, in_features, per_channel, [words], self._worker)
+        return y
 
 
 def _bias_kind(bias: Tensor | None) -> int:

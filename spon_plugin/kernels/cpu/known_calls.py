@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of the CPU kernel for weights with scales that were checked before.
+"""Calls of the CPU kernels that were checked before.
 
 A decoding step makes hundreds of calls, and the small ones are done in less time than their arguments take to check.
 """
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from spon_plugin.kernels.cpu.kernel import Shards
 from spon_plugin.kernels.cpu.scaled import Prepared
 from spon_plugin.kernels.few_rows import CPU_ROWS
 from spon_plugin.weights.scaled import ScaledWeight
@@ -26,6 +27,10 @@ class _Known(NamedTuple):
 # One call for each weight and `exact`, under the identity of its codes, as long as they live: a draft and the model
 # that verifies it take turns on one weight.
 _known: dict[tuple[int, bool], _Known] = {}
+
+# Calls on a matrix, under all that the kernel was told of its arguments: hosts pass another view of it every time.
+_matrices: dict[tuple[Any, ...], Shards] = {}
+_MOST = 1 << 14  # of them; then they begin anew
 
 
 def recall(
@@ -66,6 +71,51 @@ def sparse_linear(
         reference = weakref.ref(weight.codes, lambda _: _known.pop(key, None))
         _known[key] = _Known(reference, _signature(x, weight, threshold, bias, shard_sizes, exact), call)
     return call(x)
+
+
+def recall_matrix(
+    x: Tensor, weight_t: Tensor, threshold: Tensor, bias: Tensor | None, shard_sizes: Sequence[int] | None
+) -> Shards | None:
+    """`recall` for a matrix ``[in_features, out_features]``."""
+    if not x.is_cpu:
+        return None
+    call = _matrices.get(_matrix_signature(x, weight_t, threshold, bias, shard_sizes))
+    return call if call is not None and 0 < x.numel() <= CPU_ROWS * call.in_features else None
+
+
+def sparse_linear_matrix(
+    x: Tensor,
+    weight_t: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shard_sizes: Sequence[int] | None = None,
+) -> Tensor:
+    """`kernel.sparse_linear`, whose arguments have been checked; `recall_matrix` finds the call the next time."""
+    call = Shards(weight_t, threshold, bias, shard_sizes)
+    if threshold.is_contiguous() and (bias is None or bias.is_contiguous()):
+        if len(_matrices) >= _MOST:
+            _matrices.clear()
+        _matrices[_matrix_signature(x, weight_t, threshold, bias, shard_sizes)] = call
+    return call(x)
+
+
+def _matrix_signature(
+    x: Tensor, weight_t: Tensor, threshold: Tensor, bias: Tensor | None, shard_sizes: Sequence[int] | None
+) -> tuple[Any, ...]:
+    """Whatever the checks of a call depend on but the number of rows, and what the kernel is told."""
+    return (
+        x.dtype,
+        x.shape[-1:],
+        *_of(weight_t),
+        *_of(threshold),
+        bias if bias is None else _of(bias),
+        shard_sizes if shard_sizes is None else tuple(shard_sizes),
+    )
+
+
+def _of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_cpu
 
 
 def _signature(

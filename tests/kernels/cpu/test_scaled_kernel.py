@@ -270,6 +270,29 @@ def test_the_operator_for_any_number_of_rows(format, rows):
     assert torch.equal(opaque(x.view(rows, 1, 256)), y)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
+def test_rows_that_lie_half_a_page_apart_are_arranged_with_a_line_between_them(format, rows):
+    outputs = 4096 if format == "int4" else 2048
+    weight, tau = make(format, (96, outputs)), torch.tensor([0.5])
+    arranged = weight.arranged()
+    assert weight.codes.stride() == (2048, 1) and arranged.codes.stride() == (2048 + 64, 1)
+    assert torch.equal(arranged.dense(), weight.dense())
+    assert arranged.arranged().codes is arranged.codes
+    part = make(format, (96, 2 * outputs)).shard(0, outputs).arranged()
+    assert part.codes.stride() == (2048 + 64, 1) and part.codes.untyped_storage().nbytes() == 96 * (2048 + 64)
+    x, bias = torch.randn(rows, 96), torch.randn(outputs)
+    assert choose(Problem(x, arranged)).name == ("cpu scaled" if rows < 9 else "decoded")
+    check(sparse_linear(x, arranged, tau, bias), truth(x, weight, [tau], bias), 0.01)
+    assert torch.equal(sparse_linear(x, arranged, tau, bias), sparse_linear(x, weight, tau, bias))
+
+
+@pytest.mark.parametrize("outputs", [2050, 96])
+def test_other_rows_are_arranged_as_they_are(outputs):
+    weight = make("int8", (96, outputs))
+    assert weight.arranged().codes is weight.codes
+
+
 @pytest.mark.parametrize("act_order", [False, True], ids=["", "act-order"])
 @pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
 def test_opcheck(format, act_order):
