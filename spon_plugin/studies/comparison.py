@@ -60,10 +60,9 @@ def keys(methods: Sequence[str], sparsities: Sequence[float], alphas: Sequence[s
     for field_name, values in (("methods", methods), ("sparsity", sparsities), ("alpha", alphas)):
         if not values:
             raise SponError.of(field_name, "nothing", "at least one")
-    for method in methods:
-        get_sparsifier(method)
+    names = [get_sparsifier(method).name for method in methods]
     shares = [check_sparsity(sparsity) for sparsity in sparsities]
-    return list(dict.fromkeys(Key(m, s, a) for m in methods for s in shares for a in alphas))
+    return list(dict.fromkeys(Key(m, s, a) for m in names for s in shares for a in alphas))
 
 
 @dataclass(kw_only=True)

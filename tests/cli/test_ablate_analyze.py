@@ -66,6 +66,25 @@ def test_ablate_keeps_rows_and_adds_studies(tiny_model_dir, texts, tmp_path):
         assert code == 2 and f"{option[2:]}: got {value}, expected" in err and "as for the rows in" in err
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("ablate", ["--study", "prefix", "--text", "{text}", *SMALL]),
+        ("frontier", ["--formats", "bf16", "--sparsity", "0", "--text", "{text}", *SMALL]),
+    ],
+    ids=["ablate", "frontier"],
+)
+def test_a_method_is_the_same_however_its_parameter_is_written(tiny_model_dir, texts, tmp_path, command, options):
+    written = [option.format(text=texts[0]) for option in options]
+    for parameter in ("0.80", ".8"):
+        call = [command, tiny_model_dir, *written, "--test", texts[0], "-o", tmp_path / "out"]
+        code, _, err = run(*call, "--method", f"sensitivity:{parameter}")
+        assert code == 0, err
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["method"] == "sensitivity:0.8"
+    code, _, err = run(*call, "--method", "sensitivity:0.7")
+    assert code == 2 and "method: got" in err
+
+
 def test_ablate_shows_tables_of_numeric_studies(tiny_model_dir, texts, tmp_path):
     studies = "layer,tokens,rate,sparsity"
     code, out, err = run("ablate", tiny_model_dir, "--text", texts[0], "--test", texts[1], *SMALL,

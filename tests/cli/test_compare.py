@@ -45,7 +45,7 @@ def test_compare_writes_tables_resumes_and_refuses_other_settings(tiny_model_dir
 
 
 def test_rows_of_a_method_with_a_parameter_stand_beside_it(tiny_model_dir, texts, tmp_path):
-    methods = ["wanda-2:4", "sensitivity:0.8", "sensitivity", "sensitivity:1"]
+    methods = ["wanda-2:4", "sensitivity:0.8", "sensitivity", "sensitivity:1", "sensitivity:0.80"]
     out, wanted = tmp_path / "compare", ["--methods", ",".join(methods), "--alpha", "off", "--sparsity", "0.5,0.6"]
     code, printed, err = run("compare", tiny_model_dir, "-o", out, *texts, *SMALL, *wanted, "--json")
     assert code == 0, err

@@ -108,6 +108,7 @@ def ablate_command(given: AblateOptions) -> None:
     """
     recipe = given.recipe()
     given.check(recipe)
+    method = get_sparsifier(given.method).name
     start = None if given.adapter is None else read_adapter(given.adapter)
     announce(f"This varies {', '.join(given.names)}; rows that {given.output} has are not measured again")
     sources, held_out = given.sources("train"), given.tests()
@@ -124,13 +125,13 @@ def ablate_command(given: AblateOptions) -> None:
     pools = _pools(loaded, sources, [*trials, setup.trial], setup, given.seed)
     settings = {
         **given.common(loaded, tests, recipe),
-        "method": given.method,
+        "method": method,
         "training": windows_digest(pools[setup.texts, recipe.window]),
         "calibration_tokens": given.calibration_tokens,
     }
     bench = Ablation(
         model=loaded.model, sites=loaded.sites, tests=tests, protocol=given.protocol, seed=given.seed, pools=pools,
-        window=recipe.window, method=given.method,
+        window=recipe.window, method=method,
     )  # fmt: skip
     bench.check(plan([*trials, setup.trial]))
     store = RowStore(given.output, settings)

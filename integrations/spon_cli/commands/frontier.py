@@ -128,7 +128,7 @@ def frontier_command(given: FrontierOptions) -> None:
     """
     adapters, recipe = given.adapters(), given.recipe()
     wanted = given.keys(adapters)
-    adapter_sparsifier(given.method)
+    method = adapter_sparsifier(given.method).name
     given.check(recipe)
     announce(f"This measures {len(wanted)} rows, less those that {given.output} has")
     sources, tests, last_words = given.sources("train"), given.tests(), given.last_word_texts()
@@ -141,7 +141,7 @@ def frontier_command(given: FrontierOptions) -> None:
     settings = {
         **given.common(loaded, evaluated, recipe),
         **given.last_word_settings(last_words),
-        "method": given.method,
+        "method": method,
         "texts": [source.name for source in sources],
         "training_windows": windows_digest(training),
         "calibration_windows": windows_digest(calibration),
@@ -153,7 +153,7 @@ def frontier_command(given: FrontierOptions) -> None:
         is_fit=is_fit, full=FULL, tests=evaluated,
         calibration=calibration, training=training, directory=given.output, adapters=adapters,
         passages=loaded.encoded(last_words),
-        method=given.method, recipe=recipe, protocol=given.protocol, seed=given.seed,
+        method=method, recipe=recipe, protocol=given.protocol, seed=given.seed,
     )  # fmt: skip
     store = RowStore(given.output, settings)
     read = sum(windows.numel() for windows in evaluated.values()) + sum(len(each.ids) for each in study.passages)
