@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spon_plugin.kernels.triton.configs import DTYPES, Launch
+from spon_plugin.kernels.triton.configs import DTYPES, SCALED_MODULES, Launch
 from spon_plugin.weights.formats import SCALED
 from spon_plugin.weights.scaled import ScaledWeight
 
@@ -90,7 +90,7 @@ def compile_launch(
 
 def kernel_for(kind: str, launch: Launch) -> Any:
     """The function that launches a kernel for matrices or for weights with scales."""
-    module = launch.kernel if kind in DTYPES else "scaled"
+    module = launch.kernel if kind in DTYPES else SCALED_MODULES[launch.kernel]
     return import_module(f"spon_plugin.kernels.triton.{module}").sparse_linear
 
 

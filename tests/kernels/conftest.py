@@ -20,7 +20,8 @@ def import_interpreted() -> None:
         del sys.modules[name]
     import spon_plugin.kernels.triton.compaction
     import spon_plugin.kernels.triton.dense_mask
-    import spon_plugin.kernels.triton.scaled  # noqa: F401
+    import spon_plugin.kernels.triton.scaled
+    import spon_plugin.kernels.triton.scaled_compaction  # noqa: F401
 
 
 if INTERPRETED:

@@ -61,49 +61,110 @@ def numbers(loaded, FORMAT: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.conste
     if FORMAT == "fp8":
         return loaded.to(tl.float8e4nv, bitcast=True).to(tl.float32).to(DTYPE)
     else:
-        return _columns(loaded, loaded, FORMAT, MIDDLE, DTYPE, 0)
+        return _columns(loaded, loaded, None, FORMAT, MIDDLE, DTYPE, 0)
 
 
 @triton.jit
-def lane_sums(loaded, value, FORMAT: tl.constexpr, MIDDLE: tl.constexpr, LANES: tl.constexpr):
+def lane_sums(loaded, value, into, FORMAT: tl.constexpr, MIDDLE: tl.constexpr, LANES: tl.constexpr):
     """float32 ``[LANES, BLOCK_OUT]``: one row's `value` ``[C]`` times the codes, as `add_products` adds up.
 
     A column of each loaded element at a time, so that few numbers are alive at once, and registers are left for loads.
+
+    Args:
+        loaded: as from `load_codes`.
+        value: float32 ``[C]``.
+        into: what the products are added to, or None for zeros.
+        FORMAT: as in `numbers`.
+        MIDDLE: likewise.
+        LANES: divides C.
     """
     if FORMAT == "fp8":
         weight = numbers(loaded, FORMAT, MIDDLE, tl.float32)
-        return add_products(tl.zeros([LANES, weight.shape[1]], tl.float32), value, weight, 1, True)
+        sums = tl.zeros([LANES, weight.shape[1]], tl.float32) if into is None else into
+        return add_products(sums, value, weight, 1, True)
     else:
-        return _columns(loaded, value, FORMAT, MIDDLE, tl.float32, LANES)
+        return _columns(loaded, value, into, FORMAT, MIDDLE, tl.float32, LANES)
 
 
 @triton.jit
-def _columns(loaded, value, FORMAT: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr, LANES: tl.constexpr):
+def listed_lane_sums(loaded, value, sums, count, FORMAT: tl.constexpr, MIDDLE: tl.constexpr, LANES: tl.constexpr):
+    """`sums` plus `lane_sums` of the first `count` channels; of the others, LANES at a time cost nothing.
+
+    `value` is zero beyond `count`.
+    """
+    turns: tl.constexpr = loaded.shape[0] // LANES
+    loaded = tl.permute(tl.reshape(loaded, [turns, LANES, loaded.shape[1]]), (1, 2, 0))
+    value = tl.permute(tl.reshape(value, [turns, LANES]), (1, 0))
+    return _listed_in_turn(loaded, value, sums, count, 0, 1, FORMAT, MIDDLE, LANES)
+
+
+@triton.jit
+def _listed_in_turn(
+    loaded,
+    value,
+    sums,
+    count,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """`listed_lane_sums` of the turns FIRST, FIRST + STEP, ...: ``[LANES, W, turns]`` and ``[LANES, turns]``."""
+    turns: tl.constexpr = loaded.shape[2]
+    if turns == 1:
+        if count > FIRST * LANES:
+            codes = tl.reshape(loaded, [loaded.shape[0], loaded.shape[1]])
+            sums = lane_sums(codes, tl.reshape(value, [value.shape[0]]), sums, FORMAT, MIDDLE, LANES)
+        return sums
+    else:
+        loaded_0, loaded_1 = tl.split(tl.reshape(loaded, [loaded.shape[0], loaded.shape[1], turns // 2, 2]))
+        value_0, value_1 = tl.split(tl.reshape(value, [value.shape[0], turns // 2, 2]))
+        sums = _listed_in_turn(loaded_0, value_0, sums, count, FIRST, 2 * STEP, FORMAT, MIDDLE, LANES)
+        return _listed_in_turn(loaded_1, value_1, sums, count, FIRST + STEP, 2 * STEP, FORMAT, MIDDLE, LANES)
+
+
+@triton.jit
+def _columns(loaded, value, into, FORMAT: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr, LANES: tl.constexpr):
     """The columns of each element side by side, as `_column` gives them."""
     if FORMAT == "int4 words":
         # Even columns, then odd ones; each four of one parity lie a byte apart.
+        even, odd = _halves(into)
         return tl.interleave(
-            _bytes(loaded, value, 15, 0, MIDDLE, DTYPE, LANES), _bytes(loaded, value, 240, 4, MIDDLE, DTYPE, LANES)
+            _bytes(loaded, value, even, 15, 0, MIDDLE, DTYPE, LANES),
+            _bytes(loaded, value, odd, 240, 4, MIDDLE, DTYPE, LANES),
         )
     elif FORMAT == "int8 words":
-        return _bytes(loaded ^ -0x7F7F7F80, value, 255, 0, MIDDLE + 128, DTYPE, LANES)
+        return _bytes(loaded ^ -0x7F7F7F80, value, into, 255, 0, MIDDLE + 128, DTYPE, LANES)
     elif FORMAT == "fp8 words":
-        return _bytes(loaded, value, 0, 0, MIDDLE, DTYPE, LANES)
+        return _bytes(loaded, value, into, 0, 0, MIDDLE, DTYPE, LANES)
     elif FORMAT == "int4":
+        even, odd = _halves(into)
         wide = loaded.to(tl.int32) | 0x4B000000
         return tl.interleave(
-            _column(wide, value, 15, 0, MIDDLE, DTYPE, LANES), _column(wide, value, 240, 4, MIDDLE, DTYPE, LANES)
+            _column(wide, value, even, 15, 0, MIDDLE, DTYPE, LANES),
+            _column(wide, value, odd, 240, 4, MIDDLE, DTYPE, LANES),
         )
     elif FORMAT == "int8":
-        return _column((loaded.to(tl.int32) ^ 128) | 0x4B000000, value, 255, 0, MIDDLE + 128, DTYPE, LANES)
+        return _column((loaded.to(tl.int32) ^ 128) | 0x4B000000, value, into, 255, 0, MIDDLE + 128, DTYPE, LANES)
     else:
-        return _column(loaded.to(tl.int32), value, 0, 0, MIDDLE, DTYPE, LANES)
+        return _column(loaded.to(tl.int32), value, into, 0, 0, MIDDLE, DTYPE, LANES)
+
+
+@triton.jit
+def _halves(into):
+    """The even and the odd columns of ``[L, C]``; None twice of None."""
+    if into is None:
+        return None, None
+    else:
+        return tl.split(tl.reshape(into, [into.shape[0], into.shape[1] // 2, 2]))
 
 
 @triton.jit
 def _bytes(
     words,
     value,
+    into,
     MASK: tl.constexpr,
     SHIFT: tl.constexpr,
     MIDDLE: tl.constexpr,
@@ -116,13 +177,16 @@ def _bytes(
     if MASK != 0:
         lower = (lower & 0xFFFF) | 0x4B000000
         upper = upper | 0x4B000000
+    into_even, into_odd = _halves(into)
+    into_0, into_2 = _halves(into_even)
+    into_1, into_3 = _halves(into_odd)
     even = tl.interleave(
-        _column(lower, value, MASK, SHIFT, MIDDLE, DTYPE, LANES),
-        _column(upper, value, MASK, SHIFT, MIDDLE, DTYPE, LANES),
+        _column(lower, value, into_0, MASK, SHIFT, MIDDLE, DTYPE, LANES),
+        _column(upper, value, into_2, MASK, SHIFT, MIDDLE, DTYPE, LANES),
     )
     odd = tl.interleave(
-        _column(lower, value, MASK << 8, SHIFT + 8, MIDDLE, DTYPE, LANES),
-        _column(upper, value, MASK << 8, SHIFT + 8, MIDDLE, DTYPE, LANES),
+        _column(lower, value, into_1, MASK << 8, SHIFT + 8, MIDDLE, DTYPE, LANES),
+        _column(upper, value, into_3, MASK << 8, SHIFT + 8, MIDDLE, DTYPE, LANES),
     )
     return tl.interleave(even, odd)
 
@@ -131,6 +195,7 @@ def _bytes(
 def _column(
     bits,
     value,
+    into,
     MASK: tl.constexpr,
     SHIFT: tl.constexpr,
     MIDDLE: tl.constexpr,
@@ -141,7 +206,7 @@ def _column(
 
     `bits` then has the exponent of 2^23 above: in the fraction of such a float32 bits count as integers. That takes two
     fast instructions, where a conversion runs at a fraction of their speed. If LANES, not the numbers come back but the
-    lanes' sums of `value` times them.
+    lanes' sums of `value` times them, added to `into` unless that is None.
     """
     if MASK == 0:
         number = _e4m3(bits, SHIFT)
@@ -154,8 +219,12 @@ def _column(
     else:
         turns: tl.constexpr = bits.shape[0] // LANES
         number = tl.permute(tl.reshape(number, [turns, LANES, bits.shape[1]]), (1, 2, 0))
-        value = tl.permute(tl.reshape(value, [turns, LANES]), (1, 0))
-        return _in_turn(number, value, tl.zeros([LANES, bits.shape[1]], tl.float32)) * unit
+        if into is None:
+            value = tl.permute(tl.reshape(value, [turns, LANES]), (1, 0))
+            return _in_turn(number, value, tl.zeros([LANES, bits.shape[1]], tl.float32)) * unit
+        else:  # for few turns, which have fewer inputs than sums
+            value = tl.permute(tl.reshape(value * unit, [turns, LANES]), (1, 0))
+            return _in_turn(number, value, into)
 
 
 @triton.jit

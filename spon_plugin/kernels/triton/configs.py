@@ -27,6 +27,8 @@ FORMAT_VERSION = 2
 DIRECTORY = Path(__file__).parents[1] / "configs"
 DEFAULT = "default"
 KERNELS = ("dense_mask", "compaction")
+# The modules of those for weights with scales.
+SCALED_MODULES = {"dense_mask": "scaled", "compaction": "scaled_compaction"}
 MAX_SPLITS = 256
 # 32-bit registers of a multiprocessor, and what they are given out by, on every GPU since compute capability 7.0.
 REGISTERS = 65536
@@ -264,8 +266,11 @@ def _shape(data: Any, name: str) -> Shape:
         launches[int(rows)] = _launch(launch, f"{name}.launches[{rows}]")
     if max(launches, default=0) < crossover:
         raise SponError.of(f"{name}.launches", sorted(launches), f"a launch for every batch up to {crossover}")
-    if any(dtype in FORMATS for dtype in dtypes) and any(one.kernel != "dense_mask" for one in launches.values()):
-        raise SponError.of(f"{name}.launches", "compaction", "dense_mask, the one kernel for weights with scales")
+    if any(dtype in FORMATS for dtype in dtypes):
+        for rows, one in launches.items():
+            if rows > 1 and one.kernel != "dense_mask":
+                expected = "dense_mask, the one kernel for several rows and weights with scales"
+                raise SponError.of(f"{name}.launches[{rows}].kernel", one.kernel, expected)
     launches = dict(sorted(launches.items()))
     return Shape(data["source"], tuple(dtypes), data["in_features"], data["out_features"], crossover, launches)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spon_plugin.kernels import gemm, reference
 from spon_plugin.kernels.few_rows import GPU_ROWS
-from spon_plugin.kernels.triton.configs import DTYPES, Launch, choose
+from spon_plugin.kernels.triton.configs import DTYPES, SCALED_MODULES, Launch, choose
 from spon_plugin.weights.scaled import ScaledWeight
 
 # Tensor cores that take bfloat16, and asynchronous copies, came with this one.
@@ -86,8 +86,9 @@ def sparse_linear_scaled(
         ``[..., out_features]`` in `x.dtype`.
     """
     launch = _scaled_launch(x, weight)
-    kernel = kernel_of("scaled", x.device)
-    assert launch is not None and kernel is not None
+    assert launch is not None
+    kernel = kernel_of(SCALED_MODULES[launch.kernel], x.device)
+    assert kernel is not None
     return kernel(x, weight, threshold, bias, shard_sizes=shard_sizes, launch=launch)
 
 

@@ -202,6 +202,61 @@ def sums_of_inputs(value, LANES: tl.constexpr, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
+def add_scaled(
+    sums,
+    part,
+    value,
+    scales,
+    zeros,
+    offsets,
+    start,
+    columns,
+    inside,
+    kept,
+    GROUP: tl.constexpr,
+    SCALES: tl.constexpr,
+    ZEROS: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """`sums` plus ``s_g (part - z_g sum v) + o_g sum v``; plus `part` where GROUP is 0 and one scale comes at the end.
+
+    Args:
+        sums: the accumulator.
+        part: a block's products with codes, of the same shape.
+        value: the block's inputs.
+        scales: of the groups, with SCALES elements from one to the next.
+        zeros: likewise, or None.
+        offsets: likewise, or None.
+        start: the block's first channel.
+        columns: int32 ``[BLOCK_OUT]``.
+        inside: which of them there are.
+        kept: whether the block has a kept channel; what its group has is not read without one.
+        GROUP: channels of a group.
+        SCALES: see `scales`.
+        ZEROS: likewise.
+        OFFSETS: likewise.
+        LANES: of the accumulator.
+        BLOCK_ROWS: rows of x.
+    """
+    if GROUP:
+        group = start // GROUP  # times outputs, far from 2^31
+        wanted = inside.to(tl.int32) * kept.to(tl.int32) > 0
+        scale = tl.load(scales + group * SCALES + columns, mask=wanted, other=0.0).to(tl.float32)
+        if zeros is not None or offsets is not None:
+            total = sums_of_inputs(value, LANES, BLOCK_ROWS)[:, None]
+        if zeros is not None:
+            zero = tl.load(zeros + group * ZEROS + columns, mask=wanted, other=0).to(tl.float32)
+            part -= total * zero[None, :]
+        part *= scale[None, :]
+        if offsets is not None:
+            offset = tl.load(offsets + group * OFFSETS + columns, mask=wanted, other=0.0).to(tl.float32)
+            part += total * offset[None, :]
+    return sums + part
+
+
+@triton.jit
 def _scaled(
     x,
     codes,
@@ -253,24 +308,13 @@ def _scaled(
         if HOLD:
             tl.debug_barrier()  # which no load passes
         if BLOCK_ROWS == 1:
-            part = lane_sums(loaded, value, FORMAT, MIDDLE, LANES)
+            part = lane_sums(loaded, value, None, FORMAT, MIDDLE, LANES)
         else:
             part = add_products(tl.zeros_like(sums), value, numbers(loaded, FORMAT, MIDDLE, DTYPE), BLOCK_ROWS, WIDEN)
-        if GROUP:
-            # s_g (sum v q - z_g sum v) + o_g sum v; the scales of a group that is masked as a whole are not read.
-            group = start // GROUP  # times outputs, far from 2^31
-            wanted = inside.to(tl.int32) * tl.max(active.to(tl.int32), axis=0) > 0
-            scale = tl.load(scales + group * SCALES + columns, mask=wanted, other=0.0).to(tl.float32)
-            if zeros is not None or offsets is not None:
-                total = sums_of_inputs(value, LANES, BLOCK_ROWS)[:, None]
-            if zeros is not None:
-                zero = tl.load(zeros + group * ZEROS + columns, mask=wanted, other=0).to(tl.float32)
-                part -= total * zero[None, :]
-            part *= scale[None, :]
-            if offsets is not None:
-                offset = tl.load(offsets + group * OFFSETS + columns, mask=wanted, other=0.0).to(tl.float32)
-                part += total * offset[None, :]
-        sums += part
+        sums = add_scaled(
+            sums, part, value, scales, zeros, offsets, start, columns, inside, tl.max(active.to(tl.int32), axis=0) > 0,
+            GROUP, SCALES, ZEROS, OFFSETS, LANES, BLOCK_ROWS,
+        )  # fmt: skip
     if GROUP == 0:
         sums *= tl.load(scales + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     store_sums(sums, out, bias, split, row_count, columns, end, OUT, BLOCK_ROWS)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the Triton kernels for a GPU that need not be there, as the launchers would launch them.
 
-    python -m tests.kernels.triton.compile_triton 80,90,100 CONFIG.json...|variants|formats [CONFIG.json...]
+    python -m tests.kernels.triton.compile_triton 80,90,100 CONFIG.json...|variants|lists|formats [CONFIG.json...]
 
-compiles every launch of files of `spon_plugin/kernels/configs` for matrices, or every kind of argument, or every launch
-for weights with scales, for compute capabilities,
-and prints a JSON line for each compiled kernel: what its loads look like in PTX, registers, stack,
-shared memory, and how many loads of weights are in flight (`schedule`). With another Triton than the installed one:
+compiles every launch of files of `spon_plugin/kernels/configs` for matrices, or every kind of argument, or what the
+tuner would begin with of lists of codes, or every launch for weights with scales, for compute capabilities, and prints
+a JSON line for each compiled kernel: what its loads look like in PTX, registers, stack, shared memory, and how many
+loads of weights are in flight (`schedule`). With another Triton than the installed one:
 
     pip install --no-deps --target DIR triton==3.6.0
     PYTHONPATH=DIR TRITON_CACHE_DIR=DIR/cache pytest tests/kernels/triton/test_triton_compiles.py
@@ -25,7 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.compile_ahead import compiled_only, empty_weight
-from spon_plugin.kernels.triton import common, configs, scaled
+from benchmarks.launches import LISTED_RESIDENT, reasoned
+from spon_plugin.kernels.triton import common, configs, scaled, scaled_compaction
 from spon_plugin.kernels.triton import compaction as triton_compaction
 from spon_plugin.kernels.triton import dense_mask as triton_dense_mask
 from spon_plugin.kernels.triton.configs import Launch
@@ -33,6 +34,7 @@ from spon_plugin.weights.scaled import ScaledWeight
 from tests.kernels.triton.schedule import resources, schedule, waits_first
 
 KERNELS = {"dense_mask": triton_dense_mask, "compaction": triton_compaction}
+SCALED_KERNELS = {"dense_mask": scaled, "compaction": scaled_compaction}
 
 
 class NoDevice:
@@ -98,7 +100,17 @@ def compile_scaled(
 ) -> Iterator[dict[str, object]]:
     """Compile all that a launch for a weight with scales consists of."""
     launch = scaled.within_groups(launch, weight)
-    yield from _compile(scaled.sparse_linear, launch, dtype, rows, weight, sizes, per_channel, None, weight.format)
+    yield from _compile(
+        SCALED_KERNELS[launch.kernel].sparse_linear,
+        launch,
+        dtype,
+        rows,
+        weight,
+        sizes,
+        per_channel,
+        None,
+        weight.format,
+    )
 
 
 def scaled_weight(format: str, group: int, zeros: bool = False, shape: tuple[int, int] = (4096, 512)) -> ScaledWeight:
@@ -176,13 +188,25 @@ def variants() -> Iterator[dict[str, object]]:
         yield from compile_launch(launch, dtype, rows, sizes=(512,), bias=dtype)
 
 
+def lists() -> Iterator[dict[str, object]]:
+    """The compaction kernel for weights with scales: the tuner's first launch whose registers hold what is loaded."""
+    for format in configs.FORMATS:
+        present = configs.choose("another", format, 4096, 4096, 1)
+        assert present is not None
+        for launch in reasoned(format, 1, present, 128):
+            if launch.kernel == "compaction" and launch.num_stages == 1 and launch.resident == LISTED_RESIDENT[format]:
+                for group, zeros in ((128, False), (0, False)) if format != "int4" else ((128, False), (64, True)):
+                    yield from compile_scaled(launch, scaled_weight(format, group, zeros), 1)
+                yield from compile_scaled(launch, scaled_weight(format, 128), 1, (384, 64, 64), per_channel=True)
+
+
 if __name__ == "__main__":
     capabilities, *what = sys.argv[1:]
     device = NoDevice()
     triton.runtime.driver.set_active(device)
     common.capability = scaled.capability = lambda _: divmod(device.capability, 10)
-    work, *paths = what if what[0] in ("variants", "formats") else ("shipped", *what)
+    work, *paths = what if what[0] in ("variants", "lists", "formats") else ("shipped", *what)
     for device.capability in map(int, capabilities.split(",")):
-        found = {"variants": variants, "formats": formats, "shipped": shipped}[work]
-        for line in found(*([[Path(path) for path in paths]] if work != "variants" else [])):
+        found = {"variants": variants, "lists": lists, "formats": formats, "shipped": shipped}[work]
+        for line in found(*([[Path(path) for path in paths]] if work in ("formats", "shipped") else [])):
             print(json.dumps({"capability": device.capability, **line}), flush=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernel for weights with scales against the decoded weight in float64, and what it must not read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,7 +20,7 @@ from spon_plugin.weights.int8 import Int8Weight
 from spon_plugin.weights.scaled import ScaledWeight
 
 pytest.importorskip("triton", reason="the GPU kernels are written in Triton")
-from spon_plugin.kernels.triton import scaled
+from spon_plugin.kernels.triton import scaled, scaled_compaction
 
 FORMATS = ("int8", "int4", "fp8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,6 +28,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="real sizes need a CUDA device")
 LAUNCH = Launch("dense_mask", block_in=64, block_out=32, splits=2, num_warps=1, num_stages=1, resident=4)
+
+
+def kernels(rows: int) -> list[Callable[..., Tensor]]:
+    """Those for so many rows."""
+    return [scaled.sparse_linear, scaled_compaction.sparse_linear][: 2 if rows == 1 else 1]
 
 
 def make(
@@ -85,7 +90,8 @@ def test_formats_batches_and_odd_shapes(
     weight = moved(make(format, shape, group, zeros=rows == 3), device)
     x, bias = torch.randn(rows, shape[0], device=device), torch.randn(shape[1], device=device)
     tau = torch.tensor([0.6 if shape[0] > 1 else 0.0], device=device)
-    assert_near(scaled.sparse_linear(x, weight, tau, bias, launch=LAUNCH), exact(x, weight, [tau], bias))
+    for run in kernels(rows):
+        assert_near(run(x, weight, tau, bias, launch=LAUNCH), exact(x, weight, [tau], bias))
 
 
 @pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zero points"])
@@ -98,7 +104,8 @@ def test_zero_points_and_offsets(
 ) -> None:
     weight = moved(make(format, (192, 64), group, zeros, offsets), device)
     x, tau = torch.randn(rows, 192, device=device), torch.tensor([0.5], device=device)
-    assert_near(scaled.sparse_linear(x, weight, tau, launch=LAUNCH), exact(x, weight, [tau]))
+    for run in kernels(rows):
+        assert_near(run(x, weight, tau, launch=LAUNCH), exact(x, weight, [tau]))
 
 
 @pytest.mark.parametrize(
@@ -109,9 +116,10 @@ def test_zero_points_and_offsets(
 def test_dtypes(format: str, rows: int, dtype: str, scale: torch.dtype, device: torch.device) -> None:
     weight = moved(make(format, (128, 64), 64, scale=scale), device)
     x, tau = torch.randn(rows, 128, device=device).to(DTYPES[dtype]), torch.tensor([0.5], device=device)
-    y = scaled.sparse_linear(x, weight, tau, launch=LAUNCH)
-    assert y.dtype == x.dtype
-    assert_near(y, exact(x, weight, [tau]))
+    for run in kernels(rows):
+        y = run(x, weight, tau, launch=LAUNCH)
+        assert y.dtype == x.dtype
+        assert_near(y, exact(x, weight, [tau]))
 
 
 @pytest.mark.parametrize(("sizes", "per_channel"), [((64, 32, 32), True), ((64, 2, 31), False)], ids=["words", "bytes"])
@@ -123,8 +131,9 @@ def test_shards_have_thresholds_of_their_own(
     weight = moved(make(format, (130, sum(sizes)), 64), device)
     x = torch.randn(rows, 130, device=device)
     tau = torch.rand(3, 130, device=device) if per_channel else torch.tensor([0.2, 0.9, 0.5], device=device)
-    y = scaled.sparse_linear(x, weight, tau, shard_sizes=sizes, launch=LAUNCH)
-    assert_near(y, exact(x, weight, list(tau.view(3, -1)), None, sizes))
+    for run in kernels(rows):
+        y = run(x, weight, tau, shard_sizes=sizes, launch=LAUNCH)
+        assert_near(y, exact(x, weight, list(tau.view(3, -1)), None, sizes))
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -138,7 +147,8 @@ def test_skipped_codes_and_scales_are_not_read(format: str, rows: int, device: t
     codes, scales = weight.codes.clone(), weight.scales.clone()
     codes.view(torch.uint8)[~keep_mask(x, tau).any(0)] = 0x7F
     scales[1:3] = torch.nan
-    assert_near(scaled.sparse_linear(x, replace(weight, codes=codes, scales=scales), tau, launch=LAUNCH), expected)
+    for run in kernels(rows):
+        assert_near(run(x, replace(weight, codes=codes, scales=scales), tau, launch=LAUNCH), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -147,9 +157,10 @@ def test_skipped_codes_and_scales_are_not_read(format: str, rows: int, device: t
 def test_full_and_empty_masks(format: str, limit: float, rows: int, device: torch.device) -> None:
     weight, tau = moved(make(format, (130, 64), 32, zeros=True), device), torch.tensor([limit], device=device)
     x, bias = torch.randn(rows, 130, device=device), torch.randn(64, device=device)
-    y = scaled.sparse_linear(x, weight, tau, bias, launch=LAUNCH)
-    assert_near(y, exact(x, weight, [tau], bias))
-    assert limit < 0 or torch.equal(y, bias.expand_as(y))
+    for run in kernels(rows):
+        y = run(x, weight, tau, bias, launch=LAUNCH)
+        assert_near(y, exact(x, weight, [tau], bias))
+        assert limit < 0 or torch.equal(y, bias.expand_as(y))
 
 
 @pytest.mark.parametrize("words", [False, True], ids=["bytes", "words"])
@@ -173,8 +184,9 @@ def test_codes_come_out_as_they_are(format: str, rows: int, words: bool, device:
         chosen = chosen[torch.linspace(0, len(chosen) - 1, 32).long()].view(2, 16)
     for each in chosen.to(device):
         x = torch.nn.functional.one_hot(each, 256).float()
-        y = scaled.sparse_linear(x, weight, torch.zeros(1, device=device), launch=LAUNCH)
-        assert torch.equal(y.nan_to_num(1e9), dense[each].nan_to_num(1e9)), each
+        for run in kernels(rows):
+            y = run(x, weight, torch.zeros(1, device=device), launch=LAUNCH)
+            assert torch.equal(y.nan_to_num(1e9), dense[each].nan_to_num(1e9)), each
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, from the interpreter
@@ -188,7 +200,8 @@ def test_inputs_that_are_no_numbers_show_in_their_own_row(format: str, value: fl
     assert not y[1].isfinite().any()
     rest = torch.tensor([0, 2], device=device)
     assert_near(y[rest], exact(x[rest], weight, [tau]))
-    assert not scaled.sparse_linear(x[1:2], weight, tau, launch=LAUNCH).isfinite().any()
+    for run in kernels(1):
+        assert not run(x[1:2], weight, tau, launch=LAUNCH).isfinite().any()
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -222,15 +235,17 @@ def test_e4m3_converted_by_the_gpu(monkeypatch: pytest.MonkeyPatch, device: torc
     monkeypatch.setattr(scaled, "converts_fp8", lambda device: True)
     weight, tau = moved(make("fp8", (130, 64), 64), device), torch.tensor([0.5], device=device)
     x = torch.randn(1, 130, device=device)
-    assert_near(scaled.sparse_linear(x, weight, tau, launch=LAUNCH), exact(x, weight, [tau]))
+    for run in kernels(1):
+        assert_near(run(x, weight, tau, launch=LAUNCH), exact(x, weight, [tau]))
 
 
 def test_a_part_of_a_weight_is_read_in_place_and_again_to_the_same_bits(device: torch.device) -> None:
     part = moved(make("int4", (130, 192), 32, zeros=True), device).shard(64, 130)
     x, tau = torch.randn(1, 130, device=device), torch.tensor([0.5], device=device)
-    y = scaled.sparse_linear(x, part, tau, launch=replace(LAUNCH, splits=3))
-    assert_near(y, exact(x, part, [tau]))
-    assert torch.equal(y, scaled.sparse_linear(x, part, tau, launch=replace(LAUNCH, splits=3)))
+    for run in kernels(1):
+        y = run(x, part, tau, launch=replace(LAUNCH, splits=3))
+        assert_near(y, exact(x, part, [tau]))
+        assert torch.equal(y, run(x, part, tau, launch=replace(LAUNCH, splits=3)))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +281,40 @@ def test_tiles_that_are_copied_ahead(format: str, rows: int, device: torch.devic
     codes.view(torch.uint8)[~keep_mask(x, tau).any(0)] = 0x7F
     for stages, splits in ((3, 1), (4, 2), (3, 5)):
         launch = replace(LAUNCH, num_stages=stages, splits=splits, block_in=32)
-        assert_near(scaled.sparse_linear(x, replace(weight, codes=codes), tau, launch=launch), expected)
+        for run in kernels(rows):
+            assert_near(run(x, replace(weight, codes=codes), tau, launch=launch), expected)
+
+
+@pytest.mark.parametrize("inputs", [128, 1500, 2100])
+@pytest.mark.parametrize("kept", [0, 1, 16, 17, 64, 128])
+@pytest.mark.parametrize("format", FORMATS)
+def test_lists_of_any_length(format: str, kept: int, inputs: int, device: torch.device) -> None:
+    """Turns of LANES channels are left out after the last kept one; blocks of a list beyond the inputs hold nothing."""
+    weight, tau = moved(make(format, (inputs, 64), 128, zeros=format == "int4"), device), torch.tensor([0.5])
+    x = torch.zeros(1, inputs, device=device)
+    for start in range(0, inputs, 128):
+        chosen = start + torch.randperm(min(128, inputs - start))[:kept]
+        x[0, chosen] = torch.randn(len(chosen), device=device).sign() * (0.6 + torch.rand(len(chosen), device=device))
+    launch = replace(LAUNCH, kernel="compaction", block_in=128)
+    y = scaled_compaction.sparse_linear(x, weight, tau.to(device), launch=launch)
+    assert_near(y, exact(x, weight, [tau.to(device)]))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_launch_says_which_kernel_runs(format: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    weight, tau = moved(make(format, (64, 32), 32), device), torch.tensor([0.5], device=device)
+    x, ran = torch.randn(1, 64, device=device).bfloat16(), []
+    for module in (scaled, scaled_compaction):
+        run = module.sparse_linear
+        spied = lambda *given, run=run, name=module.__name__, **more: (ran.append(name), run(*given, **more))[1]  # noqa: E731
+        monkeypatch.setattr(module, "sparse_linear", spied)
+    cuda.kernel_of.cache_clear()
+    for kernel in configs.KERNELS:
+        launch = replace(LAUNCH, kernel=kernel, block_in=32)
+        monkeypatch.setattr(cuda, "choose", lambda *_, launch=launch: launch)
+        assert_near(cuda.sparse_linear_scaled(x, weight, tau), exact(x, weight, [tau]))
+    cuda.kernel_of.cache_clear()
+    assert ran == [scaled.__name__, scaled_compaction.__name__]
 
 
 @pytest.mark.parametrize("kind", ["one", "shards-channels"])
@@ -312,4 +360,5 @@ def test_shipped_launches_at_real_sizes(format: str, rows: int, shape: tuple[int
         launch = configs.choose(name, format, *shape, rows)
         assert launch is not None
         for one in (launch, replace(launch, num_stages=3)) if rows == 1 else (launch,):
-            assert_near(scaled.sparse_linear(x, weight, tau, launch=one), expected)
+            for run in kernels(rows):
+                assert_near(run(x, weight, tau, launch=one), expected)

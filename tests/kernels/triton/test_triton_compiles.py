@@ -24,6 +24,8 @@ DEVICES = {80: ("default", "nvidia_a100", "nvidia_l40s"), 90: ("default", "nvidi
 # Of a multiprocessor: threads, and bytes of shared memory. Of a device of that capability: multiprocessors.
 THREADS = 2048
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+# Bytes of stack that lists of codes may take: four registers of a thread, with zero points on 10.0.
+SPILLED = 16
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 # in_features, and the widths of the shards: q/k/v, o, gate and up, down of Llama 3 8B and 70B, Qwen3 0.6B, 8B and 32B.
 SHAPES = [
@@ -131,6 +133,19 @@ def test_the_launch_that_sums_up_starts_early_and_waits(capability: int) -> None
     """From Hopper on; and the compiler has moved no load before the wait."""
     for line in shipped(capability, "_reduce"):
         assert line["starts_early"] == line["waits_first"] == (capability >= 90), line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+def test_lists_of_codes_leave_registers_for_loads(capability: int) -> None:
+    """As many programs as the tuner begins with, each with a block's loads all under way, or copied two tiles ahead."""
+    lines = [line for line in compiled(str(capability), "lists") if line["kernel"] == "_listed"]
+    assert {line["dtype"] for line in lines} == set(FORMATS)
+    for line in lines:
+        assert line["loads_in_flight"] >= 8 or line["stages_in_flight"] >= 2, line
+        assert line["weight_loads_predicated"] and line["copies_predicated"], line
+        assert line["stack"] <= SPILLED or line["copies"], line
+        assert residents(line, capability) >= line["launch"]["resident"], line
 
 
 @pytest.mark.slow

@@ -112,6 +112,7 @@ def test_candidates_are_launches_that_may_be_shipped(kind: str, group: int, rows
     present = configs.choose("NVIDIA H100 80GB HBM3", dtype, 4096, 4096, rows if kind != "float32" else 1)
     found = launches.reasoned(kind, rows, present, group)
     assert len(found) == len(set(found)) >= 4
+    assert {launch.kernel for launch in found} >= set(configs.KERNELS if rows == 1 else ["dense_mask"])
     near = [launch for one in found for launch in launches.neighbours(kind, rows, one, group)]
     for launch in found + near:
         threads = 32 * launch.num_warps
@@ -119,7 +120,7 @@ def test_candidates_are_launches_that_may_be_shipped(kind: str, group: int, rows
         assert launch.splits is None and launch.maxnreg * threads * launch.resident <= configs.REGISTERS
         assert loads >= 8 or launch.num_stages > 2
         assert not group or group % launch.block_in == 0
-        assert kind in configs.DTYPES or launch.kernel == "dense_mask"
+        assert kind in configs.DTYPES or rows == 1 or launch.kernel == "dense_mask"
         configs.parse(as_file(kind, launch), "here")
 
 
@@ -194,7 +195,8 @@ def test_the_whole_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     tuned = known[("bfloat16", "float16"), 512, 768]
     assert tuned.launches[2] == BEST and "rows 1, 2" in after.sources[tuned.source]
     assert "H100" in after.sources[tuned.source] and before.shapes[3].source in after.sources, "that of fp8"
-    assert known[("int4",), 4096, 4096].launches[1].kernel == "dense_mask"
+    found = known[("int4",), 4096, 4096].launches
+    assert (found[1].kernel, found[2].kernel) == ("compaction", "dense_mask")
     assert known[("int4",), 4096, 4096].launches[16] == before.shapes[0].launches[16]
     rows = [task.rows for task, _ in timer.measured]
     assert rows == sorted(rows), "several rows come after one"
