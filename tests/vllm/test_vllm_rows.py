@@ -175,8 +175,9 @@ def test_a_method_is_tried():
     assert hosts.why_not(layer.quant_method.inner, layer, IN) == ""
 
 
+@pytest.mark.parametrize("sizes", [SIZES, [3072, 1024]], ids=["narrow", "rows of half a page"])
 @pytest.mark.parametrize("name", ["compressed-tensors int4", "AWQ"])
-def test_weights_that_are_loaded_again_are_served(name):
+def test_weights_that_are_loaded_again_are_served(name, sizes):
     from vllm.model_executor.model_loader.reload.layerwise import (
         finalize_layerwise_reload,
         initialize_layerwise_reload,
@@ -184,11 +185,11 @@ def test_weights_that_are_loaded_again_are_served(name):
     )
 
     masks, x = masks_of("two masks"), random(CPU_ROWS + 4, IN, seed=7)
-    model = make_layer(SIZES, IN, masks, False, FORMATS[name].config(), weights=ROWS)
+    model = make_layer(sizes, IN, masks, False, FORMATS[name].config(), weights=ROWS)
     record_metadata_for_reloading(model)
     places = []
     for seed in (0, 1):
-        tensors, meant = FORMATS[name].tensors(seed, SIZES, IN, torch.float32)
+        tensors, meant = FORMATS[name].tensors(seed, sizes, IN, torch.float32)
         if seed:
             initialize_layerwise_reload(model)
         load(model.l, **tensors)
@@ -197,6 +198,7 @@ def test_weights_that_are_loaded_again_are_served(name):
         else:
             finish(model)
         close(model.l(x)[0], expected(x, meant, masks)[0], False)
+        assert model.l.spon_codes.stride(0) == sum(sizes) // 2 + 64 * (sizes != SIZES)
         places.append({name: parameter.data_ptr() for name, parameter in model.l.named_parameters()})
     assert places[0] == places[1]  # graphs hold them
 
