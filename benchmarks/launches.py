@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from spon_plugin.kernels.triton.configs import DTYPES, KERNELS, Launch
+from spon_plugin.kernels.triton.configs import DTYPES, Launch, kernels
 
 # Columns in sixteen bytes of weights.
 COLUMNS = {**{name: 16 // dtype.itemsize for name, dtype in DTYPES.items()}, "int8": 16, "fp8": 16, "int4": 32}
@@ -41,7 +41,7 @@ TILES = (
 # Programs of four warps with eight loads a thread, as their registers allow: without and with stages.
 RESIDENT = {"int4": (2, 3), "int8": (4, 5), "fp8": (3, 5)}
 MATRIX_RESIDENT = (6, 5)
-# Of weights with scales and the compaction kernel, whose lists take the place of some of these registers.
+# Of the compaction kernel for weights with scales, which decodes less at once and so leaves registers for more.
 LISTED_RESIDENT = {"int4": 4, "int8": 5, "fp8": 5}
 # Several rows, through the tensor cores: block_in, block_out, num_warps, num_stages, resident.
 ROW_TILES = ((32, 128, 4, 4, 4), (32, 128, 4, 4, 2), (64, 64, 4, 4, 4), (64, 128, 4, 3, 2), (32, 256, 8, 4, 2))
@@ -68,10 +68,10 @@ def reasoned(kind: str, rows: int, present: Launch, group: int = 0) -> list[Laun
             block_out = row_bytes * COLUMNS[kind] // 16
             block_in = loads * warps * 32 * 16 // row_bytes
             found.append(Launch("dense_mask", block_in, block_out, None, warps, stages, max(1, four * 4 // warps)))
-    if kind in DTYPES or rows == 1:
-        found += [replace(launch, kernel="compaction") for launch in found[1:4]]
-    if kind in LISTED_RESIDENT and rows == 1:
-        found += [replace(one, resident=LISTED_RESIDENT[kind]) for one in found[-3:] if one.num_stages == 1]
+    if "compaction" in kernels(kind, rows):
+        listed = [replace(launch, kernel="compaction") for launch in found[1:4]]
+        more = LISTED_RESIDENT.get(kind)
+        found += listed + [replace(one, resident=more) for one in listed if more and one.num_stages == 1]
     return [launch for launch in dict.fromkeys(found) if allowed(kind, rows, launch, group)]
 
 
@@ -83,8 +83,7 @@ def neighbours(kind: str, rows: int, launch: Launch, group: int = 0) -> Iterator
         above = [one for one in values if one > value][:1]
         for one in (*below, *above):
             yield from (near for near in [replace(launch, **{axis: one})] if allowed(kind, rows, near, group))
-    if kind in DTYPES or rows == 1:
-        yield from (replace(launch, kernel=kernel) for kernel in KERNELS if kernel != launch.kernel)
+    yield from (replace(launch, kernel=kernel) for kernel in kernels(kind, rows) if kernel != launch.kernel)
 
 
 def allowed(kind: str, rows: int, launch: Launch, group: int = 0) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spon_plugin.weights.row_weight import RowWeight
 
-_SETS = 2048  # bytes from a cache line to one that shares its set of the first cache or is half of them away
+_HALF_PAGE = 2048  # bytes; lines a page apart share a set of the first cache
 _LINE = 64  # bytes
 
 
@@ -107,7 +107,7 @@ def _apart(codes: Tensor) -> Tensor:
     cache, of eight lines each.
     """
     length, size = codes.shape[1], codes.element_size()
-    if not codes.is_cpu or not length or length * size % _SETS:
+    if not codes.is_cpu or not length or length * size % _HALF_PAGE:
         return codes.contiguous()
     stride = length + _LINE // size
     if codes.stride() == (stride, 1):

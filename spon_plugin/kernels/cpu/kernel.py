@@ -119,13 +119,14 @@ def sparse_linear(
 
     Sums are float32, in an order that depends on the number of threads alone: the same call gives the same bits.
     """
+    threshold, bias = threshold.contiguous(), None if bias is None else bias.contiguous()
     return Shards(weight_t, threshold, bias, shard_sizes)(x)
 
 
 class Shards:
-    """`sparse_linear` with all of its arguments but x, whose addresses are kept: the caller keeps the tensors alive."""
+    """`sparse_linear` with all of its arguments but x, contiguous: addresses are kept, the caller keeps the tensors."""
 
-    __slots__ = ("_copies", "_shards", "_worker", "in_features", "out_features")
+    __slots__ = ("_shards", "_worker", "in_features", "out_features")
 
     def __init__(
         self, weight_t: Tensor, threshold: Tensor, bias: Tensor | None, shard_sizes: Sequence[int] | None
@@ -133,15 +134,11 @@ class Shards:
         self.in_features, self.out_features = weight_t.shape
         self._worker, size = _worker(weight_t.dtype)[1], weight_t.element_size()
         thresholds = Thresholds.of(threshold, weight_t, shard_sizes)
-        given = (*thresholds.rows, *(() if bias is None else (bias,)))
-        self._copies = {part: part.contiguous() for part in given if not part.is_contiguous()}
-        taus = [self._copies.get(tau, tau) for tau in thresholds.rows]
-        bias = None if bias is None else self._copies.get(bias, bias)
         # Of a shard its threshold, and whether that is per channel; weight and bias; where its outputs begin, in bytes,
         # and their number; and of which kind the bias is.
         self._shards: list[tuple[int, int, int, int, int, int, int]] = []
         first = 0
-        for tau, width in zip(taus, thresholds.sizes, strict=True):
+        for tau, width in zip(thresholds.rows, thresholds.sizes, strict=True):
             at_bias = 0 if bias is None else bias.data_ptr() + first * bias.element_size()
             mask, offset = (tau.data_ptr(), int(tau.numel() > 1)), first * size
             self._shards.append((*mask, weight_t.data_ptr() + offset, at_bias, offset, width, _bias_kind(bias)))

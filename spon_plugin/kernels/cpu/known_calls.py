@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from spon_plugin.kernels.cpu.kernel import Shards
+from spon_plugin.kernels.cpu import kernel
 from spon_plugin.kernels.cpu.scaled import Prepared
 from spon_plugin.kernels.few_rows import CPU_ROWS
 from spon_plugin.weights.scaled import ScaledWeight
@@ -29,7 +29,7 @@ class _Known(NamedTuple):
 _known: dict[tuple[int, bool], _Known] = {}
 
 # Calls on a matrix, under all that the kernel was told of its arguments: hosts pass another view of it every time.
-_matrices: dict[tuple[Any, ...], Shards] = {}
+_matrices: dict[tuple[Any, ...], kernel.Shards] = {}
 _MOST = 1 << 14  # of them; then they begin anew
 
 
@@ -75,7 +75,7 @@ def sparse_linear(
 
 def recall_matrix(
     x: Tensor, weight_t: Tensor, threshold: Tensor, bias: Tensor | None, shard_sizes: Sequence[int] | None
-) -> Shards | None:
+) -> kernel.Shards | None:
     """`recall` for a matrix ``[in_features, out_features]``."""
     if not x.is_cpu:
         return None
@@ -92,11 +92,12 @@ def sparse_linear_matrix(
     shard_sizes: Sequence[int] | None = None,
 ) -> Tensor:
     """`kernel.sparse_linear`, whose arguments have been checked; `recall_matrix` finds the call the next time."""
-    call = Shards(weight_t, threshold, bias, shard_sizes)
-    if threshold.is_contiguous() and (bias is None or bias.is_contiguous()):
-        if len(_matrices) >= _MOST:
-            _matrices.clear()
-        _matrices[_matrix_signature(x, weight_t, threshold, bias, shard_sizes)] = call
+    if not threshold.is_contiguous() or not (bias is None or bias.is_contiguous()):  # it reads copies, which go
+        return kernel.sparse_linear(x, weight_t, threshold, bias, shard_sizes=shard_sizes)
+    if len(_matrices) >= _MOST:
+        _matrices.clear()
+    call = kernel.Shards(weight_t, threshold, bias, shard_sizes)
+    _matrices[_matrix_signature(x, weight_t, threshold, bias, shard_sizes)] = call
     return call(x)
 
 

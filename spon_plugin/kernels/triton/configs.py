@@ -7,6 +7,7 @@ measures a device and writes its file.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -150,6 +151,11 @@ class Device:
     shapes: tuple[Shape, ...]
 
 
+def kernels(kind: str, rows: int) -> tuple[str, ...]:
+    """Which of `KERNELS` there are for a dtype, or the format of a weight with scales, and so many rows."""
+    return KERNELS if kind in DTYPES or rows == 1 else KERNELS[:1]
+
+
 def next_power_of_two(value: int) -> int:
     """The smallest power of two that is not below `value` (at least 1)."""
     return 1 << max(0, value - 1).bit_length()
@@ -266,11 +272,10 @@ def _shape(data: Any, name: str) -> Shape:
         launches[int(rows)] = _launch(launch, f"{name}.launches[{rows}]")
     if max(launches, default=0) < crossover:
         raise SponError.of(f"{name}.launches", sorted(launches), f"a launch for every batch up to {crossover}")
-    if any(dtype in FORMATS for dtype in dtypes):
-        for rows, one in launches.items():
-            if rows > 1 and one.kernel != "dense_mask":
-                expected = "dense_mask, the one kernel for several rows and weights with scales"
-                raise SponError.of(f"{name}.launches[{rows}].kernel", one.kernel, expected)
+    for rows, dtype in itertools.product(launches, dtypes):
+        if (kernel := launches[rows].kernel) not in kernels(dtype, rows):
+            expected = "dense_mask, the one kernel for several rows and weights with scales"
+            raise SponError.of(f"{name}.launches[{rows}].kernel", kernel, expected)
     launches = dict(sorted(launches.items()))
     return Shape(data["source"], tuple(dtypes), data["in_features"], data["out_features"], crossover, launches)
 

@@ -24,9 +24,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.compile_ahead import compiled_only, empty_weight
+from benchmarks.compile_ahead import compiled_only, empty_weight, kernel_for
 from benchmarks.launches import LISTED_RESIDENT, reasoned
-from spon_plugin.kernels.triton import common, configs, scaled, scaled_compaction
+from spon_plugin.kernels.triton import common, configs, scaled
 from spon_plugin.kernels.triton import compaction as triton_compaction
 from spon_plugin.kernels.triton import dense_mask as triton_dense_mask
 from spon_plugin.kernels.triton.configs import Launch
@@ -34,7 +34,6 @@ from spon_plugin.weights.scaled import ScaledWeight
 from tests.kernels.triton.schedule import resources, schedule, waits_first
 
 KERNELS = {"dense_mask": triton_dense_mask, "compaction": triton_compaction}
-SCALED_KERNELS = {"dense_mask": scaled, "compaction": scaled_compaction}
 
 
 class NoDevice:
@@ -100,17 +99,8 @@ def compile_scaled(
 ) -> Iterator[dict[str, object]]:
     """Compile all that a launch for a weight with scales consists of."""
     launch = scaled.within_groups(launch, weight)
-    yield from _compile(
-        SCALED_KERNELS[launch.kernel].sparse_linear,
-        launch,
-        dtype,
-        rows,
-        weight,
-        sizes,
-        per_channel,
-        None,
-        weight.format,
-    )
+    function = kernel_for(weight.format, launch)
+    yield from _compile(function, launch, dtype, rows, weight, sizes, per_channel, None, weight.format)
 
 
 def scaled_weight(format: str, group: int, zeros: bool = False, shape: tuple[int, int] = (4096, 512)) -> ScaledWeight:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernel for weights with scales against the decoded weight in float64, and what it must not read."""
+"""The Triton kernels for weights with scales against the decoded weight in float64, and what they must not read."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
