@@ -23,6 +23,7 @@ from spon_plugin.weights.scaled import ScaledWeight
 from spon_transformers.head import Int8Head, round_head
 from spon_transformers.quantize import Rounding, quantize
 from spon_transformers.quantized_base import is_quantized
+from spon_transformers.quick_blocks import quicken
 
 Step = Callable[[], object]
 
@@ -159,6 +160,7 @@ def sparse_copy(model: nn.Module, masks: Mapping[str, Mask], biases: Mapping[str
         _fill(layer, mask, biases.get(path), linear.weight.dtype)
         sparse.set_submodule(path, layer)
     share_calls(sparse)
+    quicken(sparse)
     return sparse
 
 
@@ -180,6 +182,7 @@ def rounded_copy(model: Any, bits: int, group: int | None) -> Any:
         layer.arrange_for_kernels()
         rounded.set_submodule(path, layer)
     share_calls(rounded)
+    quicken(rounded)
     round_head(rounded, "int8")
     return rounded.requires_grad_(False)
 

@@ -15,6 +15,7 @@ from spon_plugin.errors import SponError
 from spon_plugin.layers.sparse_linear import SparseLayer, share_calls, sparse_like
 from spon_plugin.weights.linears import linear_features
 from spon_transformers.head import round_head
+from spon_transformers.quick_blocks import quicken
 
 
 def paths_in(model: Any, stored: Iterable[str]) -> dict[str, str]:
@@ -96,6 +97,7 @@ def finish_layers(model: Any, paths: Mapping[str, str], merged: MergedConfig) ->
         layer.spon_threshold = announced.mask(path, linear_features(layer)[0], vectors).threshold.to(device)
         layer.arrange_for_kernels()
     share_calls(model)
+    quicken(model)
     round_head(model, merged.head)
     follow(model, merged)
 

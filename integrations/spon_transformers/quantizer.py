@@ -25,6 +25,7 @@ from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
 from spon_plugin.weights.importers.gptq import holds_zeros_less_one
 from spon_plugin.weights.linears import is_linear
 from spon_transformers.merged_layers import check_files, finish_layers, follow, layer_for, paths_in
+from spon_transformers.quick_blocks import quicken
 
 if TYPE_CHECKING:  # while peft is imported, transformers registers us before it can import this
     from transformers import PreTrainedModel
@@ -142,6 +143,7 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
     for layer in layers.values():
         layer.arrange_for_kernels()
     share_calls(model)
+    quicken(model)
     rule = rule_of(adapter.fields, model)
     fields = replace(adapter.fields, tokens=rule.tokens, dense_prefix=rule.dense_prefix)
     if not holds_dense_biases(fields):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spon_plugin.kernels.arguments import is_plain
 from spon_plugin.kernels.cpu import kernel, known_calls
+from spon_plugin.kernels.cpu.kernel import Stage
 from spon_plugin.kernels.cpu.scaled import Prepared
 from spon_plugin.kernels.few_rows import CPU_ROWS
 from spon_plugin.kernels.table import Problem, choose
@@ -51,7 +52,7 @@ class SharedCalls:
     """
 
     def __init__(self) -> None:
-        self._groups: dict[int, _Group | None] = {}  # by the identity of their first layer; None where it is no use
+        self._groups: dict[int, Group | None] = {}  # by the identity of their first layer; None where it is no use
         self._run: _Run | None = None
         self._held: _Held | None = None
 
@@ -81,7 +82,7 @@ class SharedCalls:
             if key not in self._groups and is_plain(x, x, None):
                 self._learn(layer, x)
             return None
-        if group.members[0].layer() is not layer or not all(member.fits() for member in group.members):
+        if group.members[0].layer() is not layer or not group.fits():
             del self._groups[key]
             return None
         if not group.takes(x):
@@ -92,13 +93,28 @@ class SharedCalls:
             self._held = _Held(x, x._version, {member.key: (member, part) for member, part in pairs})
         return parts[0]
 
+    def group(self, layers: Sequence[Layer], x: Tensor) -> Group | None:
+        """Layers that read one tensor, as the calls of these find them; None where they are not multiplied in one go.
+
+        Args:
+            layers: in the order of their calls.
+            x: what they read.
+        """
+        key = id(layers[0])
+        found = self._groups.get(key)
+        if found is None or not found.is_of(layers) or not found.fits():
+            found = self._groups[key] = _joined(layers, x)
+        return found
+
     def _learn(self, layer: Layer, x: Tensor) -> None:
         run = self._run
         if run is not None and run.x is x and run.version == x._version and layer not in run.layers:
             run.layers.append(layer)
             return
         if run is not None:
-            self._groups[id(run.layers[0])] = _joined(run.layers, x)
+            # A matrix by itself is called past the dispatcher already, by `LayerCall`.
+            known = len(run.layers) > 1 or hasattr(run.layers[0], "rows")
+            self._groups[id(run.layers[0])] = _joined(run.layers, x) if known else None
         self._run = _Run([layer], x, x._version)
 
 
@@ -153,18 +169,29 @@ def _state(tensor: Tensor | None) -> tuple[Any, ...]:
     return tensor, tensor.data_ptr(), tensor._version, tensor.requires_grad
 
 
-class _Group:
+class Group:
     """Layers that are multiplied in one go.
 
     Attributes:
         members: the layers, in the order of their calls.
+        center: that they have in common, float32 ``[in_features]``, or None.
+        in_features: length of their input.
         dtype: what x has to be in; None for any that the kernels take.
     """
 
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype | None) -> None:
         self.members, self.dtype = [_Member(layer) for layer in layers], dtype
         self.center, self.threshold = layers[0].spon_center, layers[0].spon_threshold
+        self.in_features = layers[0].in_features
         self.trains = any(trained for member in self.members for *_, trained in member.tensors)
+
+    def is_of(self, layers: Sequence[Layer]) -> bool:
+        """Whether these are the layers."""
+        return [member.layer() for member in self.members] == list(layers)
+
+    def fits(self) -> bool:
+        """Whether the layers still have the tensors that were joined."""
+        return all(member.fits() for member in self.members)
 
     def takes(self, x: Tensor) -> bool:
         """Whether x is of the group's dtype, and nobody has to see the call."""
@@ -179,8 +206,22 @@ class _Group:
     def _product(self, x: Tensor) -> list[Tensor]:
         raise NotImplementedError
 
+    def scratch_words(self, x: Tensor, threads: int) -> int:
+        """Words of 4 bytes of the scratch of a `stage`."""
+        raise NotImplementedError
 
-class _Codes(_Group):
+    def stage(self, x: Tensor, outputs: Sequence[Tensor], scratch: Tensor) -> Stage:
+        """The product as a stage of a program, past the mask's centre.
+
+        Args:
+            x: one row ``[in_features]``, from which the centre has been taken off.
+            outputs: of the layers, ``[out_features]`` each, one behind the other.
+            scratch: of `scratch_words`.
+        """
+        raise NotImplementedError
+
+
+class _Codes(Group):
     """Quantized layers, whose codes lie side by side; each layer's own are a view."""
 
     def __init__(self, layers: Sequence[Any], weight: ScaledWeight) -> None:
@@ -198,8 +239,14 @@ class _Codes(_Group):
         y = self.call(x)
         return [y] if len(self.sizes) == 1 else [part.contiguous() for part in y.split(self.sizes, -1)]
 
+    def scratch_words(self, x: Tensor, threads: int) -> int:
+        return self.call.scratch_words(x, threads)
 
-class _Matrices(_Group):
+    def stage(self, x: Tensor, outputs: Sequence[Tensor], scratch: Tensor) -> Stage:
+        return self.call.stage(x, outputs[0], scratch)
+
+
+class _Matrices(Group):
     """Layers on matrices, which one call reads where they lie."""
 
     def __init__(self, layers: Sequence[Layer], call: kernel.Prepared) -> None:
@@ -208,6 +255,12 @@ class _Matrices(_Group):
 
     def _product(self, x: Tensor) -> list[Tensor]:
         return self.call(x, x.numel() // self.call.in_features)
+
+    def scratch_words(self, x: Tensor, threads: int) -> int:
+        return self.call.scratch_words(threads)
+
+    def stage(self, x: Tensor, outputs: Sequence[Tensor], scratch: Tensor) -> Stage:
+        return self.call.stage(x, outputs, scratch)
 
 
 def _joined_bias(layers: Sequence[Layer]) -> Tensor | None:
@@ -220,7 +273,7 @@ def _joined_bias(layers: Sequence[Layer]) -> Tensor | None:
 
 
 @torch.no_grad()
-def _joined(layers: Sequence[Any], x: Tensor) -> _Group | None:
+def _joined(layers: Sequence[Any], x: Tensor) -> Group | None:
     """The layers as a group; None where they differ in more than their outputs, or the kernel does not take them.
 
     Args:
@@ -237,10 +290,8 @@ def _joined(layers: Sequence[Any], x: Tensor) -> _Group | None:
             return None
     if hasattr(lead, "rows"):
         return _joined_codes(layers, x)
-    # One by itself is called past the dispatcher already, by `LayerCall`.
-    call = None if len(layers) == 1 else kernel.prepare(
-        [layer.weight_t for layer in layers], lead.spon_threshold, [layer.bias for layer in layers]
-    )  # fmt: skip
+    weights, biases = [layer.weight_t for layer in layers], [layer.bias for layer in layers]
+    call = kernel.prepare(weights, lead.spon_threshold, biases)
     return None if call is None else _Matrices(layers, call)
 
 

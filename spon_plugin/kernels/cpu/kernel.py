@@ -9,7 +9,7 @@ import struct
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,18 @@ from spon_plugin.machine import DTYPES
 _CALL, _WEIGHT = struct.Struct(f"{len(CALL_FIELDS)}q"), struct.Struct(f"{len(WEIGHT_FIELDS)}q")
 
 _local = threading.local()
+
+
+class Stage(NamedTuple):
+    """A thread function with its arguments: what a `program.Program` is made of.
+
+    Attributes:
+        function: its address.
+        words: its fields, 8 bytes each; the caller keeps alive what they point at.
+    """
+
+    function: int
+    words: bytes
 
 
 @functools.lru_cache(maxsize=1)
@@ -192,6 +204,16 @@ class Prepared:
         (threshold, per_channel), in_features = self._mask, self.in_features
         launch(x.data_ptr(), threshold, batch, in_features, per_channel, weights, self._worker)
         return outputs
+
+    def scratch_words(self, threads: int) -> int:
+        """Words of 4 bytes of the scratch of a `stage`."""
+        return scratch_size(threads, 1, self.in_features, sum(self.out_features))
+
+    def stage(self, x: Tensor, outputs: Sequence[Tensor], scratch: Tensor) -> Stage:
+        """The call for one row x ``[in_features]``, the results of which are `outputs`; all contiguous."""
+        head = _CALL.pack(x.data_ptr(), self._mask[0], scratch.data_ptr(), 1, self.in_features, self._mask[1], len(outputs))
+        each = zip(self._starts, outputs, self._ends, strict=True)
+        return Stage(self._worker, head + b"".join(_WEIGHT.pack(*start, y.data_ptr(), *end) for start, y, end in each))
 
 
 def prepare(weights: Sequence[Tensor], threshold: Tensor, biases: Sequence[Tensor | None]) -> Prepared | None:

@@ -168,11 +168,23 @@ class Prepared:
         source, target, threads = x.data_ptr(), y.data_ptr(), torch.get_num_threads()
         worker, run = _worker(self._kind)[1], cpu.parallel()
         for offset, words, tile, sums, per_thread in settled.shards:
-            scratch = cpu.scratch(-(-threads * sums // 16) * 16 + threads * per_thread)
+            scratch = cpu.scratch(_scratch_size(threads, sums, per_thread))
             place = scratch.data_ptr()
             call = _CALL.pack(source, settled.kind, target + offset, settled.batch, tile, per_thread, place)
             run(worker, call + words, threads, 0)
         return y
+
+    def scratch_words(self, x: Tensor, threads: int) -> int:
+        """Words of 4 bytes of the scratch of a `stage`."""
+        return max(_scratch_size(threads, *each[-2:]) for each in self._settle(x).shards)
+
+    def stage(self, x: Tensor, y: Tensor, scratch: Tensor) -> cpu.Stage:
+        """The call for one row x ``[in_features]``, the result of which is y; all contiguous. It has one shard."""
+        settled = self._settle(x)
+        ((offset, words, tile, _, per_thread),) = settled.shards
+        target, place = y.data_ptr() + offset, scratch.data_ptr()
+        call = _CALL.pack(x.data_ptr(), settled.kind, target, settled.batch, tile, per_thread, place)
+        return cpu.Stage(_worker(self._kind)[1], call + words)
 
     def _settle(self, x: Tensor) -> _Settled:
         batch, shards = x.numel() // self.in_features, []
@@ -187,6 +199,11 @@ class Prepared:
         like = _like((*x.shape[:-1], self.out_features), x.dtype)
         settled = self._settled[x.shape, x.dtype] = _Settled(batch, KINDS[x.dtype], like, shards)
         return settled
+
+
+def _scratch_size(threads: int, sums: int, per_thread: int) -> int:
+    """Words of all threads: their sums, up to a cache line, and what each has of its own."""
+    return -(-threads * sums // 16) * 16 + threads * per_thread
 
 
 class _Settled(NamedTuple):

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder blocks of Llama's kind that decode on a CPU without the cost of small operators.
+
+A block of transformers runs some forty operators between its linears, each of which takes microseconds to call; on
+models of some hundred million weights that is most of a token. A merged model's block therefore computes a single token
+as one program (`layers.block_program`), on a cache that is written where it lies. Whatever is not exactly that case
+runs as transformers wrote it: several tokens or sequences, another cache, a mask, gradients, hooks, `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+
+from spon_plugin.kernels.arguments import is_plain
+from spon_plugin.kernels.cpu.kernel import is_available
+from spon_plugin.layers.block_program import BlockParts, BlockProgram
+from spon_plugin.machine import DTYPES
+from spon_transformers.growing_cache import growing_layer
+
+KINDS = {
+    f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}DecoderLayer"
+    for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
+}
+"""Blocks whose forward is Llama's: qualified names, as importing the classes would import the models."""
+_SILU = ("SiLU", "SiLUActivation")
+_IGNORED = {"position_ids", "use_cache", "cache_position"}  # by a block that has no mask
+
+
+class QuickBlock(nn.Module):
+    """What the decoder blocks of a model become; see `quicken`.
+
+    Attributes:
+        kind: the class of transformers.
+        known: the block's program.
+    """
+
+    kind: type[nn.Module]
+    known: KnownProgram
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as an object of the original's class, which is made one of ours once more."""
+        return _new, (self.kind,), self.__dict__
+
+
+def quicken(model: nn.Module) -> None:
+    """Let the decoder blocks of Llama's kind compute single tokens on a CPU as programs, in place.
+
+    Args:
+        model: whose blocks are of transformers' own classes, or they are left as they are.
+    """
+    if not is_available():
+        return
+    for module in model.modules():
+        kind = type(module)
+        if f"{kind.__module__}.{kind.__qualname__}" in KINDS and not isinstance(module, QuickBlock):
+            module.__class__ = _quick(kind)
+            module.known = KnownProgram()
+
+
+@functools.cache
+def _quick(kind: Any) -> type[QuickBlock]:
+    """The class of a quick block, under the name that device maps and error messages know the original by."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not args and not torch.compiler.is_compiling() and hidden_states.shape[:-1] == (1, 1):
+            y = _step(self, hidden_states, **kwargs)
+            if y is not None:
+                return y
+        return kind.forward(self, hidden_states, *args, **kwargs)
+
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (QuickBlock, kind), {**names, "kind": kind, "forward": forward})
+
+
+def _new(kind: type) -> Any:
+    quick = _quick(kind)
+    return quick.__new__(quick)
+
+
+class KnownProgram:
+    """The program of a block, made at the first token; copies and pickles of a block make their own."""
+
+    def __init__(self) -> None:
+        self._program: BlockProgram | None = None
+        self._dtype: torch.dtype | None = None
+        self._modules: list[tuple[dict[str, Any], str, Any]] = []
+        self._hooks: list[dict[Any, Any]] = []
+        self._own: list[dict[str, Any]] = []
+
+    def __reduce__(self) -> tuple[type[KnownProgram], tuple[()]]:
+        return KnownProgram, ()
+
+    def program(self, block: Any, dtype: torch.dtype) -> BlockProgram | None:
+        """The program of a block as it is; None where there is none, or where somebody has to see its modules run."""
+        if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+            return None
+        if not self._is_of(dtype):
+            self._learn(block, dtype)
+        # accelerate and others put a forward of their own into a module.
+        if any(self._hooks) or any("forward" in own for own in self._own):
+            return None
+        return self._program
+
+    def _is_of(self, dtype: torch.dtype) -> bool:
+        if self._dtype != dtype or any(held.get(name) is not module for held, name, module in self._modules):
+            return False
+        return self._program is None or self._program.fits()
+
+    def _learn(self, block: Any, dtype: torch.dtype) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        inner = [module for module in block.modules() if module is not block]
+        self._dtype, self._own = dtype, [module.__dict__ for module in inner]
+        self._modules = [
+            (module._modules, name, child)
+            for module in (block, attention, mlp)
+            for name, child in module._modules.items()
+        ]
+        self._hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        silu = type(mlp.act_fn).__name__ in _SILU
+        self._program = BlockProgram.of(_parts(block), dtype) if silu else None
+
+
+def _parts(block: Any) -> BlockParts:
+    attention, mlp = block.self_attn, block.mlp
+    has_head_norms = hasattr(attention, "q_norm")
+    return BlockParts(
+        attention_norm=block.input_layernorm.weight,
+        mlp_norm=block.post_attention_layernorm.weight,
+        head_norms=(attention.q_norm.weight, attention.k_norm.weight) if has_head_norms else None,
+        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+        out=attention.o_proj,
+        gate_up=(mlp.gate_proj, mlp.up_proj),
+        down=mlp.down_proj,
+        eps=block.input_layernorm.variance_epsilon,
+        head_size=attention.head_dim,
+        scale=attention.scaling,
+    )
+
+
+def _step(
+    block: Any,
+    x: Tensor,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **others: Any,
+) -> Tensor | None:
+    """The output of a block for one token; None where the block is to compute it by itself.
+
+    Args:
+        block: to compute.
+        x: ``[1, 1, hidden_size]``.
+        attention_mask: see `forward` of the block, like the rest.
+        past_key_values: likewise.
+        position_embeddings: likewise.
+        others: likewise.
+    """
+    if attention_mask is not None or position_embeddings is None or not x.is_cpu or torch.is_grad_enabled():
+        return None
+    if not is_plain(x, x, None) or torch.is_autocast_enabled("cpu") or x.dtype not in DTYPES.values():
+        return None
+    for name, value in others.items():
+        if value is not None and name not in _IGNORED:
+            return None
+    cos, sin = position_embeddings
+    if not (x.is_contiguous() and cos.is_contiguous() and sin.is_contiguous() and cos.dtype == sin.dtype == x.dtype):
+        return None
+    attention = block.self_attn
+    if attention.config._attn_implementation != "sdpa":
+        return None
+    cache = growing_layer(past_key_values, attention.layer_idx, x)
+    if cache is None or not cos.numel() == sin.numel() == cache.all_keys.shape[3] == attention.head_dim:
+        return None
+    program = block.known.program(block, x.dtype)
+    if program is None:
+        return None
+    keys, values = cache.with_room()
+    y = program(x, cos, sin, keys, values, cache.length)
+    if y is not None:
+        cache.add()
+    return y
