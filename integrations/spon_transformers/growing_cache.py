@@ -43,6 +43,7 @@ class GrowingLayer(DynamicLayer):
 
     @property
     def keys(self) -> Any:  # type: ignore[override]
+        """Of the tokens held."""
         return _beginning(self.all_keys, self.length)
 
     @keys.setter
@@ -51,6 +52,7 @@ class GrowingLayer(DynamicLayer):
 
     @property
     def values(self) -> Any:  # type: ignore[override]
+        """Of the tokens held."""
         return _beginning(self.all_values, self.length_of_values)
 
     @values.setter

@@ -10,7 +10,9 @@ runs as transformers wrote it: several tokens or sequences, another cache, a mas
 from __future__ import annotations
 
 import functools
-from typing import Any
+import threading
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +20,9 @@ from torch.nn.modules import module as torch_modules
 
 from spon_plugin.kernels.arguments import is_plain
 from spon_plugin.kernels.cpu.kernel import is_available
-from spon_plugin.layers.block_program import BlockParts, BlockProgram
+from spon_plugin.layers.block_program import BlockParts, BlockProgram, Cached, run_blocks
 from spon_plugin.machine import DTYPES
-from spon_transformers.growing_cache import growing_layer
+from spon_transformers.growing_cache import GrowingLayer, growing_layer
 
 KINDS = {
     f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}DecoderLayer"
@@ -29,6 +31,8 @@ KINDS = {
 """Blocks whose forward is Llama's: qualified names, as importing the classes would import the models."""
 _SILU = ("SiLU", "SiLUActivation")
 _IGNORED = {"position_ids", "use_cache", "cache_position"}  # by a block that has no mask
+
+_local = threading.local()  # `last`: what the last block of a run gave, and whose it was
 
 
 class QuickBlock(nn.Module):
@@ -56,10 +60,10 @@ def quicken(model: nn.Module) -> None:
     if not is_available():
         return
     for module in model.modules():
-        kind = type(module)
+        kind: Any = type(module)
         if f"{kind.__module__}.{kind.__qualname__}" in KINDS and not isinstance(module, QuickBlock):
             module.__class__ = _quick(kind)
-            module.known = KnownProgram()
+            object.__setattr__(module, "known", KnownProgram())
 
 
 @functools.cache
@@ -84,7 +88,12 @@ def _new(kind: type) -> Any:
 
 
 class KnownProgram:
-    """The program of a block, made at the first token; copies and pickles of a block make their own."""
+    """The program of a block, made at the first token; copies and pickles of a block make their own.
+
+    Attributes:
+        following: the block that was called with this one's output.
+        ready: what the block will be asked next, and the answer.
+    """
 
     def __init__(self) -> None:
         self._program: BlockProgram | None = None
@@ -92,6 +101,8 @@ class KnownProgram:
         self._modules: list[tuple[dict[str, Any], str, Any]] = []
         self._hooks: list[dict[Any, Any]] = []
         self._own: list[dict[str, Any]] = []
+        self.following: weakref.ref[Any] | None = None
+        self.ready: _Ready | None = None
 
     def __reduce__(self) -> tuple[type[KnownProgram], tuple[()]]:
         return KnownProgram, ()
@@ -102,14 +113,35 @@ class KnownProgram:
             return None
         if not self._is_of(dtype):
             self._learn(block, dtype)
-        # accelerate and others put a forward of their own into a module.
-        if any(self._hooks) or any("forward" in own for own in self._own):
+        if any(self._hooks):
             return None
+        for own in self._own:
+            if "forward" in own:  # accelerate and others put one of their own there
+                return None
         return self._program
 
-    def _is_of(self, dtype: torch.dtype) -> bool:
-        if self._dtype != dtype or any(held.get(name) is not module for held, name, module in self._modules):
+    def is_ready(self, x: Tensor, cos: Tensor, layer: GrowingLayer) -> bool:
+        """Whether `answer` is the block's for such arguments."""
+        ready = self.ready
+        if ready is None or ready.x is not x or ready.cos is not cos or ready.layer is not layer:
             return False
+        keys, values, length = ready.cached
+        same = layer.all_keys is keys and layer.all_values is values and layer.length == length
+        return same and _version(x) == ready.version
+
+    def answer(self) -> Tensor:
+        """The answer that is ready, once."""
+        ready, self.ready = self.ready, None
+        assert ready is not None
+        ready.layer.add()
+        return ready.y
+
+    def _is_of(self, dtype: torch.dtype) -> bool:
+        if self._dtype != dtype:
+            return False
+        for held, name, module in self._modules:
+            if held.get(name) is not module:
+                return False
         return self._program is None or self._program.fits()
 
     def _learn(self, block: Any, dtype: torch.dtype) -> None:
@@ -130,9 +162,9 @@ def _parts(block: Any) -> BlockParts:
     attention, mlp = block.self_attn, block.mlp
     has_head_norms = hasattr(attention, "q_norm")
     return BlockParts(
-        attention_norm=block.input_layernorm.weight,
-        mlp_norm=block.post_attention_layernorm.weight,
-        head_norms=(attention.q_norm.weight, attention.k_norm.weight) if has_head_norms else None,
+        attention_norm=block.input_layernorm,
+        mlp_norm=block.post_attention_layernorm,
+        head_norms=(attention.q_norm, attention.k_norm) if has_head_norms else None,
         qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
         out=attention.o_proj,
         gate_up=(mlp.gate_proj, mlp.up_proj),
@@ -141,6 +173,26 @@ def _parts(block: Any) -> BlockParts:
         head_size=attention.head_dim,
         scale=attention.scaling,
     )
+
+
+class _Ready(NamedTuple):
+    """What a block will have for an answer when it is called, as it was computed with those before it.
+
+    Attributes:
+        x: what it is called with.
+        version: of x.
+        cos: likewise.
+        layer: of the cache.
+        cached: what that held, and where.
+        y: the answer.
+    """
+
+    x: Tensor
+    version: int
+    cos: Tensor
+    layer: GrowingLayer
+    cached: Cached
+    y: Tensor
 
 
 def _step(
@@ -154,7 +206,7 @@ def _step(
     """The output of a block for one token; None where the block is to compute it by itself.
 
     Args:
-        block: to compute.
+        block: to compute; with it those that followed it at the token before, whose answers are then ready.
         x: ``[1, 1, hidden_size]``.
         attention_mask: see `forward` of the block, like the rest.
         past_key_values: likewise.
@@ -169,19 +221,54 @@ def _step(
         if value is not None and name not in _IGNORED:
             return None
     cos, sin = position_embeddings
+    known: KnownProgram = block.known
+    cache = growing_layer(past_key_values, block.self_attn.layer_idx, x)
+    if cache is None:
+        return None
+    if known.is_ready(x, cos, cache):
+        return known.answer()
     if not (x.is_contiguous() and cos.is_contiguous() and sin.is_contiguous() and cos.dtype == sin.dtype == x.dtype):
         return None
-    attention = block.self_attn
-    if attention.config._attn_implementation != "sdpa":
+    if block.self_attn.config._attn_implementation != "sdpa":
         return None
-    cache = growing_layer(past_key_values, attention.layer_idx, x)
-    if cache is None or not cos.numel() == sin.numel() == cache.all_keys.shape[3] == attention.head_dim:
+
+    last = getattr(_local, "last", None)
+    if last is not None and last[0] is x:
+        follows = last[1]()
+        if follows is not None:
+            follows.following = weakref.ref(block)
+    outputs = _run(block, x, cos, sin, past_key_values)
+    return None if outputs is None else known.answer()
+
+
+def _run(block: Any, x: Tensor, cos: Tensor, sin: Tensor, cache: Any) -> list[Tensor] | None:
+    """Compute a block and those that followed it before; see `_step`. Their answers are ready then."""
+    programs, layers, caches, knowns = [], [], [], []
+    indices: set[int] = set()
+    following: Any = block
+    while following is not None:
+        index, known = following.self_attn.layer_idx, following.known
+        layer, program = growing_layer(cache, index, x), known.program(following, x.dtype)
+        if program is None or layer is None or index in indices:
+            break
+        indices.add(index)
+        keys, values = layer.with_room()
+        if not cos.numel() == sin.numel() == keys.shape[3] == program.head_size:
+            break
+        programs.append(program)
+        layers.append(layer)
+        caches.append(Cached(keys, values, layer.length))
+        knowns.append(known)
+        following = None if known.following is None else known.following()
+    outputs = run_blocks(programs, x, cos, sin, caches) if programs else None
+    if outputs is None:
         return None
-    program = block.known.program(block, x.dtype)
-    if program is None:
-        return None
-    keys, values = cache.with_room()
-    y = program(x, cos, sin, keys, values, cache.length)
-    if y is not None:
-        cache.add()
-    return y
+    for known, layer, cached, y in zip(knowns, layers, caches, outputs, strict=True):
+        known.ready = _Ready(x, _version(x), cos, layer, cached, y)
+        x = y
+    _local.last = x, weakref.ref(knowns[-1])
+    return outputs
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version

@@ -10,10 +10,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spon_plugin.kernels.cpu import block
 from spon_plugin.kernels.cpu import block_layout as fields
@@ -31,9 +31,9 @@ class BlockParts:
     """What a block is made of: ``h = x + out(attention(qkv(norm(x))))``, ``h + down(silu(gate(norm h)) * up(norm h))``.
 
     Attributes:
-        attention_norm: the weight ``[hidden_size]`` of the norm before the attention.
-        mlp_norm: of that before the MLP.
-        head_norms: of those of every query and of every key ``[head_size]``; None where there are none.
+        attention_norm: the norm before the attention, with a `weight` ``[hidden_size]``.
+        mlp_norm: that before the MLP.
+        head_norms: those of every query and of every key ``[head_size]``; None where there are none.
         qkv: three layers.
         out: of the attention.
         gate_up: two layers.
@@ -43,9 +43,9 @@ class BlockParts:
         scale: of the products of queries and keys.
     """
 
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    head_norms: tuple[Tensor, Tensor] | None
+    attention_norm: nn.Module
+    mlp_norm: nn.Module
+    head_norms: tuple[nn.Module, nn.Module] | None
     qkv: tuple[Any, Any, Any]
     out: Any
     gate_up: tuple[Any, Any]
@@ -55,8 +55,8 @@ class BlockParts:
     scale: float
 
     @property
-    def norms(self) -> tuple[Tensor, ...]:
-        """The weights of all norms."""
+    def norms(self) -> tuple[nn.Module, ...]:
+        """All norms."""
         return (self.attention_norm, self.mlp_norm, *(self.head_norms or ()))
 
     @property
@@ -65,22 +65,76 @@ class BlockParts:
         return (*self.qkv, self.out, *self.gate_up, self.down)
 
 
+class Cached(NamedTuple):
+    """What a block remembers of the tokens before.
+
+    Attributes:
+        keys: ``[1, kv_heads, capacity, head_size]``, contiguous.
+        values: likewise.
+        length: of the tokens; the next one's key and value are written behind theirs.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+
+def run_blocks(
+    programs: Sequence[BlockProgram], x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[Cached]
+) -> list[Tensor] | None:
+    """The outputs of blocks that follow each other, for one token; None while another thread of Python runs some.
+
+    Args:
+        programs: of the blocks, of one dtype; each `fits`.
+        x: ``[1, 1, hidden_size]``, contiguous, of that dtype, like all others.
+        cos: as in `block_reference.attend`.
+        sin: likewise.
+        caches: of the blocks.
+    """
+    if not _lock.acquire(blocking=False):
+        return None
+    try:
+        lead = programs[0]
+        if lead.chain[0] != programs:
+            lead.chain = list(programs), Program.joined([each.program for each in programs])
+        outputs = list(x.new_empty(len(programs), *x.shape).unbind())
+        read = x
+        for each, y, cache in zip(programs, outputs, caches, strict=True):
+            each.set(read, y, cos, sin, cache)
+            read = y
+        lead.chain[1].run()
+        return outputs
+    finally:
+        _lock.release()
+
+
 class BlockProgram:
     """The program of one block, for one dtype of x and one number of threads; made by `of`.
 
     Attributes:
         dtype: of x, of the norms' weights, and of keys and values.
+        head_size: length of a key.
+        program: of the block by itself.
+        chain: blocks from this one on that were run together, and their program.
     """
 
     def __init__(self, parts: BlockParts, groups: Sequence[Sequence[Group]], dtype: torch.dtype) -> None:
+        self.head_size = parts.head_size
         self.dtype, self._parts, self._groups = dtype, parts, [group for each in groups for group in each]
         self._threads, self._tokens = torch.get_num_threads(), 0
-        self._norms = [(norm, norm.data_ptr(), norm._version) for norm in parts.norms]
+        members = [member for group in self._groups for member in group.members]
+        self._rows = [(member.rows, member.part) for member in members if member.rows is not None]
+        # Where a tensor is found and under which name, itself, its address and version.
+        self._tensors = [state[:5] for member in members for state in member.tensors]
+        for norm in parts.norms:
+            weight: Any = norm.weight
+            self._tensors.append((norm._parameters, "weight", weight, weight.data_ptr(), weight._version))
+        self._linears_of_block = parts.linears
         self._held: list[Tensor] = []  # what the stages know the addresses of
         self._stages: list[Stage] = []
         hidden, wide = parts.qkv[0].in_features, parts.down.in_features
         words = [group.scratch_words(self._new(group.in_features), self._threads) for group in self._groups]
-        self._memory = self._scratch(max(*words, block.gate_words(self._threads)))
+        self._memory = self._memory_of_scores = self._scratch(max(*words, block.gate_words(self._threads)))
 
         # Where x lies is known at each call only.
         x, normed, self._total = (self._new(hidden) for _ in range(3))
@@ -100,15 +154,16 @@ class BlockProgram:
         (delta,) = self._linears(groups[3], active, [hidden])
         last = self._add(block.add(self._total, delta, x))
 
-        self._program = Program(self._stages)
-        self._at_y = self._program.place(last, fields.SUM)
-        self._at_x = [self._program.place(stage, fields.X) for stage in (first, second)]
+        self.program = Program(self._stages)
+        self.chain: tuple[list[BlockProgram], Program] = [self], self.program
+        self._at_y = self.program.place(last, fields.SUM)
+        self._at_x = [self.program.place(stage, fields.X) for stage in (first, second)]
         names = (fields.COS, fields.SIN, fields.KEYS, fields.VALUES, fields.CAPACITY, fields.LENGTH, fields.SCRATCH)
-        self._at_attend = [self._program.place(attend, name) for name in names]
+        self._at_attend = [self.program.place(attend, name) for name in names]
 
     @classmethod
     def of(cls, parts: BlockParts, dtype: torch.dtype) -> BlockProgram | None:
-        """The program of a block; None where one of its layers is none of ours, or leaves tokens dense.
+        """The program of a block; None where a layer is none of ours, leaves tokens dense, or cannot be watched.
 
         Args:
             parts: of the block; layers of a group share the storage of their codes from now on.
@@ -116,7 +171,11 @@ class BlockProgram:
         """
         if not all(isinstance(layer, SparseLayer) and layer.tokens is None for layer in parts.linears):
             return None
-        if not all(norm.is_cpu and norm.dtype == dtype and norm.is_contiguous() for norm in parts.norms):
+        modules = (*parts.norms, *parts.linears)
+        if any(tensor.is_inference() for m in modules for tensor in (*m.parameters(), *m.buffers())):
+            return None  # torch counts no writes to these
+        weights: list[Any] = [norm.weight for norm in parts.norms]
+        if not all(weight.is_cpu and weight.dtype == dtype and weight.is_contiguous() for weight in weights):
             return None
         found = [_groups(layers, dtype) for layers in (parts.qkv, (parts.out,), parts.gate_up, (parts.down,))]
         groups = [group for group in found if group]
@@ -124,46 +183,33 @@ class BlockProgram:
 
     def fits(self) -> bool:
         """Whether layers and norms still have the tensors that the program was made of, and torch its threads."""
-        if torch.get_num_threads() != self._threads or any(layer.tokens is not None for layer in self._parts.linears):
+        if torch.get_num_threads() != self._threads:
             return False
-        if any(norm.data_ptr() != address or norm._version != version for norm, address, version in self._norms):
-            return False
-        return all(group.fits() for group in self._groups)
+        for layer in self._linears_of_block:
+            if layer.tokens is not None:
+                return False
+        for rows, part in self._rows:
+            if rows.weight is not part:
+                return False
+        for place, name, tensor, address, version in self._tensors:
+            now = place.get(name)
+            if now is not tensor or (now is not None and (now.data_ptr() != address or now._version != version)):
+                return False
+        return True
 
-    def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int
-    ) -> Tensor | None:
-        """The block's output for one token, like x; None while another thread of Python runs a program.
-
-        Args:
-            x: ``[..., hidden_size]``, one row.
-            cos: as in `block_reference.attend`, like the rest; all of them contiguous, of the program's dtype.
-            sin: see there.
-            keys: ``[1, kv_heads, capacity, head_size]``; see there.
-            values: likewise.
-            length: see there.
-        """
-        if not _lock.acquire(blocking=False):
-            return None
-        try:
-            words, address, capacity = self._program.words, x.data_ptr(), keys.shape[2]
-            if capacity > self._tokens:
-                needed = block.attend_words(self._threads, self._parts.head_size, capacity)
-                self._memory_of_scores, self._tokens = self._scratch(needed), capacity
-            for place in self._at_x:
-                words[place] = address
-            y = torch.empty_like(x)
-            words[self._at_y] = y.data_ptr()
-            values_of = (
-                *(cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr()),
-                *(capacity, length, self._memory_of_scores.data_ptr()),
-            )
-            for place, value in zip(self._at_attend, values_of, strict=True):
-                words[place] = value
-            self._program.run()
-            return y
-        finally:
-            _lock.release()
+    def set(self, x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, cache: Cached) -> None:
+        """Let the next run read x and write y, as `run_blocks` says."""
+        words, memory = self.program.words, self._memory_of_scores
+        capacity = cache.keys.shape[2]
+        if capacity > self._tokens:
+            needed = block.attend_words(self._threads, self.head_size, capacity)
+            memory, self._tokens = self._scratch(needed), capacity
+            self._memory_of_scores = memory
+        words[self._at_x[0]] = words[self._at_x[1]] = x.data_ptr()
+        words[self._at_y] = y.data_ptr()
+        values = (cos.data_ptr(), sin.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr())
+        for place, value in zip(self._at_attend, (*values, capacity, cache.length, memory.data_ptr()), strict=True):
+            words[place] = value
 
     def _new(self, size: int) -> Tensor:
         self._held.append(torch.empty(size, dtype=self.dtype, device="cpu"))
@@ -180,8 +226,9 @@ class BlockProgram:
         self._stages.append(stage)
         return len(self._stages) - 1
 
-    def _norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, out: Tensor) -> int:
-        return self._add(block.norm(x, delta, weight, self._parts.eps, self._total, out))
+    def _norm(self, x: Tensor, delta: Tensor | None, norm: nn.Module, out: Tensor) -> int:
+        weight: Any = norm.weight
+        return self._add(block.norm(x, delta, weight.detach(), self._parts.eps, self._total, out))
 
     def _linears(self, groups: Sequence[Group], x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """The products of layers that read x; their outputs, of `sizes`, lie one behind the other."""

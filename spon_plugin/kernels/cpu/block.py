@@ -76,29 +76,12 @@ def attend_words(threads: int, head_size: int, tokens: int) -> int:
     return threads * attend_parts(head_size, tokens)[-1]
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, head_size: int, scale: float, out: Tensor,
-    at: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, length: int = 0, scratch: Tensor | None = None,
-) -> Stage:  # fmt: skip
+def attend(q: Tensor, k: Tensor, v: Tensor, head_size: int, scale: float, out: Tensor) -> Stage:
     """`block_reference.attend`, the result of which is `out`.
 
-    Args:
-        q: as in the reference, like `k`, `v`, `scale` and `length`.
-        k: see `q`.
-        v: see `q`.
-        head_size: length of a key.
-        scale: see `q`.
-        out: like q.
-        at: cosines, sines, keys and values as in the reference; None where their fields are to be set later, with
-            those of `capacity`, `length` and `scratch`.
-        length: see `q`.
-        scratch: of `attend_words` for ``length + 1`` tokens.
+    Its fields `cos`, `sin`, `keys`, `values`, `capacity`, `length` and `scratch`, which has `attend_words`, are set
+    before each run.
     """
-    places = (0,) * 4 if at is None else tuple(tensor.data_ptr() for tensor in at)
-    words = _ATTEND.pack(
-        *(tensor.data_ptr() for tensor in (q, k, v)),
-        *places,
-        *(out.data_ptr(), 0 if scratch is None else scratch.data_ptr()),
-        *(q.numel() // head_size, k.numel() // head_size, head_size, 0 if at is None else at[2].shape[-2], length, scale),
-    )
-    return Stage(_function("attend", q.dtype)[1], words)
+    heads, kv_heads = q.numel() // head_size, k.numel() // head_size
+    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, 0, 0, 0, out.data_ptr(), 0)
+    return Stage(_function("attend", q.dtype)[1], _ATTEND.pack(*addresses, heads, kv_heads, head_size, 0, 0, scale))

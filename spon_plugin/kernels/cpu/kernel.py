@@ -211,7 +211,8 @@ class Prepared:
 
     def stage(self, x: Tensor, outputs: Sequence[Tensor], scratch: Tensor) -> Stage:
         """The call for one row x ``[in_features]``, the results of which are `outputs`; all contiguous."""
-        head = _CALL.pack(x.data_ptr(), self._mask[0], scratch.data_ptr(), 1, self.in_features, self._mask[1], len(outputs))
+        (threshold, per_channel), place = self._mask, scratch.data_ptr()
+        head = _CALL.pack(x.data_ptr(), threshold, place, 1, self.in_features, per_channel, len(outputs))
         each = zip(self._starts, outputs, self._ends, strict=True)
         return Stage(self._worker, head + b"".join(_WEIGHT.pack(*start, y.data_ptr(), *end) for start, y, end in each))
 
