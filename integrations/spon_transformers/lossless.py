@@ -25,7 +25,7 @@ from spon_plugin.decoder.sites import check_dense, linear_inputs
 from spon_plugin.decoder.tokens import DenseTokens, follow_tokens, rule_of
 from spon_plugin.errors import SponError
 from spon_plugin.layers.row_linear import RowLinear, RowQuantizedLinear
-from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLayer
+from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLayer, share_calls
 from spon_plugin.layers.sparse_quantized import QuantizedLayer, SparseQuantizedLinear, not_by_rows, sparse_layer
 from spon_plugin.weights import Opaque, weight_of
 from spon_plugin.weights.dense import DenseWeight
@@ -33,6 +33,7 @@ from spon_plugin.weights.fold import fold_alpha
 from spon_plugin.weights.linears import is_linear
 from spon_plugin.weights.scaled import ScaledWeight
 from spon_transformers.quantized_base import pack_again
+from spon_transformers.quick_blocks import quicken
 
 DRAFTS = 3
 """Tokens that are drafted before the dense model reads them."""
@@ -74,6 +75,8 @@ def sparse_view(model: Any, adapter: Adapter | str | Path, drafts: int = DRAFTS)
         view.set_submodule(path, _masked(view.get_submodule(path), mask, path, keeps_dense_bias=rule.leaves_any))
     if rule.leaves_any:
         follow_tokens(view, rule)
+    share_calls(view)
+    quicken(view)
     settings = view.generation_config
     settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = drafts, "constant"
     # Nothing stops a draft before its time: the figures of `spon eval --drafts` are for so many tokens.

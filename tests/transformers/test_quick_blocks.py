@@ -373,3 +373,22 @@ def test_other_kinds_of_blocks_stay_as_they_are():
     model = transformers.GPT2LMHeadModel(config)
     quicken(model)
     assert not any(isinstance(module, QuickBlock) for module in model.modules())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_smollm2_says_the_same_token_by_token_and_at_once(smollm2, smollm2_dir, runs):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_dir)
+    text = "The river rises in the mountains and reaches the sea near an old harbour, where ships from the north once lay. "
+    ids = tokenizer(4 * text, return_tensors="pt").input_ids[:, :80]
+    quantize(smollm2, Rounding(8, None))
+    for path, linear in [(p, m) for p, m in smollm2.named_modules() if p.endswith(LINEARS)]:
+        layer = sparse_layer(linear, path)  # without a mask, in which roundings would be no roundings any more
+        layer.arrange_for_kernels()
+        smollm2.set_submodule(path, layer)
+    share_calls(smollm2)
+    quicken(smollm2)
+    cache = DynamicCache(config=smollm2.config)
+    logits = [smollm2(token, past_key_values=cache).logits for token in ids.split(1, 1)]
+    close(torch.cat(logits, 1), smollm2(ids).logits)
+    assert runs[:30] == [1] * 30 and set(runs[30:]) == {30}
