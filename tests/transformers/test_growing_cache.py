@@ -92,10 +92,14 @@ def test_a_token_more_copies_nothing():
 
 def test_gradients_flow_as_they_do_through_transformers_own():
     own, grown = pair()
+    with torch.no_grad():
+        for layer in (own, grown):
+            layer.update(*tokens(1, 5))  # there is room from now on
     for layer in (own, grown):
-        keys, values = (part.requires_grad_() for part in tokens(2, 1))
-        layer.update(keys, values)[0].square().sum().backward()
-        assert torch.allclose(keys.grad, 2 * keys.detach())
+        first, second = (tokens(2, seed)[0].requires_grad_() for seed in (1, 2))
+        losses = [layer.update(keys, keys.detach())[0].square().sum() for keys in (first, second)]
+        sum(losses).backward()
+        assert torch.allclose(first.grad, 4 * first.detach()) and torch.allclose(second.grad, 2 * second.detach())
 
 
 def test_tokens_of_inference_mode_are_not_written_behind_outside_of_it():
