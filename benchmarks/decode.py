@@ -6,11 +6,12 @@
     python -m benchmarks.decode --shape llama3-8b --sparsity 0.5 --device cuda
 
 With ``--shape`` the weights are random and each layer's threshold is the quantile of its own inputs, so that the model
-is as sparse as asked. On a GPU each step is one CUDA graph over a static KV cache; on a CPU the model runs as
-transformers runs it. All variants take turns of eight tokens, so that they see the same machine.
+is as sparse as asked. On a GPU each step is one CUDA graph over a static KV cache; on a CPU the dense model runs as
+transformers runs it, and models on our kernels as merged ones do. All variants take turns of eight tokens, so that they
+see the same machine.
 
 ``--format int8`` and ``int4`` are `spon quantize`'s rounding, with an output head of eight bits by output, on our
-kernels; ``--against`` adds what people use instead: llama.cpp on the GGUF files of ``--gguf``, or on one of the same
+kernels; ``--against`` adds what people use instead: llama.cpp on the GGUF files of ``--gguf``, or on some of the same
 weights by its own quantizer; vLLM's dense model; torchao's int8. ``read`` is what a token reads of weights, scales
 included, and its share of the bandwidth at which torch sums up memory; ``in kernels`` is the part of its time that our
 CPU kernels take.
@@ -253,7 +254,8 @@ def main() -> None:
     parser.add_argument("--sparsity", default="0.5", help="with --shape; comma-separated")
     parser.add_argument("--format", default="bf16", help="comma-separated: bf16 (that is, --dtype), int8, int4")
     parser.add_argument("--against", default="", help=f"comma-separated: {', '.join(OTHERS)}, each installed")
-    parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="for llama.cpp; else Q4_K_M is made")
+    parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="for llama.cpp; else one for each of --kinds")
+    parser.add_argument("--kinds", default="Q4_K_M", help="comma-separated: llama.cpp's formats to make files of")
     parser.add_argument("--text", type=Path, help="score each variant on its first tokens")
     parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, with --text")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -314,7 +316,8 @@ def main() -> None:
         if "llama.cpp" in others:
             from benchmarks import llama_cpp
 
-            files = arguments.gguf or [write_gguf(dense, Path(directory) / "Q4_K_M.gguf")]
+            kinds = arguments.kinds.split(",")
+            files = arguments.gguf or [write_gguf(dense, Path(directory) / f"{kind}.gguf", kind) for kind in kinds]
             variants += [llama_cpp.variant(file, context) for file in files]
         bandwidth = read_bandwidth(device)
         seconds = measure(variants, ids, arguments.tokens)

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from spon_plugin.adapter.mask import CENTER, THRESHOLD
 from spon_plugin.adapter.merged import DENSE_BIAS
 from spon_plugin.layers.sparse_linear import SparseLayer
-from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear, sparse_layer
+from spon_plugin.layers.sparse_quantized import QuantizedLayer, SparseQuantizedLinear, sparse_layer
 from spon_plugin.weights.linears import is_linear, linear_features, weight_of
 from spon_plugin.weights.scaled import ScaledWeight
 from spon_transformers import gguf
@@ -88,6 +88,7 @@ class _Around(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         result = super()._process_model_after_weight_loading(model, **kwargs)
+        undo_offloading(model)
         for path in self.paths:
             model.set_submodule(path, sparse_layer(model.get_submodule(path), path))
         if not self.host_runs:
@@ -95,7 +96,28 @@ class _Around(HfQuantizer):
             for path in others:
                 model.set_submodule(path, SparseQuantizedLinear(model.get_submodule(path)))
         finish_layers(model, self.paths, self.spon_config.merged)
+        settle_decompression(model)
         return result
+
+
+def settle_decompression(model: Any) -> None:
+    """See to what compressed-tensors does at a model's first pass: it decompresses the linears that are not ours.
+
+    Where there are none, that is not to be done; else it offloads the whole model for it: see `undo_offloading`.
+    """
+    hook = getattr(model, "ct_decompress_hook", None)
+    if hook is None:
+        return
+    if not any(hasattr(module, "quantization_scheme") for module in model.modules()):
+        hook.remove()
+        del model.ct_decompress_hook
+        return
+
+    def undo(module: nn.Module, _args: Any) -> None:
+        undo_offloading(module)
+        own.remove()
+
+    own = model.register_forward_pre_hook(undo)
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -137,6 +159,26 @@ def pack_again(model: nn.Module) -> None:
         # compressed-tensors 0.17, which vLLM 0.32 asks for, has no such argument, and no layers to skip here.
         skips = "skip_compressed" in signature(compressor.compress_model).parameters
         compressor.compress_model(model, **({"skip_compressed": True} if skips else {}))
+    undo_offloading(model)
+
+
+def undo_offloading(model: nn.Module) -> None:
+    """Take compressed-tensors' offloading off modules whose tensors lie where they are used.
+
+    It keeps a model's tensors behind mappings that move them at every look, and a forward of its own in every module,
+    which moves the arguments: a small model's token takes twice as long for it, also where there is nothing to move.
+    """
+    wrapped: list[Any] = [module for module in model.modules() if hasattr(module._parameters, "onload_device")]
+    for module in wrapped:
+        from compressed_tensors.offload.module import remove_module_offload
+
+        devices = {str(module._parameters.onload_device), str(module._parameters.offload_device)}
+        if len(devices) == 1:
+            remove_module_offload(module)
+            if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+                del module.forward  # what it puts back is the class's own
+            if isinstance(module, QuantizedLayer):
+                module.host._parameters, module.host._buffers = module._parameters, module._buffers
 
 
 def _announce(host: nn.Module, tensors: Sequence[str], dtype: torch.dtype) -> None:

@@ -139,11 +139,14 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
     """See `spon_transformers.mark_merged`."""
     from transformers import PreTrainedModel
 
+    from spon_transformers.quantized_base import keep_reversible, settle_decompression
+
     layers = {path: m for path, m in model.named_modules() if isinstance(m, SparseLayer)}
     for layer in layers.values():
         layer.arrange_for_kernels()
     share_calls(model)
     quicken(model)
+    settle_decompression(model)
     rule = rule_of(adapter.fields, model)
     fields = replace(adapter.fields, tokens=rule.tokens, dense_prefix=rule.dense_prefix)
     if not holds_dense_biases(fields):
@@ -166,8 +169,6 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
     saves: Any = model
     if isinstance(model, PreTrainedModel):
         if config.base_quantization_config is not None:
-            from spon_transformers.quantized_base import keep_reversible
-
             keep_reversible(model)
         saves.hf_quantizer = make_quantizer(config)
         saves.config.quantization_config = config

@@ -9,11 +9,13 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny_models import make_tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from spon_peft import SponConfig
 from spon_plugin import SparseLinear, SponError
+from spon_plugin.layers import block_program
 from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
+from spon_transformers import quick_blocks
 from spon_transformers.quantize import Rounding, quantize, save_quantized
 
 pytest.importorskip("compressed_tensors", reason="pip install 'spon-plugin[quantize]'")
@@ -109,6 +111,35 @@ def test_what_compressed_tensors_has_decompressed_is_packed_again(base, tmp_path
     assert all(torch.equal(late[name], early[name]) for name in early if "weight" in name)
     if dtype == torch.float32:  # in bfloat16 inputs near their thresholds are kept or dropped as the sums fall out
         torch.testing.assert_close(logits(load(tmp_path / "late")), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def decoded(model):
+    """The logits of three tokens, one at a time, after a prompt; of the last step, how many blocks ran as a program."""
+    runs, run = [], block_program.run_blocks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            quick_blocks, "run_blocks", lambda programs, *rest: (runs.append(len(programs)), run(programs, *rest))[1]
+        )
+        cache = DynamicCache(config=model.config)
+        found = [model(ids, past_key_values=cache).logits[0, -1] for ids in IDS[:1].split([9, 1, 1, 1], 1)]
+    return torch.stack(found[1:]), runs[-1] if runs else 0
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"]], ids=["all linears", "some linears"])
+def test_no_look_at_a_tensor_goes_through_offloading(base, tmp_path, targets):
+    config = {"target_modules": targets} if targets else {}
+    expected, _ = decoded(sparse(base, **config))
+    merged = sparse(base, **config).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    for model in (merged, load(tmp_path / "merged")):
+        for layer in layers(model).values():
+            layer.exact = True
+        found, together = decoded(model)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert all(type(module._parameters) is dict is type(module._buffers) for module in model.modules())
+        assert not any("forward" in block.__dict__ for block in model.model.layers)
+        assert together == (0 if targets else 2)
 
 
 def test_a_linear_that_the_base_leaves_in_floating_point_is_merged_beside_the_others(tmp_path):
