@@ -32,7 +32,9 @@ KINDS = {
 _SILU = ("SiLU", "SiLUActivation")
 _IGNORED = {"position_ids", "use_cache", "cache_position"}  # by a block that has no mask
 
-_local = threading.local()  # `last`: what the last block of a run gave, and whose it was
+# Of each thread of Python: `last`, what the last block of a run gave, and whose it was; `ready`, by blocks' programs
+# what they will be asked next, and the answers.
+_local = threading.local()
 
 
 class QuickBlock(nn.Module):
@@ -92,7 +94,6 @@ class KnownProgram:
 
     Attributes:
         following: the block that was called with this one's output.
-        ready: what the block will be asked next, and the answer.
     """
 
     def __init__(self) -> None:
@@ -102,7 +103,6 @@ class KnownProgram:
         self._hooks: list[dict[Any, Any]] = []
         self._own: list[dict[str, Any]] = []
         self.following: weakref.ref[Any] | None = None
-        self.ready: _Ready | None = None
 
     def __reduce__(self) -> tuple[type[KnownProgram], tuple[()]]:
         return KnownProgram, ()
@@ -119,22 +119,6 @@ class KnownProgram:
             if "forward" in own:  # accelerate and others put one of their own there
                 return None
         return self._program
-
-    def is_ready(self, x: Tensor, cos: Tensor, layer: GrowingLayer) -> bool:
-        """Whether `answer` is the block's for such arguments."""
-        ready = self.ready
-        if ready is None or ready.x is not x or ready.cos is not cos or ready.layer is not layer:
-            return False
-        keys, values, length = ready.cached
-        same = layer.all_keys is keys and layer.all_values is values and layer.length == length
-        return same and _version(x) == ready.version
-
-    def answer(self) -> Tensor:
-        """The answer that is ready, once."""
-        ready, self.ready = self.ready, None
-        assert ready is not None
-        ready.layer.add()
-        return ready.y
 
     def _is_of(self, dtype: torch.dtype) -> bool:
         if self._dtype != dtype:
@@ -194,6 +178,14 @@ class _Ready(NamedTuple):
     cached: Cached
     y: Tensor
 
+    def answers(self, x: Tensor, cos: Tensor, layer: GrowingLayer) -> bool:
+        """Whether `y` is the answer to such arguments."""
+        if self.x is not x or self.cos is not cos or self.layer is not layer:
+            return False
+        keys, values, length = self.cached
+        same = layer.all_keys is keys and layer.all_values is values and layer.length == length
+        return same and _version(x) == self.version
+
 
 def _step(
     block: Any,
@@ -213,7 +205,9 @@ def _step(
         position_embeddings: likewise.
         others: likewise.
     """
-    if attention_mask is not None or position_embeddings is None or not x.is_cpu or torch.is_grad_enabled():
+    if attention_mask is not None or position_embeddings is None or not x.is_cpu:
+        return None
+    if torch.is_grad_enabled() or block.training:  # which may drop some of the attention
         return None
     if not is_plain(x, x, None) or torch.is_autocast_enabled("cpu") or x.dtype not in DTYPES.values():
         return None
@@ -225,8 +219,10 @@ def _step(
     cache = growing_layer(past_key_values, block.self_attn.layer_idx, x)
     if cache is None:
         return None
-    if known.is_ready(x, cos, cache):
-        return known.answer()
+    ready = getattr(_local, "ready", {}).pop(known, None)
+    if ready is not None and ready.answers(x, cos, cache):
+        cache.add()
+        return ready.y
     if not (x.is_contiguous() and cos.is_contiguous() and sin.is_contiguous() and cos.dtype == sin.dtype == x.dtype):
         return None
     if block.self_attn.config._attn_implementation != "sdpa":
@@ -237,12 +233,14 @@ def _step(
         follows = last[1]()
         if follows is not None:
             follows.following = weakref.ref(block)
-    outputs = _run(block, x, cos, sin, past_key_values)
-    return None if outputs is None else known.answer()
+    y = _run(block, x, cos, sin, past_key_values)
+    if y is not None:
+        cache.add()
+    return y
 
 
-def _run(block: Any, x: Tensor, cos: Tensor, sin: Tensor, cache: Any) -> list[Tensor] | None:
-    """Compute a block and those that followed it before; see `_step`. Their answers are ready then."""
+def _run(block: Any, x: Tensor, cos: Tensor, sin: Tensor, cache: Any) -> Tensor | None:
+    """A block's output, as in `_step`; the answers of those that followed it before are ready then."""
     programs, layers, caches, knowns = [], [], [], []
     indices: set[int] = set()
     following: Any = block
@@ -263,11 +261,12 @@ def _run(block: Any, x: Tensor, cos: Tensor, sin: Tensor, cache: Any) -> list[Te
     outputs = run_blocks(programs, x, cos, sin, caches) if programs else None
     if outputs is None:
         return None
-    for known, layer, cached, y in zip(knowns, layers, caches, outputs, strict=True):
-        known.ready = _Ready(x, _version(x), cos, layer, cached, y)
-        x = y
-    _local.last = x, weakref.ref(knowns[-1])
-    return outputs
+    read, ready = [x, *outputs], {}
+    for known, layer, cached, x, y in zip(knowns, layers, caches, read, outputs, strict=False):
+        ready[known] = _Ready(x, _version(x), cos, layer, cached, y)
+    del ready[knowns[0]]
+    _local.ready, _local.last = ready, (outputs[-1], weakref.ref(knowns[-1]))
+    return outputs[0]
 
 
 def _version(x: Tensor) -> int:

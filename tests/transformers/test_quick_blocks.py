@@ -4,6 +4,7 @@
 import copy
 import inspect
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -358,6 +359,23 @@ def test_another_thread_of_python_computes_by_itself(runs):
     with block_program._lock:
         found, _ = decode(model)
     close(found, expected)
+
+
+def test_threads_of_python_that_share_a_model_keep_their_texts_apart():
+    model = quick(make())
+    prompts = [torch.randint(64, (1, 4), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    settings = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    expected = [model.generate(ids, **settings) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda ids: model.generate(ids, **settings), 5 * prompts))
+    assert all(torch.equal(one, other) for one, other in zip(found, 5 * expected, strict=True))
+
+
+def test_dropout_while_training_is_transformers_own(runs):
+    model = quick(make())
+    model.train()
+    decode(model)
+    assert not runs
 
 
 def test_copies_and_pickles_are_quick_and_independent(runs):
