@@ -68,6 +68,13 @@ def quicken(model: nn.Module) -> None:
             object.__setattr__(module, "known", KnownProgram())
 
 
+@torch.no_grad()
+def programs(model: Any) -> tuple[int, int]:
+    """How many blocks compute a single token on a CPU as a program, and how many of Llama's kind there are."""
+    blocks = [module for module in model.modules() if isinstance(module, QuickBlock)]
+    return sum(block.known.program(block, model.dtype) is not None for block in blocks), len(blocks)
+
+
 @functools.cache
 def _quick(kind: Any) -> type[QuickBlock]:
     """The class of a quick block, under the name that device maps and error messages know the original by."""

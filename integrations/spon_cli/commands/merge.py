@@ -64,6 +64,7 @@ def merge_command(given: MergeOptions) -> None:
 
     from spon_plugin.layers.kernel_report import kernel_rows
     from spon_transformers.loading import load_model, load_tokenizer, model_source
+    from spon_transformers.quick_blocks import programs
 
     quiet()
     tokenizer = load_tokenizer(base, given.trust_remote_code)
@@ -83,12 +84,15 @@ def merge_command(given: MergeOptions) -> None:
         tokenizer.save_pretrained(made)
         (made / CARD_NAME).write_text(merged_card(adapter, base), encoding="utf-8")
         advance(2, 2)
+    quick, blocks_of_a_kind = programs(merged)
     kernels = kernel_rows({path: merged.get_submodule(path) for path in adapter.masks}, merged.dtype)
     if given.json:
         shown = {"model": str(given.output), "base_model": base, **summary(adapter)}
-        show_json({**shown, "kernels": [row._asdict() for row in kernels]})
+        show_json({**shown, "blocks_as_programs": quick, "kernels": [row._asdict() for row in kernels]})
         return
     show_kernels(kernels)
+    of = f"{quick} of {blocks_of_a_kind}" if blocks_of_a_kind else "no"
+    note(f"A single token on a CPU: {of} blocks run as one program in transformers")
     note(f"Merged model written to {given.output}")
 
 
