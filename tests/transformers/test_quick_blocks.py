@@ -362,7 +362,8 @@ def test_another_thread_of_python_computes_by_itself(runs):
 
 
 def test_threads_of_python_that_share_a_model_keep_their_texts_apart():
-    model = quick(make())
+    # Which of them computes a block by itself is chance, and so are last bits: no input may lie at its threshold.
+    model = quick(make(threshold=1e-9))
     prompts = [torch.randint(64, (1, 4), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     settings = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
     expected = [model.generate(ids, **settings) for ids in prompts]
