@@ -75,8 +75,10 @@ def sparse_view(model: Any, adapter: Adapter | str | Path, drafts: int = DRAFTS)
         view.set_submodule(path, _masked(view.get_submodule(path), mask, path, keeps_dense_bias=rule.leaves_any))
     if rule.leaves_any:
         follow_tokens(view, rule)
-    share_calls(view)
-    quicken(view)
+    if not any(isinstance(module, QuantizedLayer) for module in view.modules()):
+        # Shared calls put a group's codes side by side: views of one model would do so in turns, each for itself.
+        share_calls(view)
+        quicken(view)
     settings = view.generation_config
     settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = drafts, "constant"
     # Nothing stops a draft before its time: the figures of `spon eval --drafts` are for so many tokens.

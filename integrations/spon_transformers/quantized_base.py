@@ -169,9 +169,11 @@ def undo_offloading(model: nn.Module) -> None:
     which moves the arguments: a small model's token takes twice as long for it, also where there is nothing to move.
     """
     wrapped: list[Any] = [module for module in model.modules() if hasattr(module._parameters, "onload_device")]
-    for module in wrapped:
-        from compressed_tensors.offload.module import remove_module_offload
+    if not wrapped:
+        return
+    from compressed_tensors.offload.module import remove_module_offload
 
+    for module in wrapped:
         devices = {str(module._parameters.onload_device), str(module._parameters.offload_device)}
         if len(devices) == 1:
             remove_module_offload(module)

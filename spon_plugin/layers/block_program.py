@@ -133,7 +133,8 @@ class BlockProgram:
         self._held: list[Tensor] = []  # what the stages know the addresses of
         self._stages: list[Stage] = []
         hidden, wide = parts.qkv[0].in_features, parts.down.in_features
-        words = [group.scratch_words(self._new(group.in_features), self._threads) for group in self._groups]
+        rows = [torch.empty(group.in_features, dtype=dtype, device="cpu") for group in self._groups]
+        words = [group.scratch_words(row, self._threads) for group, row in zip(self._groups, rows, strict=True)]
         self._memory = self._memory_of_scores = self._scratch(max(*words, block.gate_words(self._threads)))
 
         # Where x lies is known at each call only.

@@ -2,6 +2,7 @@
 """Lossless generation: the sparse view drafts, the dense model verifies, and both read the same bytes."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation import utils as generation
 
 from spon_peft import SponConfig, collect_adapter
-from spon_plugin import SparseLinear, SponError, write_adapter
+from spon_plugin import Mask, SparseLinear, SponError, write_adapter
 from spon_plugin.layers.row_linear import RowLinear, RowQuantizedLinear
 from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
 from spon_transformers import dense_view, sparse_view
@@ -131,6 +132,17 @@ def test_quantized_models_share_their_codes(bits, tmp_path):
     assert float(drafted.spon_threshold) > 0 and getattr(down, "spon_threshold", None) is None
     for prompt in PROMPTS:
         assert torch.equal(greedy(model, prompt, assistant_model=view), greedy(model, prompt))
+
+
+def test_views_of_a_quantized_model_leave_its_codes_where_they_are(tmp_path):
+    model, adapter = quantized_model(tmp_path, Rounding(8, 32))
+    # One mask for all that read a tensor, as calibration gives: such layers are called together.
+    alike = [replace(adapter, masks={path: Mask(torch.tensor([t])) for path in adapter.masks}) for t in (0.2, 0.3)]
+    views = [sparse_view(model, each) for each in alike]
+    held = {path: m.row_weight for path, m in model.named_modules() if isinstance(m, RowQuantizedLinear)}
+    for view in (*views, *views):
+        greedy(view, PROMPTS[0])
+        assert all(model.get_submodule(path).row_weight is rows for path, rows in held.items())
 
 
 def test_the_dense_model_of_a_merged_one():
