@@ -84,4 +84,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, head_size: int, scale: float, out: T
     """
     heads, kv_heads = q.numel() // head_size, k.numel() // head_size
     addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, 0, 0, 0, out.data_ptr(), 0)
-    return Stage(_function("attend", q.dtype)[1], _ATTEND.pack(*addresses, heads, kv_heads, head_size, 0, 0, scale))
+    sizes = (heads, kv_heads, head_size, 0, 0)
+    words = _ATTEND.pack(*addresses, *sizes, cpu.barrier_of_programs(), scale)
+    return Stage(_function("attend", q.dtype)[1], words)

@@ -14,11 +14,11 @@ GATE_FIELDS = ("gate", "up", "product", "gate_scratch", "gate_features")
 GATE, UP, PRODUCT, GATE_SCRATCH, GATE_FEATURES = range(len(GATE_FIELDS))
 ATTEND_FIELDS = (
     "q", "k", "v", "cos", "sin", "keys", "values", "attended", "scratch",
-    "heads", "kv_heads", "head_size", "capacity", "length", "scale",
+    "heads", "kv_heads", "head_size", "capacity", "length", "barrier", "scale",
 )  # fmt: skip
 (
     Q, K, V, COS, SIN, KEYS, VALUES, ATTENDED, SCRATCH,
-    HEADS, KV_HEADS, HEAD_SIZE, CAPACITY, LENGTH, SCALE,
+    HEADS, KV_HEADS, HEAD_SIZE, CAPACITY, LENGTH, BARRIER, SCALE,
 ) = range(len(ATTEND_FIELDS))  # fmt: skip
 
 GATE_TILE = 512  # outputs of the gate at a time

@@ -9,6 +9,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from spon_plugin.kernels.cpu import block_layout as layout
+from spon_plugin.kernels.cpu.barrier import wait_for_all
 from spon_plugin.kernels.cpu.block_layout import (
     ADD_FIELDS,
     ATTEND_FIELDS,
@@ -22,7 +23,6 @@ from spon_plugin.kernels.cpu.numba_types import narrow, pointer, widen
 from spon_plugin.kernels.cpu.sources import fingerprint
 from spon_plugin.kernels.cpu.steps import (
     OPTIONS,
-    barrier,
     own_outputs,
     thread_count,
     thread_function,
@@ -229,7 +229,7 @@ def compile_attend(element: Any) -> Any:
             _turn(k[h], cos, sin, keys[h, length])
             for j in range(size):
                 values[h, length, j] = v[h, j]
-        barrier()
+        wait_for_all(fields[layout.BARRIER], threads)
 
         for h in range(heads * thread // threads, heads * (thread + 1) // threads):
             group = h * kv_heads // heads

@@ -40,7 +40,7 @@ def rows(weight: ScaledWeight, first: int, stop: int) -> Tensor:
     stop, threads = min(stop, weight.in_features), torch.get_num_threads()
     out = torch.empty((stop - first, weight.out_features), dtype=torch.float32)
     scratch = cpu.scratch(threads * -(-3 * weight.out_features // 16) * 16)
-    call = _CALL.pack(out.data_ptr(), first, stop - first, 0, 0, 0, scratch.data_ptr())
+    call = _CALL.pack(out.data_ptr(), first, stop - first, 0, 0, 0, scratch.data_ptr(), 0)
     words = call + weight_words(weight, 0, weight.out_features)
     cpu.parallel()(_worker(weight.format, weight.unit)[1], words, threads, 0)
     return out

@@ -93,6 +93,28 @@ def scratch(words: int) -> Tensor:
     return held
 
 
+def new_barrier() -> Tensor:
+    """The memory of a `barrier`: a cache line, for threads that wait at it one team at a time."""
+    return torch.zeros(16, dtype=torch.int32, device="cpu")
+
+
+# Programs run one at a time.
+_of_programs = new_barrier()
+
+
+def barrier() -> int:
+    """Address of the barrier that the threads wait at which this Python thread starts."""
+    held: Tensor | None = getattr(_local, "barrier", None)
+    if held is None:
+        held = _local.barrier = new_barrier()
+    return held.data_ptr()
+
+
+def barrier_of_programs() -> int:
+    """Address of the barrier that the threads of a program wait at, at the end of a stage and within it."""
+    return _of_programs.data_ptr()
+
+
 def launch(
     x: int,
     threshold: int,
@@ -115,7 +137,7 @@ def launch(
     """
     threads, out_features = torch.get_num_threads(), sum(weight[3] for weight in weights)
     held = scratch(scratch_size(threads, batch, in_features, out_features))
-    words = _CALL.pack(x, threshold, held.data_ptr(), batch, in_features, per_channel, len(weights))
+    words = _CALL.pack(x, threshold, held.data_ptr(), batch, in_features, per_channel, len(weights), barrier())
     parallel()(worker, words + b"".join(_WEIGHT.pack(*weight) for weight in weights), threads, 0)
 
 
@@ -212,7 +234,8 @@ class Prepared:
     def stage(self, x: Tensor, outputs: Sequence[Tensor], scratch: Tensor) -> Stage:
         """The call for one row x ``[in_features]``, the results of which are `outputs`; all contiguous."""
         (threshold, per_channel), place = self._mask, scratch.data_ptr()
-        head = _CALL.pack(x.data_ptr(), threshold, place, 1, self.in_features, per_channel, len(outputs))
+        sizes = (1, self.in_features, per_channel, len(outputs))
+        head = _CALL.pack(x.data_ptr(), threshold, place, *sizes, barrier_of_programs())
         each = zip(self._starts, outputs, self._ends, strict=True)
         return Stage(self._worker, head + b"".join(_WEIGHT.pack(*start, y.data_ptr(), *end) for start, y, end in each))
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 # The arguments of the compiled function travel as one array of 64-bit words: those of a call, then those of each of the
 # weights that are multiplied in it.
-CALL_FIELDS = ("x", "threshold", "scratch", "batch", "in_features", "per_channel", "weights")
+CALL_FIELDS = ("x", "threshold", "scratch", "batch", "in_features", "per_channel", "weights", "barrier")
 WEIGHT_FIELDS = ("weight_t", "bias", "y", "out_features", "row_stride", "bias_kind")
-X, THRESHOLD, SCRATCH, BATCH, IN_FEATURES, PER_CHANNEL, WEIGHTS = range(len(CALL_FIELDS))
+X, THRESHOLD, SCRATCH, BATCH, IN_FEATURES, PER_CHANNEL, WEIGHTS, BARRIER = range(len(CALL_FIELDS))
 WEIGHT_T, BIAS, Y, OUT_FEATURES, ROW_STRIDE, BIAS_KIND = range(len(WEIGHT_FIELDS))
 NO_BIAS, BIAS_FLOAT32, BIAS_ELEMENT = 0, 1, 2
+
+# Words of a program before its stages: how many there are, and the address of their barrier.
+HEAD = 2
 
 BLOCK = 256  # inputs per count; a thread finds its share of the active list by blocks
 

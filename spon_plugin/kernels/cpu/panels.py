@@ -167,7 +167,7 @@ def _multiply(
         start, stride, bits = weight.data_ptr() + first * size, weight.stride(0) * size, 8 * size
         parts = _WEIGHT.pack(start, stride, *[0] * 12, x.shape[1], width)
     target = y.data_ptr() + first * y.element_size()
-    call = _CALL.pack(x.data_ptr(), scaled.KINDS[x.dtype], target, x.shape[0], 0, 0, scratch.data_ptr())
+    call = _CALL.pack(x.data_ptr(), scaled.KINDS[x.dtype], target, x.shape[0], 0, 0, scratch.data_ptr(), cpu.barrier())
     mask, per_channel = (0, 0) if tau is None else (tau.data_ptr(), int(tau.numel() > 1))
     layer = _LAYER.pack(mask, per_channel, *scaled.part_words(bias, first)[:2], y.stride(0))
     cpu.parallel()(address, call + parts + layer + _REST.pack(kind, bits, rows, strips), threads, 0)

@@ -10,6 +10,7 @@ from numba import carray, njit, types
 
 from spon_plugin.kernels.cpu import panels_layout, panels_worker
 from spon_plugin.kernels.cpu import scaled_layout as layout
+from spon_plugin.kernels.cpu.barrier import wait_for_all
 from spon_plugin.kernels.cpu.numba_types import BFLOAT16, narrow, pointer, prefetch_far, widen
 from spon_plugin.kernels.cpu.panel_tile_bf16 import (
     configure,
@@ -43,7 +44,7 @@ from spon_plugin.kernels.cpu.panels_layout import BF16_STEP as STEP
 from spon_plugin.kernels.cpu.panels_worker import AHEAD, CHUNK
 from spon_plugin.kernels.cpu.scaled_layout import NOTHING
 from spon_plugin.kernels.cpu.sources import fingerprint
-from spon_plugin.kernels.cpu.steps import OPTIONS, barrier, thread_count, thread_function, thread_number
+from spon_plugin.kernels.cpu.steps import OPTIONS, thread_count, thread_function, thread_number
 
 _STRIP = 2 * BF16_DEPTH * COLUMNS  # bytes of a strip of a panel
 _ROW = 2 * STEP  # bytes of a row of a tile
@@ -203,7 +204,7 @@ def compile_panels_bf16_worker() -> Any:
             inputs = pointer(fields[layout.SCRATCH] + 2 * rows * first, BFLOAT16)
             packed = carray(inputs, (rows // ROWS, (depth + STEP - 1) // STEP, ROWS, STEP))
             _pack_inputs(fields, rows, first, depth, packed)
-        barrier()
+        wait_for_all(fields[layout.BARRIER], threads)
         scales[:, 1] = np.float32(8 if fields[CODE_KIND] == panels_layout.CODE_NIBBLES else 0)
         scales[:, 2] = 0
 

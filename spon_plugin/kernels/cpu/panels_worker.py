@@ -10,6 +10,7 @@ from numba import carray, njit, types
 
 from spon_plugin.kernels.cpu import panels_layout
 from spon_plugin.kernels.cpu import scaled_layout as layout
+from spon_plugin.kernels.cpu.barrier import wait_for_all
 from spon_plugin.kernels.cpu.elements import read_row, write_row
 from spon_plugin.kernels.cpu.numba_types import FLOAT8, pointer, prefetch_far, widen
 from spon_plugin.kernels.cpu.panel_tile import (
@@ -38,7 +39,7 @@ from spon_plugin.kernels.cpu.panels_layout import (
 )
 from spon_plugin.kernels.cpu.scaled_layout import NOTHING
 from spon_plugin.kernels.cpu.sources import fingerprint
-from spon_plugin.kernels.cpu.steps import OPTIONS, barrier, thread_count, thread_function, thread_number
+from spon_plugin.kernels.cpu.steps import OPTIONS, thread_count, thread_function, thread_number
 
 AHEAD = 16  # rows of a weight that are asked for before they are read
 CHUNK = 192  # rows of x whose inputs of a panel stay in the second cache
@@ -218,7 +219,7 @@ def compile_panels_worker() -> Any:
             first = chunk * DEPTH
             depth = min(DEPTH, in_features - first)
             _pack_inputs(fields, rows, first, row[:depth], packed[rows * first :])
-        barrier()
+        wait_for_all(fields[layout.BARRIER], threads)
         scales[1] = np.float32(8 if kind == CODE_NIBBLES else 0)
         scales[2] = 0
 

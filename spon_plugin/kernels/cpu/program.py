@@ -17,6 +17,7 @@ import torch
 
 from spon_plugin.kernels.cpu import kernel as cpu
 from spon_plugin.kernels.cpu.kernel import Stage
+from spon_plugin.kernels.cpu.layout import HEAD
 
 
 @functools.lru_cache(maxsize=1)
@@ -35,27 +36,26 @@ class Program:
     """
 
     def __init__(self, stages: Sequence[Stage]) -> None:
-        begin, starts = 1 + 2 * len(stages), []
+        begin, starts = HEAD + 2 * len(stages), []
         for stage in stages:
             starts.append(begin)
             begin += len(stage.words) // 8
-        # The number of stages, for each its function and where its fields are, and all fields.
+        # The number of stages and their barrier; for each its function and where its fields are; and all fields.
         self.words = np.zeros(begin, dtype=np.int64)
         self._address, self._starts = self.words.ctypes.data, starts
         self._parts: tuple[Program, ...] = ()  # whose fields it runs on
-        self.words[0] = len(stages)
+        self.words[:HEAD] = len(stages), cpu.barrier_of_programs()
         for number, (stage, start) in enumerate(zip(stages, starts, strict=True)):
-            self.words[1 + 2 * number : 3 + 2 * number] = stage.function, self._address + 8 * start
+            self.words[HEAD + 2 * number : HEAD + 2 + 2 * number] = stage.function, self._address + 8 * start
             self.words[start : start + len(stage.words) // 8] = np.frombuffer(stage.words, np.int64)
 
     @classmethod
     def joined(cls, programs: Sequence[Program]) -> Program:
         """The stages of several programs, one after the other, on their fields."""
         together, stages = cls([]), sum(int(program.words[0]) for program in programs)
-        together.words = np.zeros(1 + 2 * stages, dtype=np.int64)
+        tables = [program.words[HEAD : HEAD + 2 * int(program.words[0])] for program in programs]
+        together.words = np.concatenate([together.words, *tables])
         together.words[0], together._address = stages, together.words.ctypes.data
-        tables = [program.words[1 : 1 + 2 * int(program.words[0])] for program in programs]
-        together.words[1:] = np.concatenate(tables)
         together._parts = tuple(programs)
         return together
 

@@ -9,8 +9,10 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from spon_plugin.kernels.cpu.barrier import wait_for_all
+from spon_plugin.kernels.cpu.layout import HEAD
 from spon_plugin.kernels.cpu.sources import fingerprint
-from spon_plugin.kernels.cpu.steps import barrier, thread_function
+from spon_plugin.kernels.cpu.steps import thread_count, thread_function
 
 
 @intrinsic
@@ -32,10 +34,10 @@ def compile_runner() -> Any:
 
     def worker(words):  # type: ignore[no-untyped-def]
         source  # noqa: B018 (part of the key in Numba's cache)
-        count = carray(words, 1)[0]
-        table = carray(words, 1 + 2 * count)
-        for stage in range(count):
-            _call(table[1 + 2 * stage], table[2 + 2 * stage])
-            barrier()
+        head, threads = carray(words, HEAD), thread_count()
+        table = carray(words, HEAD + 2 * head[0])
+        for stage in range(head[0]):
+            _call(table[HEAD + 2 * stage], table[HEAD + 1 + 2 * stage])
+            wait_for_all(head[1], threads)
 
     return thread_function(worker)

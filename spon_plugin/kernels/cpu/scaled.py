@@ -169,8 +169,8 @@ class Prepared:
         worker, run = _worker(self._kind)[1], cpu.parallel()
         for offset, words, tile, sums, per_thread in settled.shards:
             scratch = cpu.scratch(_scratch_size(threads, sums, per_thread))
-            place = scratch.data_ptr()
-            call = _CALL.pack(source, settled.kind, target + offset, settled.batch, tile, per_thread, place)
+            shared = (scratch.data_ptr(), cpu.barrier())
+            call = _CALL.pack(source, settled.kind, target + offset, settled.batch, tile, per_thread, *shared)
             run(worker, call + words, threads, 0)
         return y
 
@@ -182,8 +182,8 @@ class Prepared:
         """The call for one row x ``[in_features]``, the result of which is y; all contiguous. It has one shard."""
         settled = self._settle(x)
         ((offset, words, tile, _, per_thread),) = settled.shards
-        target, place = y.data_ptr() + offset, scratch.data_ptr()
-        call = _CALL.pack(x.data_ptr(), settled.kind, target, settled.batch, tile, per_thread, place)
+        target, shared = y.data_ptr() + offset, (scratch.data_ptr(), cpu.barrier_of_programs())
+        call = _CALL.pack(x.data_ptr(), settled.kind, target, settled.batch, tile, per_thread, *shared)
         return cpu.Stage(_worker(self._kind)[1], call + words)
 
     def _settle(self, x: Tensor) -> _Settled:

@@ -11,17 +11,17 @@ WEIGHT_FIELDS = (
     "codes", "code_stride", "scales", "scale_kind", "scale_stride", "zeros", "zero_kind", "zero_stride",
     "offsets", "offset_kind", "offset_stride", "group_of_row", "group_size", "groups", "in_features", "out_features",
 )  # fmt: skip
-CALL_FIELDS = ("x", "x_kind", "y", "batch", "tile", "thread_words", "scratch")
+CALL_FIELDS = ("x", "x_kind", "y", "batch", "tile", "thread_words", "scratch", "barrier")
 LAYER_FIELDS = ("threshold", "per_channel", "bias", "bias_kind", "y_stride")
 FIELDS = (*CALL_FIELDS, *WEIGHT_FIELDS, *LAYER_FIELDS)
 (
-    X, X_KIND, Y, BATCH, TILE, THREAD_WORDS, SCRATCH,
+    X, X_KIND, Y, BATCH, TILE, THREAD_WORDS, SCRATCH, BARRIER,
     CODES, CODE_STRIDE, SCALES, SCALE_KIND, SCALE_STRIDE, ZEROS, ZERO_KIND, ZERO_STRIDE,
     OFFSETS, OFFSET_KIND, OFFSET_STRIDE, GROUP_OF_ROW, GROUP_SIZE, GROUPS, IN_FEATURES, OUT_FEATURES,
     THRESHOLD, PER_CHANNEL, BIAS, BIAS_KIND, Y_STRIDE,
 ) = range(len(FIELDS))  # fmt: skip
 # To decode rows: where to, the first of them, how many, and as many words as a call has in all.
-DECODE_FIELDS = ("out", "first", "rows", "", "", "", "decode_scratch", *WEIGHT_FIELDS)
+DECODE_FIELDS = ("out", "first", "rows", "", "", "", "decode_scratch", "", *WEIGHT_FIELDS)
 OUT, FIRST_ROW, ROW_COUNT = range(3)
 
 # Kinds of elements.

@@ -9,6 +9,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from spon_plugin.kernels.cpu import scaled_layout as layout
+from spon_plugin.kernels.cpu.barrier import wait_for_all
 from spon_plugin.kernels.cpu.elements import read_row, write_row
 from spon_plugin.kernels.cpu.int4_dot import int4_dot_narrow, int4_dot_wide
 from spon_plugin.kernels.cpu.int4_dot_vnni import int4_dot_256, int4_dot_256_twice, int4_dot_512
@@ -31,7 +32,6 @@ from spon_plugin.kernels.cpu.scaled_layout import (
 from spon_plugin.kernels.cpu.sources import fingerprint
 from spon_plugin.kernels.cpu.steps import (
     OPTIONS,
-    barrier,
     gather_values,
     mark_active,
     own_outputs,
@@ -257,7 +257,7 @@ def compile_scaled_worker(kind: str, code: Any) -> Any:
                         for j in range(part.size):
                             part[j] += offset[j] * totals[1, b]
             first = last
-        barrier()
+        wait_for_all(fields[layout.BARRIER], threads)
 
         start, stop = own_outputs(out_features, thread, threads)
         for begin in range(start, stop, outputs):

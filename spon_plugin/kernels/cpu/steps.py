@@ -15,7 +15,6 @@ from spon_plugin.kernels.cpu.numba_types import widen
 # follow each other without two sets of threads fighting for the cores.
 thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
-barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
 # "contract" lets a product and a sum fuse. Nothing else of fastmath: NaN must stay NaN, and sums keep their order.
 OPTIONS: dict[str, Any] = {"fastmath": {"contract"}, "boundscheck": False}

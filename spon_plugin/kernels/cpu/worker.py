@@ -9,13 +9,13 @@ import numpy as np
 from numba import carray, njit, types
 
 from spon_plugin.kernels.cpu import layout
+from spon_plugin.kernels.cpu.barrier import wait_for_all
 from spon_plugin.kernels.cpu.layout import BIAS_ELEMENT, BIAS_FLOAT32, CALL_FIELDS, WEIGHT_FIELDS
 from spon_plugin.kernels.cpu.numba_types import narrow, pointer, widen
 from spon_plugin.kernels.cpu.rows_dot import IN_FLIGHT, rows_dot
 from spon_plugin.kernels.cpu.sources import fingerprint
 from spon_plugin.kernels.cpu.steps import (
     OPTIONS,
-    barrier,
     gather_values,
     mark_active,
     own_outputs,
@@ -108,7 +108,7 @@ def compile_worker(element: Any) -> Any:
             weight = carray(pointer(weights[k, layout.WEIGHT_T], element), (in_features, stride))
             _accumulate(weight, index, values, sums)
             at += 4 * threads * batch * out_features
-        barrier()
+        wait_for_all(call[layout.BARRIER], threads)
 
         at = scratch
         for k in range(count):
