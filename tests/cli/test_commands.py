@@ -342,6 +342,18 @@ def test_a_quantized_model_is_one_that_every_command_takes(spon, tiny_model_dir,
     assert spon("quantize", tmp_path / "w4", "-o", tmp_path / "again")[0] == 2, "it is quantized"
 
 
+@pytest.mark.parametrize(
+    ("bits", "group", "said"), [("4", 16, "groups of 16"), ("8", None, "a scale for each output")], ids=["int4", "int8"]
+)
+def test_without_a_group_scales_fit_every_linear(bits, group, said, spon, tiny_model_dir, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="pip install 'spon-plugin[quantize]'")
+    code, out, err = spon("quantize", tiny_model_dir, "--bits", bits, "-o", tmp_path / "json", "--json")
+    assert code == 0, err
+    assert json.loads(out)["group"] == group
+    code, _, err = spon("quantize", tiny_model_dir, "--bits", bits, "-o", tmp_path / "words")
+    assert code == 0 and said in " ".join(err.split())
+
+
 def test_a_model_is_rounded_for_the_inputs_that_an_adapter_leaves(spon, tiny_model_dir, text, tmp_path):
     pytest.importorskip("compressed_tensors", reason="pip install 'spon-plugin[quantize]'")
     reads = ["--text", text, "--tokens", "1024", "--window", "64"]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +21,14 @@ from spon_plugin.calibration.text import mixed_windows
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.files import check_new, new_directory
 from spon_plugin.weights.error_feedback import RIDGE, check_ridge
-from spon_transformers.quantize import Rounding, bits_per_weight, check_quantizer, quantize, save_quantized
+from spon_transformers.quantize import (
+    Rounding,
+    bits_per_weight,
+    check_quantizer,
+    quantize,
+    save_quantized,
+    widest_group,
+)
 from spon_transformers.solver import quantize_for_inputs
 from spon_transformers.windows import check_ids, check_length
 
@@ -39,7 +46,10 @@ class QuantizeOptions(options.TextOptions, options.SeedOptions):
     bits: Annotated[int, typer.Option(help="8 or 4.")] = 4
     group: Annotated[
         int | None,
-        typer.Option(help="Inputs that share a scale; 0 for all.", show_default="128 for 4 bits, all for 8"),
+        typer.Option(
+            help="Inputs that share a scale; 0 for all.",
+            show_default="all for 8 bits; for 4 128, or what divides every linear",
+        ),
         Between(0, options.MANY),
     ] = None
     asymmetric: Annotated[
@@ -108,8 +118,8 @@ def quantize_command(given: QuantizeOptions) -> None:
             f"The adapter masks {adapter.fields.sparsity:.0%}: from {POOR:.0%} on weights that are fitted for masks "
             "may serve other text worse than the nearest ones do. Compare both with spon eval --reference."
         )
-    group = given.group if given.group is not None else (128 if given.bits == 4 else 0)
-    rounding = Rounding(given.bits, group or None, not given.asymmetric, given.head)
+    fits = given.group is None and given.bits == 4  # the group follows the model
+    rounding = Rounding(given.bits, Rounding.group if fits else given.group or None, not given.asymmetric, given.head)
     rounding.check()
     from spon_transformers.loading import load_model, load_tokenizer
 
@@ -118,6 +128,8 @@ def quantize_command(given: QuantizeOptions) -> None:
         stage("Loading the model")
         tokenizer = load_tokenizer(given.model, given.trust_remote_code)
         model = load_model(given.model, given.dtype, stored=True, trust_remote_code=given.trust_remote_code)
+        if fits:
+            rounding = replace(rounding, group=widest_group(model))
         if sources:
             length, tokens = given.window or WINDOW, given.tokens or CALIBRATION_TOKENS
             check_length(model, length)
@@ -136,4 +148,5 @@ def quantize_command(given: QuantizeOptions) -> None:
         shown = {"model": str(given.output), "bits": given.bits, "group": rounding.group, "linears": len(linears)}
         show_json({**shown, "symmetric": rounding.symmetric, "head": rounding.head, "bits_per_weight": bits})
         return
-    note(f"{len(linears)} linears at {bits:.2f} bits a weight, scales included, written to {given.output}")
+    scales = "a scale for each output" if rounding.group is None else f"groups of {rounding.group}"
+    note(f"{len(linears)} linears at {bits:.2f} bits a weight, {scales}, scales included, written to {given.output}")
