@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -54,12 +53,13 @@ def decode(model: str, dtype: str, seconds: float) -> list[float]:
 
 def together(checkout: Path, arguments: argparse.Namespace, count: int) -> list[float]:
     """Seconds of the tokens of `count` processes that import the packages of a checkout."""
-    paths = os.pathsep.join([str(checkout), str(checkout / "integrations")])
-    command = [sys.executable, __file__, *sys.argv[1:], "--decode"]
-    environment = {**os.environ, "PYTHONPATH": paths}
+    # Not at the top: a process of another checkout would look for it there.
+    from benchmarks.checkouts import environment
+
+    command, env = [sys.executable, __file__, *sys.argv[1:], "--decode"], environment(checkout)
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     processes = [
-        subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True)
-        for _ in range(count)
+        subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=nothing, text=True) for _ in range(count)
     ]
     for process in processes:
         if process.stdout is None or process.stdout.readline().strip() != "ready":
@@ -93,16 +93,15 @@ def main() -> None:
     if arguments.decode:
         print(json.dumps(decode(arguments.model, arguments.dtype, arguments.seconds)))
         return
+    from benchmarks.checkouts import checkouts
     from spon_plugin.machine import device_name
 
-    here = Path(__file__).resolve().parent.parent
-    checkouts = {"this": here, **{path.name: path.resolve() for path in arguments.against}}
     rows = []
     device = device_name(torch.device("cpu"))
     print(f"{device}; {torch.get_num_threads()} threads a process, {arguments.dtype}\n")
     print("| checkout | processes | tokens | median ms | mean ms |\n|---|---:|---:|---:|---:|")
     for count in map(int, arguments.processes.split(",")):
-        for name, checkout in checkouts.items():
+        for name, checkout in checkouts(arguments.against).items():
             spent = together(checkout, arguments, count)
             median, mean = 1e3 * statistics.median(spent), 1e3 * statistics.fmean(spent)
             rows.append({"checkout": name, "processes": count, "tokens": len(spent), "median": median, "mean": mean})

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -76,9 +75,11 @@ def _train(model: Any, adapter: Any, windows: torch.Tensor, batch_size: int) -> 
 
 def in_checkout(checkout: Path) -> dict[str, float]:
     """`measure` in a process that imports the packages of a checkout."""
-    paths = os.pathsep.join([str(checkout), str(checkout / "integrations")])
+    # Not at the top: a process of another checkout would look for it there.
+    from benchmarks.checkouts import environment
+
     command = [sys.executable, __file__, *sys.argv[1:], "--measure"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(checkout), capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{checkout}: {done.stderr}")
     measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -107,13 +108,13 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments)))
         return
+    from benchmarks.checkouts import checkouts
     from spon_plugin.machine import device_name
 
-    here = Path(__file__).resolve().parent.parent
-    checkouts = {"this": here, **{path.name: path.resolve() for path in arguments.against}}
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
+    trees = checkouts(arguments.against)
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
     for number in range(arguments.rounds):
-        for name, checkout in checkouts.items():
+        for name, checkout in trees.items():
             rounds[name].append(in_checkout(checkout))
             print(
                 f"round {number + 1}, {name}: {rounds[name][-1]['seconds']:.2f} s a step", file=sys.stderr, flush=True

@@ -16,11 +16,11 @@ ROUNDS = 3000
 @pytest.fixture(scope="module")
 def rounds():
     """A thread function: thread t writes round r to ``written[t]``, waits, and counts others that are elsewhere."""
-    from numba import carray, types
+    from numba import carray, cfunc, types
 
     from spon_plugin.kernels.cpu.barrier import _seconds, wait_for_all
     from spon_plugin.kernels.cpu.numba_types import pointer
-    from spon_plugin.kernels.cpu.steps import thread_count, thread_function, thread_number
+    from spon_plugin.kernels.cpu.steps import OPTIONS, thread_count, thread_number
 
     def worker(words):
         fields = carray(words, 5)
@@ -38,7 +38,7 @@ def rounds():
                 wrong[thread, 0] += written[other, 0] != turn
             wait_for_all(fields[4], threads)
 
-    return thread_function(worker)
+    return cfunc(types.void(types.CPointer(types.int64)), **OPTIONS)(worker)
 
 
 def run(function, threads, late=0, count=ROUNDS):
