@@ -44,6 +44,12 @@ def _running_spec(module: ModuleType | None) -> ModuleSpec | None:
     return spec if getattr(spec, "_initializing", None) is True else None
 
 
+def _running_of(package: str) -> ModuleSpec | None:
+    """The spec of that module of a package which is being executed, or began first of several."""
+    own = [module for name, module in list(sys.modules.items()) if f"{name}.".startswith(f"{package}.")]
+    return next(filter(None, map(_running_spec, own)), None)
+
+
 def _register(host: str, target: str) -> None:
     """Calls a hook; whatever goes wrong in our packages becomes a warning, so that the host keeps working."""
     package, _, function = target.partition(":")
@@ -62,9 +68,9 @@ def _fire(host: str) -> None:
     if target is None:
         return
     try:
-        if spec := _running_spec(sys.modules.get(target.partition(":")[0])):
-            # The user imported our package, which imported the host: the function may not be defined yet. And another
-            # thread that imports our package must not be waited for: it may be waiting for the host.
+        if spec := _running_of(target.partition(":")[0]):
+            # The user imported our package, or a module of it, which imported the host: what is registered may not be
+            # defined yet. And another thread that does so must not be waited for: it may be waiting for the host.
             _watch(spec, _register, host, target)
         else:
             _register(host, target)

@@ -375,6 +375,26 @@ def test_our_package_imports_the_host(fake):
     assert fake.output("import torch, spon_peft") == ["peft", "registered spon_peft"]
 
 
+@pytest.mark.parametrize("first", ["kinds", "uses"])
+def test_a_module_of_our_package_imports_the_host(fake, first):
+    """The hook has to wait for the outermost of them: what it registers is defined after the import of the host."""
+    fake.write("spon_peft/__init__.py", "def register():\n    from spon_peft.kinds import KIND\n    print(KIND)\n")
+    fake.write("spon_peft/kinds.py", "import peft.tuners\nprint('peft')\nKIND = 'kind'\n")
+    fake.write("spon_peft/uses.py", "from spon_peft.kinds import KIND\nprint('used')\n")
+    lines = {"kinds": ["peft", "kind"], "uses": ["peft", "used", "kind"]}
+    assert fake.output(f"import torch, spon_peft.{first}") == lines[first]
+
+
+@needs_hosts
+def test_our_quantizer_imports_the_real_host(real):
+    real.path.joinpath("spon_plugin").symlink_to(MODULE.parents[1] / "spon_plugin")
+    for name in ("spon_transformers", "spon_peft"):
+        real.path.joinpath(name).symlink_to(MODULE.parent / name)
+    code = "import torch, spon_transformers.quantizer\nfrom transformers.quantizers import auto\n"
+    result = real.run(code + "print('spon' in auto.AUTO_QUANTIZER_MAPPING)")
+    assert result.stdout == "True\n" and "could not register" not in result.stderr, result.stderr
+
+
 def test_one_hook_sets_off_the_other(fake):
     fake.write("spon_peft/__init__.py", "import transformers.quantizers.auto\n" + REGISTER)
     assert fake.output("import torch, peft.tuners") == ["registered spon_transformers", "registered spon_peft"]

@@ -10,6 +10,7 @@ runs as transformers wrote it: several tokens or sequences, another cache, a mas
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import weakref
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch.nn.modules import module as torch_modules
 from spon_plugin.kernels.arguments import is_plain
 from spon_plugin.kernels.cpu.kernel import is_available
 from spon_plugin.layers.block_program import BlockParts, BlockProgram, Cached, run_blocks
+from spon_plugin.layers.watched import Watched
 from spon_plugin.machine import DTYPES
 from spon_transformers.growing_cache import GrowingLayer, growing_layer
 
@@ -106,7 +108,7 @@ class KnownProgram:
     def __init__(self) -> None:
         self._program: BlockProgram | None = None
         self._dtype: torch.dtype | None = None
-        self._modules: list[tuple[dict[str, Any], str, Any]] = []
+        self._modules = Watched([])
         self._hooks: list[dict[Any, Any]] = []
         self._own: list[dict[str, Any]] = []
         self.following: weakref.ref[Any] | None = None
@@ -120,7 +122,7 @@ class KnownProgram:
             return None
         if not self._is_of(dtype):
             self._learn(block, dtype)
-        if any(self._hooks):
+        if any(self._hooks) and not all(_is_idle(hook) for hooks in self._hooks for hook in hooks.values()):
             return None
         for own in self._own:
             if "forward" in own:  # accelerate and others put one of their own there
@@ -128,25 +130,27 @@ class KnownProgram:
         return self._program
 
     def _is_of(self, dtype: torch.dtype) -> bool:
-        if self._dtype != dtype:
+        if self._dtype != dtype or not self._modules.are_same():
             return False
-        for held, name, module in self._modules:
-            if held.get(name) is not module:
-                return False
         return self._program is None or self._program.fits()
 
     def _learn(self, block: Any, dtype: torch.dtype) -> None:
         attention, mlp = block.self_attn, block.mlp
         inner = [module for module in block.modules() if module is not block]
         self._dtype, self._own = dtype, [module.__dict__ for module in inner]
-        self._modules = [
-            (module._modules, name, child)
-            for module in (block, attention, mlp)
-            for name, child in module._modules.items()
-        ]
+        self._modules = Watched([(m._modules, name) for m in (block, attention, mlp) for name in m._modules])
         self._hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         silu = type(mlp.act_fn).__name__ in _SILU
         self._program = BlockProgram.of(_parts(block), dtype) if silu else None
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether a hook is one that transformers leaves behind once outputs were recorded, and records nothing now."""
+    name = getattr(hook, "__module__", None)
+    if name != "transformers.utils.output_capturing":
+        return False
+    collector = getattr(sys.modules.get(name), "_active_collector", None)
+    return collector is not None and not collector.get()
 
 
 def _parts(block: Any) -> BlockParts:

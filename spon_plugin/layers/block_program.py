@@ -21,6 +21,7 @@ from spon_plugin.kernels.cpu.kernel import Stage
 from spon_plugin.kernels.cpu.program import Program
 from spon_plugin.layers.shared_calls import Group
 from spon_plugin.layers.sparse_linear import SparseLayer
+from spon_plugin.layers.watched import WatchedTensors
 
 _lock = threading.Lock()  # programs share one scratch, and have their results in places of their own: one at a time
 _scratch = torch.empty(0, device="cpu")
@@ -124,11 +125,8 @@ class BlockProgram:
         self._threads, self._tokens = torch.get_num_threads(), 0
         members = [member for group in self._groups for member in group.members]
         self._rows = [(member.rows, member.part) for member in members if member.rows is not None]
-        # Where a tensor is found and under which name, itself, its address and version.
-        self._tensors = [state[:5] for member in members for state in member.tensors]
-        for norm in parts.norms:
-            weight: Any = norm.weight
-            self._tensors.append((norm._parameters, "weight", weight, weight.data_ptr(), weight._version))
+        places = [place for member in members for place in member.places]
+        self._tensors = WatchedTensors([*places, *((norm._parameters, "weight") for norm in parts.norms)])
         self._linears_of_block = parts.linears
         self._held: list[Tensor] = []  # what the stages know the addresses of
         self._stages: list[Stage] = []
@@ -192,11 +190,7 @@ class BlockProgram:
         for rows, part in self._rows:
             if rows.weight is not part:
                 return False
-        for place, name, tensor, address, version in self._tensors:
-            now = place.get(name)
-            if now is not tensor or (now is not None and (now.data_ptr() != address or now._version != version)):
-                return False
-        return True
+        return self._tensors.are_same()
 
     def set(self, x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, cache: Cached) -> None:
         """Let the next run read x and write y, as `run_blocks` says."""

@@ -24,6 +24,7 @@ from spon_plugin.kernels.cpu.kernel import Stage
 from spon_plugin.kernels.cpu.scaled import Prepared
 from spon_plugin.kernels.few_rows import CPU_ROWS
 from spon_plugin.kernels.table import Problem, choose
+from spon_plugin.layers.watched import WatchedTensors
 from spon_plugin.masking import deviation
 from spon_plugin.weights.scaled import ScaledWeight
 
@@ -148,25 +149,11 @@ class _Member:
         places.append((parameters if "bias" in parameters else buffers, "bias"))
         if self.rows is None:
             places.append((parameters, "weight"))
-        self.tensors = [(*place, *_state(place[0][place[1]])) for place in places]
+        self.places, self.tensors = places, WatchedTensors(places)
 
     def fits(self) -> bool:
         """Whether the layer still has the tensors that were joined."""
-        if self.rows is not None and self.rows.weight is not self.part:
-            return False
-        for place, name, tensor, address, version, trained in self.tensors:
-            now = place.get(name)
-            if now is not tensor:
-                return False
-            if now is not None and (now.data_ptr(), now._version, now.requires_grad) != (address, version, trained):
-                return False
-        return True
-
-
-def _state(tensor: Tensor | None) -> tuple[Any, ...]:
-    if tensor is None:
-        return None, 0, 0, False
-    return tensor, tensor.data_ptr(), tensor._version, tensor.requires_grad
+        return (self.rows is None or self.rows.weight is self.part) and self.tensors.are_same()
 
 
 class Group:
@@ -183,7 +170,7 @@ class Group:
         self.members, self.dtype = [_Member(layer) for layer in layers], dtype
         self.center, self.threshold = layers[0].spon_center, layers[0].spon_threshold
         self.in_features = layers[0].in_features
-        self.trains = any(trained for member in self.members for *_, trained in member.tensors)
+        self.trains = any(member.tensors.are_trained for member in self.members)
 
     def is_of(self, layers: Sequence[Layer]) -> bool:
         """Whether these are the layers."""

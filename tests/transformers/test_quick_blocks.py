@@ -411,6 +411,11 @@ def test_hidden_states_are_recorded(runs):
             found.append(each(torch.ones(1, 1, dtype=torch.long), past_key_values=cache, output_hidden_states=True))
     for one, other in zip(found[0].hidden_states, found[1].hidden_states, strict=True):
         close(other, one)
+    # Hooks for what was recorded stay in the model.
+    assert made.model.layers[0].self_attn._forward_hooks
+    runs.clear()
+    close(decode(made)[0], decode(model)[0])
+    assert max(runs) == 3
 
 
 def test_a_layer_that_is_not_sparse_leaves_its_block_to_transformers(runs):
