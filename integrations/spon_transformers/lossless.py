@@ -25,7 +25,7 @@ from spon_plugin.decoder.sites import check_dense, linear_inputs
 from spon_plugin.decoder.tokens import DenseTokens, follow_tokens, rule_of
 from spon_plugin.errors import SponError
 from spon_plugin.layers.row_linear import RowLinear, RowQuantizedLinear
-from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLayer, share_calls
+from spon_plugin.layers.sparse_linear import SparseConv1D, SparseLayer
 from spon_plugin.layers.sparse_quantized import QuantizedLayer, SparseQuantizedLinear, not_by_rows, sparse_layer
 from spon_plugin.weights import Opaque, weight_of
 from spon_plugin.weights.dense import DenseWeight
@@ -77,7 +77,6 @@ def sparse_view(model: Any, adapter: Adapter | str | Path, drafts: int = DRAFTS)
         follow_tokens(view, rule)
     if not any(isinstance(module, QuantizedLayer) for module in view.modules()):
         # Shared calls put a group's codes side by side: views of one model would do so in turns, each for itself.
-        share_calls(view)
         quicken(view)
     settings = view.generation_config
     settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = drafts, "constant"

@@ -12,7 +12,7 @@ from torch import nn
 from spon_plugin.adapter.merged import FIELD, MergedConfig
 from spon_plugin.decoder.tokens import follow_tokens, rule_of
 from spon_plugin.errors import SponError
-from spon_plugin.layers.sparse_linear import SparseLayer, share_calls, sparse_like
+from spon_plugin.layers.sparse_linear import SparseLayer, sparse_like
 from spon_plugin.weights.linears import linear_features
 from spon_transformers.head import round_head
 from spon_transformers.quick_blocks import quicken
@@ -96,7 +96,6 @@ def finish_layers(model: Any, paths: Mapping[str, str], merged: MergedConfig) ->
         vectors = {name: getattr(layer, name) for name in announced.vectors}
         layer.spon_threshold = announced.mask(path, linear_features(layer)[0], vectors).threshold.to(device)
         layer.arrange_for_kernels()
-    share_calls(model)
     quicken(model)
     round_head(model, merged.head)
     follow(model, merged)

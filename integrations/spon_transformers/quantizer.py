@@ -20,7 +20,7 @@ from spon_plugin.adapter.config import CENTER_MODULES, SponFields, short_names
 from spon_plugin.adapter.merged import BASE_QUANTIZATION, FIELD, HEAD, QUANT_METHOD, MergedConfig, holds_dense_biases
 from spon_plugin.decoder.tokens import rule_of
 from spon_plugin.errors import SponError
-from spon_plugin.layers.sparse_linear import SparseLayer, share_calls
+from spon_plugin.layers.sparse_linear import SparseLayer
 from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
 from spon_plugin.weights.importers.gptq import holds_zeros_less_one
 from spon_plugin.weights.linears import is_linear
@@ -144,7 +144,6 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
     layers = {path: m for path, m in model.named_modules() if isinstance(m, SparseLayer)}
     for layer in layers.values():
         layer.arrange_for_kernels()
-    share_calls(model)
     quicken(model)
     settle_decompression(model)
     rule = rule_of(adapter.fields, model)

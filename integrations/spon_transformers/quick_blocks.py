@@ -22,6 +22,7 @@ from torch.nn.modules import module as torch_modules
 from spon_plugin.kernels.arguments import is_plain
 from spon_plugin.kernels.cpu.kernel import is_available
 from spon_plugin.layers.block_program import BlockParts, BlockProgram, Cached, run_blocks
+from spon_plugin.layers.sparse_linear import share_calls
 from spon_plugin.layers.watched import Watched
 from spon_plugin.machine import DTYPES
 from spon_transformers.growing_cache import GrowingLayer, growing_layer
@@ -56,11 +57,12 @@ class QuickBlock(nn.Module):
 
 
 def quicken(model: nn.Module) -> None:
-    """Let the decoder blocks of Llama's kind compute single tokens on a CPU as programs, in place.
+    """Let sparse layers that read one tensor share a call, and blocks of Llama's kind be programs on a CPU, in place.
 
     Args:
         model: whose blocks are of transformers' own classes, or they are left as they are.
     """
+    share_calls(model)
     if not is_available():
         return
     for module in model.modules():

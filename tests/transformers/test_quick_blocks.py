@@ -451,7 +451,6 @@ def test_smollm2_says_the_same_token_by_token_and_at_once(smollm2, smollm2_dir, 
         layer = sparse_layer(linear, path)  # without a mask, in which roundings would be no roundings any more
         layer.arrange_for_kernels()
         smollm2.set_submodule(path, layer)
-    share_calls(smollm2)
     quicken(smollm2)
     cache = DynamicCache(config=smollm2.config)
     logits = [smollm2(token, past_key_values=cache).logits for token in ids.split(1, 1)]
