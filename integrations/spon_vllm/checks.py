@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vllm.logger import init_logger
 
 from spon_plugin.adapter.directory import read_adapter
+from spon_plugin.decoder.left_dense import is_expert
 from spon_plugin.decoder.sites import linear_inputs
 from spon_plugin.errors import SponError
 from spon_vllm.settings import Settings
@@ -38,6 +39,11 @@ def check_fit(settings: Settings, hf_config: Any, name: str) -> None:
         check_trained(trained_tensors(settings.adapter), model, getattr(hf_config, "tie_word_embeddings", False))
         if linears is not None:
             adapter.check_base(linears, name)
+    elif dense := sorted(filter(is_left_dense, settings.announced)):
+        raise SponError.of(
+            f"quantization_config: threshold of {dense[0]}", "one", "none: vLLM keeps this linear dense",
+            "Serve the adapter on its base model, or merge one whose target_modules leave it out.",
+        )  # fmt: skip
     elif linears is not None:
         missing = [module for module in settings.announced if module not in linears]
         if missing:
@@ -46,6 +52,11 @@ def check_fit(settings: Settings, hf_config: Any, name: str) -> None:
         check_shards(settings.modules, fused, shards, linears)
         for parent in sorted({path.rpartition(".")[0] for path in centers}):
             check_centers({f"{parent}.{shard}": centers.get(f"{parent}.{shard}") for shard in shards}, fused)
+
+
+def is_left_dense(path: str) -> bool:
+    """Whether vLLM does not compute a layer as such: MLA multiplies kv_b_proj's weight into others, routers choose."""
+    return path.rpartition(".")[2] == "kv_b_proj" or is_expert(path)
 
 
 def check_centers(centers: Mapping[str, Tensor | None], fused: str) -> None:

@@ -19,12 +19,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from spon_plugin.adapter.directory import read_adapter
 from spon_plugin.adapter.mask import Mask
 from spon_plugin.adapter.merged import QUANT_METHOD, Announced
-from spon_plugin.decoder.left_dense import is_expert
 from spon_plugin.errors import SponError
 from spon_plugin.kernels.triton.launch import LEAST_CAPABILITY
 from spon_plugin.machine import DTYPES
 from spon_vllm import hosts
-from spon_vllm.checks import check_centers, check_fit, check_shards
+from spon_vllm.checks import check_centers, check_fit, check_shards, is_left_dense
 from spon_vllm.head import method_for
 from spon_vllm.linear import SponLinearMethod
 from spon_vllm.report import Coverage
@@ -178,8 +177,7 @@ class SponConfig(QuantizationConfig):
         shards = list(self.packed_modules_mapping.get(leaf, [leaf]))
         paths = [f"{parent}.{shard}" if parent else shard for shard in shards]
         covered = [path for path in paths if path in self.masks]
-        # MLA multiplies kv_b_proj's weight into other tensors, and a router chooses experts: neither is computed here.
-        if not covered or leaf == "kv_b_proj" or is_expert(prefix):
+        if not covered or is_left_dense(prefix):
             reason = hosts.dtype_objection(self.inner, inner, layer.params_dtype)
             if reason:
                 raise SponError.of(

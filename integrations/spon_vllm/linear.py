@@ -130,8 +130,16 @@ class SponLinearMethod(LinearMethodBase):
         masks = self.masks
         if self.settings.merged:
             masks = merged.take_masks(layer, self.paths, self.announced, self.in_full)
-        weight = stored_weight(layer, self.sizes, self.in_part, self.inner)
-        total = None if weight is None or self.settings.merged else self._fold(layer, weight)
+        # vLLM adds a row-parallel layer's bias on one rank, and none where the model adds it itself.
+        row_parallel = self.in_part != self.in_full or hasattr(layer, "input_is_parallel")
+        adds_bias = layer.bias is not None and not layer.skip_bias_add and not (row_parallel and layer.tp_rank > 0)
+        weight, total = stored_weight(layer, self.sizes, self.in_part, self.inner), None
+        # Biases, too, are read before the inner method repacks them, and it gets the dense one.
+        if self.settings.merged:
+            total = merged.take_bias(layer, adds_bias, row_parallel, self.settings.has_dense_bias)
+        elif weight is not None:
+            total = self._fold(layer, weight)
+        bias = layer.bias.data.to(torch.float32, copy=True) if adds_bias else None
         if self.plain:
             # One copy, [in, out] in memory and [out, in] to everything that asks; the parameter keeps its loader.
             layer.weight.data = layer.weight.data.t().contiguous().t()
@@ -140,22 +148,20 @@ class SponLinearMethod(LinearMethodBase):
         elif isinstance(weight, ScaledWeight):
             self._hold_rows(layer, weight.arranged())
         elif self.no_kernel is not None:
-            raise self.no_kernel
+            raise SponError.of(
+                self.paths[0], f"{type(self.inner).__name__} in {layer.params_dtype}: {hosts.said(self.no_kernel)}",
+                "a weight that our kernels read, or one that its own method computes here",
+                "Serve in another --dtype, or the base in another format.",
+            ) from self.no_kernel  # fmt: skip
         else:
             self._prepare_inner(layer)
-        # vLLM adds a row-parallel layer's bias on one rank, and none where the model adds it itself.
-        row_parallel = self.in_part != self.in_full or hasattr(layer, "input_is_parallel")
-        bias = layer.bias if not layer.skip_bias_add and not (row_parallel and layer.tp_rank > 0) else None
         thresholds, center = self._own_masks(layer, masks)
-        ours = self.plain or bool(self.weights)  # or the inner method adds the bias
         if total is None:
-            if self.settings.merged:
-                total = merged.take_bias(layer, bias, row_parallel, self.settings.has_dense_bias)
-                total -= 0 if ours or bias is None else bias.float()
-            else:
-                total = self._fold(layer, None)
-        if bias is not None and ours and not self.settings.merged:
-            total += bias.float()
+            total = self._fold(layer, None)
+        # A merged checkpoint's bias has the dense one in it. Where neither kernel is ours, the inner method adds that.
+        ours = self.plain or bool(self.weights)
+        if bias is not None and ours != self.settings.merged:
+            total += bias if ours else -bias
         # Parameters, not buffers: when weights are loaded again, vLLM runs this method and copies what it made into the
         # tensors that graphs hold, except for buffers that no checkpoint stores.
         for name, vector in (("threshold", thresholds), ("center", center), ("bias", total)):
@@ -183,11 +189,14 @@ class SponLinearMethod(LinearMethodBase):
         rows.hold(layer, rows.in_layout(weight, self.layout, self.paths[0]))
         reason = "" if self.no_kernel is None else hosts.said(self.no_kernel)
         if self.weights == BESIDE:
+            bias = None if layer.bias is None else layer.bias.data.clone()
             self._prepare_inner(layer)
             if not again:
                 reason = hosts.why_not(self.inner, layer, self.in_part)
                 self.weights = ROWS if reason else BESIDE
                 self.host = None if reason else hosts.number(layer)
+            if self.weights == ROWS and bias is not None:
+                layer.bias.data = bias  # as our kernels add it
         if self.weights == ROWS:
             rows.release(layer)
         layer.register_buffer("spon_host", self.host, persistent=False)

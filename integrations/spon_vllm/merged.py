@@ -104,12 +104,12 @@ def take_masks(layer: Any, paths: Sequence[str], announced: Sequence[Announced],
     return masks
 
 
-def take_bias(layer: Any, bias: Tensor | None, row_parallel: bool, has_dense_bias: bool) -> Tensor:
+def take_bias(layer: Any, adds_bias: bool, row_parallel: bool, has_dense_bias: bool) -> Tensor:
     """Tell the checkpoint's two biases apart: `layer.bias` becomes the dense one, the result is the folded one.
 
     Args:
         layer: vLLM's, after `expect_tensors` and loading.
-        bias: the dense model's, where this rank adds it.
+        adds_bias: whether this rank adds the dense model's bias.
         row_parallel: whether the layer's ranks share its inputs.
         has_dense_bias: as in `expect_tensors`.
     """
@@ -120,6 +120,6 @@ def take_bias(layer: Any, bias: Tensor | None, row_parallel: bool, has_dense_bia
         layer.bias.data.copy_(dense)
     elif layer.skip_bias_add:
         return torch.zeros_like(folded)
-    if bias is not None:
+    if adds_bias:
         return folded
     return folded - layer.bias.data.float() if not row_parallel or layer.tp_rank == 0 else torch.zeros_like(folded)

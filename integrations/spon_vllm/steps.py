@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, is_forward_context_available
@@ -140,7 +141,9 @@ def _context() -> Any:
 
 
 def _in_graph(context: Any) -> bool:
-    return bool(context.cudagraph_runtime_mode != CUDAGraphMode.NONE)
+    # vLLM's second model runner captures whole steps in no mode at all.
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return capturing or bool(context.cudagraph_runtime_mode != CUDAGraphMode.NONE)
 
 
 def _metadata(context: Any) -> Any:

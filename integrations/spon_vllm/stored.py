@@ -32,8 +32,10 @@ def stored_weight(layer: Any, sizes: Sequence[int], in_features: int, method: An
         method: the layer's own, which knows how GPTQ's zero points are stored.
 
     Returns:
-        None for a weight in another form.
+        None for a weight in another form, or one that its method uses on inputs or outputs that it transforms.
     """
+    if getattr(method, "input_tfms", None) or getattr(method, "output_tfms", None):  # QuIP, SpinQuant
+        return None
     rows, packed, qweight = sum(sizes), _tensor(layer, "weight_packed"), _tensor(layer, "qweight")
     if packed is not None:
         scale = _tensor(layer, "weight_scale")
@@ -65,10 +67,11 @@ def _with_zero_points(layer: Any, qweight: Tensor, rows: int, in_features: int, 
     bits = 32 * qweight.shape[0] // in_features
     if qweight.shape[0] * 32 != bits * in_features or qweight.shape[1] != rows:
         return None
+    g_idx = _tensor(layer, "g_idx") if getattr(config, "desc_act", True) else None
     # vLLM does not look at the zero points of symmetric weights, which writers store in two ways.
     zeros = None if getattr(config, "is_sym", False) else qzeros
     told = getattr(config, "checkpoint_format", "")
-    return gptq_weight(qweight, zeros, scales, _tensor(layer, "g_idx"), bits, told != "gptq_v2")
+    return gptq_weight(qweight, zeros, scales, g_idx, bits, told != "gptq_v2")
 
 
 def _tensor(layer: Any, name: str) -> Tensor | None:

@@ -49,7 +49,8 @@ def make_layer(
     shards = [f"shard{index}" for index in range(len(sizes))] if len(sizes) > 1 else ["l"]
     names = [f"m.{shard}" for shard in shards]
     config = SponConfig()
-    config.settings = Settings(adapter="somewhere", modules=tuple(names), **{"token_mode": "all", **settings})
+    given = {"adapter": "somewhere", "modules": tuple(names), "token_mode": "all", **settings}
+    config.settings = Settings(**given)
     config.inner, config._masks, config._trained = inner, dict(zip(names, masks, strict=True)), {}
     config.packed_modules_mapping = {"l": shards}
     make = MergedColumnParallelLinear if len(sizes) > 1 else ReplicatedLinear

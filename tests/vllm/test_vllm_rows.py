@@ -2,17 +2,21 @@
 """Layers of quantized bases, made by vLLM's own methods, on our kernels: their formats, ways, reloads and reports."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from layers import load, make_layer, one_process
 from quantized import FORMATS, int8
+from torch import nn
 
 from spon_plugin import Mask, SponError
+from spon_plugin.adapter.merged import Announced
 from spon_plugin.kernels import row_op
 from spon_plugin.kernels.few_rows import CPU_ROWS
 from spon_vllm import hosts
 from spon_vllm.settings import AUTO, BESIDE, ROWS
+from spon_vllm.stored import stored_weight
 
 IN, SIZES = 128, [64, 32]
 
@@ -135,6 +139,75 @@ def test_beside_the_base_s_own_method_runs_large_steps(tokens, mode, kind, monke
     assert (y - wanted).norm() < 0.02 * wanted.norm()
     own = tokens > 1 and (mode == "decode" or kind == "one mask")  # several masks: once, by rows
     assert calls == [tokens] * own
+
+
+@pytest.mark.parametrize("runs", [True, False], ids=["beside", "rows"])
+@pytest.mark.parametrize("tokens", [1, CPU_ROWS + 4], ids=["sparse", "dense"])
+def test_a_method_that_repacks_the_bias(tokens, runs, monkeypatch):
+    """As Marlin does; what it makes of the bias is for its own product."""
+    masks, bias = masks_of("one mask"), random(sum(SIZES), seed=8).bfloat16()
+    name = "int8 and inputs in 8 bits"
+    model, meant = make(name, masks, AUTO, bias, dtype=torch.bfloat16, token_mode="decode", max_sparse_tokens=1)
+    inner = model.l.quant_method.inner
+    process, apply = inner.process_weights_after_loading, inner.apply
+
+    def repack(layer):
+        process(layer)
+        layer.bias.data = layer.bias.data.flip(0)
+
+    monkeypatch.setattr(inner, "process_weights_after_loading", repack)
+    monkeypatch.setattr(inner, "apply", lambda layer, x, b=None: apply(layer, x, b if b is None else b.flip(0)))
+    if not runs:
+        monkeypatch.setattr(hosts, "why_not", lambda *_: "AttributeError: no such operator")
+    layer, x = finish(model), random(tokens, IN, seed=7).bfloat16()
+    assert layer.quant_method.weights == (BESIDE if runs else ROWS)
+    wanted = expected(x, meant, masks, bias)[tokens > 1]
+    assert (layer(x)[0].double() - wanted).norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, CPU_ROWS + 4], ids=["sparse", "dense"])
+def test_a_method_that_copies_the_bias_copies_the_dense_one(tokens, monkeypatch):
+    """As vLLM's int8 product on Xeons with AMX does, of a merged checkpoint, too."""
+    masks, dense_bias = masks_of("one mask"), random(sum(SIZES), seed=8).bfloat16()
+    announced = [Announced(float(mask.threshold)) for mask in masks]
+    name, settings = "int8 and inputs in 8 bits", {"token_mode": "decode", "max_sparse_tokens": 1}
+    names = {"m.shard0": announced[0], "m.shard1": announced[1]}
+    model, meant = make(
+        name, announced, AUTO, dtype=torch.bfloat16, adapter=None, announced=names, has_dense_bias=True, **settings
+    )
+    layer = model.l
+    folded = torch.cat([w.double() @ m.alpha.double() for w, m in zip(meant, masks, strict=True)]) + dense_bias.double()
+    load(layer, spon_dense_bias=list(dense_bias.split(SIZES)), bias=list(folded.bfloat16().split(SIZES)))
+    inner = layer.quant_method.inner
+    process, apply, copied = inner.process_weights_after_loading, inner.apply, []
+    monkeypatch.setattr(
+        inner, "process_weights_after_loading", lambda layer: (copied.append(layer.bias.data.clone()), process(layer))
+    )
+    monkeypatch.setattr(inner, "apply", lambda layer, x, b=None: apply(layer, x, b if b is None else copied[0]))
+    layer, x = finish(model), random(tokens, IN, seed=7).bfloat16()
+    assert layer.quant_method.weights == BESIDE and torch.equal(copied[0], dense_bias)
+    wanted = expected(x, meant, masks, dense_bias)[tokens > 1]
+    assert (layer(x)[0].double() - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_a_weight_between_transforms_is_left_to_its_method():
+    """QuIP's and SpinQuant's: codes alone say nothing of the layer."""
+    model, _ = make("int8 and inputs in 8 bits", masks_of("one mask"), AUTO, dtype=torch.bfloat16)
+    layer, method = model.l, model.l.quant_method
+    assert stored_weight(layer, SIZES, IN, method.inner) is not None
+    for name in ("input_tfms", "output_tfms"):
+        assert stored_weight(layer, SIZES, IN, SimpleNamespace(**{name: {0: "a rotation"}})) is None
+
+
+def test_groups_of_gptq_are_in_order_where_it_says_so():
+    """A rank's slice of `g_idx` has the numbers of the whole layer's groups, its scales are its own."""
+    model, _ = make("GPTQ", masks_of("one mask"))
+    layer, method = model.l, model.l.quant_method
+    layer.g_idx = nn.Parameter(4 + torch.arange(IN, dtype=torch.int32) // 32, requires_grad=False)
+    for acts, ordered in ((False, False), (True, True)):
+        config = SimpleNamespace(**{**vars(method.inner.quant_config), "desc_act": acts})
+        weight = stored_weight(layer, SIZES, IN, SimpleNamespace(quant_config=config))
+        assert (weight.group_of_row is not None) == ordered
 
 
 def test_without_a_method_that_runs_there_are_rows(monkeypatch):

@@ -70,9 +70,11 @@ def _by_group(
     out_features, in_features = codes.shape
     if scale.numel() == 1:
         return scale.reshape(1, 1).expand(1, out_features), in_features
-    if scale.numel() == out_features:
+    # By their number alone, 128 x 128 blocks of 16384 inputs would be one scale for each output.
+    is_column = scale.dim() < 2 or (block is None and scale.shape[1] == 1)
+    if is_column and scale.numel() == out_features:
         return scale.reshape(1, out_features), in_features
-    if scale.numel() == len(sizes):
+    if is_column and scale.numel() == len(sizes):
         each = torch.tensor(list(sizes), device=scale.device)
         return scale.reshape(-1).repeat_interleave(each).unsqueeze(0), in_features
     if scale.dim() != 2:

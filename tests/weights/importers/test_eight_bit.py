@@ -62,6 +62,17 @@ def test_blocks_are_what_transformers_dequantizes():
     assert torch.equal(weight_of(layer).dense(found.dtype), found.t())
 
 
+def test_blocks_that_are_as_many_as_outputs():
+    """16,384 inputs in blocks of 128 x 128 have one scale for each output, by number."""
+    torch.manual_seed(0)
+    layer = FP8Linear(64, 24, block_size=(8, 8))
+    layer.weight.data = torch.randn(24, 64).to(FLOAT8)
+    layer.weight_scale_inv.data = torch.rand_like(layer.weight_scale_inv) + 0.5
+    assert layer.weight_scale_inv.numel() == 24
+    scale = layer.weight_scale_inv.double().repeat_interleave(8, 0).repeat_interleave(8, 1)
+    torch.testing.assert_close(weight_of(layer).dense().double(), (layer.weight.double() * scale).t())
+
+
 def test_int8_with_zero_points():
     torch.manual_seed(0)
     layer = nn.Linear(64, 32)
