@@ -48,8 +48,8 @@ class SponLayer(BaseTunerLayer):
         self.spon_tokens: dict[str, AdapterTokens] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._bias_before_merge: Tensor | None = None
-        self._folded: Tensor | None = None  # what merging added to the bias, float32
+        # The bias before merging, and what that added to it, float32: in a tuple, where no state dict finds them.
+        self._before_merge: tuple[Tensor | None, Tensor] | None = None
         base: Any = self.get_base_layer()
         if is_linear(base):
             self.in_features, self.out_features = linear_features(base)

@@ -72,8 +72,8 @@ class SponLinear(nn.Module, SponLayer):
         if self.merged:
             if dense is None or not self._has_constant(name):
                 return y
-            assert self._folded is not None
-            return choose_rows(dense, _add(y, -self._folded.to(y.device)), y)
+            assert self._before_merge is not None
+            return choose_rows(dense, _add(y, -self._before_merge[1].to(y.device)), y)
         constant = self._constant(mask, x.dtype)
         if constant is None:
             return y
@@ -114,6 +114,10 @@ class SponLinear(nn.Module, SponLayer):
             SponError: more than one adapter would be merged.
             ValueError: with `safe_merge`, the new bias is not finite.
         """
+        self._merge(safe_merge, adapter_names, self._host_dtype())
+
+    def _merge(self, safe_merge: bool, adapter_names: list[str] | None, dtype: torch.dtype) -> None:
+        """`merge`, into a bias of a dtype."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spon_threshold]
         if not names:
             return
@@ -121,15 +125,15 @@ class SponLinear(nn.Module, SponLayer):
         name = names[0]
         base: Any = self.get_base_layer()
         with torch.no_grad():
-            bias = self._constant(self.mask_of(name), self._bias_dtype())
+            bias = self._constant(self.mask_of(name), dtype)
             if bias is not None:
                 old = base.bias
                 bias = bias if old is None else bias + old
                 if safe_merge and not torch.isfinite(bias).all():
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-                base.bias = nn.Parameter(bias.to(self._bias_dtype()), requires_grad=False)
-                self._bias_before_merge = old
-                self._folded = base.bias.float() if old is None else base.bias.float() - old.float()
+                new = bias.to(dtype)
+                self._before_merge = old, new.float() if old is None else new.float() - old.float()
+                _set_bias(base, new)
         self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -138,12 +142,13 @@ class SponLinear(nn.Module, SponLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base: Any = self.get_base_layer()
-        if self._has_constant(self.merged_adapters.pop()):
-            old, merged = self._bias_before_merge, base.bias
-            base.bias = old
+        if self._before_merge is not None:
+            old, merged = self._before_merge[0], base.bias
             if old is not None:  # the model may have been moved or cast in the meantime
                 old.data = old.data.to(merged.device, merged.dtype)
-            self._bias_before_merge = self._folded = None
+            _set_bias(base, old)
+            self._before_merge = None
+        self.merged_adapters.pop()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -158,7 +163,7 @@ class SponLinear(nn.Module, SponLayer):
         """
         base: Any = self.get_base_layer()
         if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self._merge(safe_merge, adapter_names, self._bias_dtype())
             if self.merged:
                 base = self._sparse_layer()
         elif self.merged:
@@ -172,13 +177,25 @@ class SponLinear(nn.Module, SponLayer):
         name = self.merged_adapters[0]
         if base.bias is None:
             zeros = torch.zeros(self.out_features, dtype=self._bias_dtype(), device=self.spon_threshold[name].device)
-            base.bias = nn.Parameter(zeros, requires_grad=False)
+            _set_bias(base, zeros)
         layer = sparse_layer(base)
         layer.spon_threshold = self.spon_threshold[name].detach().clone()
         if name in self.spon_center:
             layer.spon_center = self.spon_center[name].detach().clone()
-        layer.keep_dense_bias(self._bias_before_merge if self._has_constant(name) else base.bias)
+        layer.keep_dense_bias(base.bias if self._before_merge is None else self._before_merge[0])
         return layer
+
+    def _host_dtype(self) -> torch.dtype:
+        """The dtype of a bias that the base layer itself adds, beside `_bias_dtype` of one that our layers do."""
+        base: Any = self.get_base_layer()
+        dtype = self._bias_dtype()
+        if base.bias is not None or dtype != torch.float32 or getattr(base, "compute_dtype", None) is not None:
+            return dtype
+        # torchao's weights are of the dtype that they compute in; compressed-tensors' scales are.
+        for tensor in (getattr(base, name, None) for name in ("weight", "weight_scale")):
+            if isinstance(tensor, Tensor) and tensor.dtype in (torch.bfloat16, torch.float16):
+                return tensor.dtype
+        return dtype
 
     def _bias_dtype(self) -> torch.dtype:
         base: Any = self.get_base_layer()
@@ -204,6 +221,24 @@ class SponLinear(nn.Module, SponLayer):
 
     def __repr__(self) -> str:
         return "spon." + super().__repr__()
+
+
+def _set_bias(base: nn.Module, bias: Tensor | None) -> None:
+    """Put another tensor in the place of a host's bias, as what that was.
+
+    An assignment would do on torch's linears. But compressed-tensors keeps parameters in a cache, which writes into the
+    one that it has, and some hosts have a buffer.
+    """
+    is_buffer = "bias" in base._buffers
+    for place in (base._parameters, base._buffers, base.__dict__):
+        if "bias" in place:
+            del place["bias"]
+    if is_buffer:
+        base.register_buffer("bias", bias)
+    elif bias is None or isinstance(bias, nn.Parameter):
+        base.register_parameter("bias", bias)
+    else:
+        base.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
 
 
 def mixed_batch() -> SponError:

@@ -78,10 +78,12 @@ def _check_adapters_when_read() -> None:
         return
 
     @functools.wraps(original)
-    def from_pretrained(cls: Any, path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
-        config = original(cls, path, subfolder=subfolder, **kwargs)
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, SponConfig):
-            check_directory(config, path, subfolder)
+            check_directory(config, pretrained_model_name_or_path, subfolder)
         return config
 
     vars(from_pretrained)["_spon_checks"] = True

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -66,16 +67,23 @@ def check_files(merged: MergedConfig, paths: Mapping[str, str], files: Sequence[
     safetensors = [file for file in files if str(file).endswith(".safetensors")]
     if not safetensors or len(safetensors) != len(files):
         return
-    stored: set[str] = set()
+    stored: Counter[str] = Counter()
     for file in safetensors:
         with safe_open(file, framework="pt") as tensors:
-            stored.update(key for key in tensors.keys() if ".spon_" in key)  # noqa: SIM118 (not a dict)
+            stored.update(_tail(key) for key in tensors.keys() if ".spon_" in key)  # noqa: SIM118 (not a dict)
     for path, entry in paths.items():
         for name in merged.tensors(entry):
-            names = (f".{path}.{name}", f".{entry}.{name}")
-            # A file of the backbone alone has shorter paths than the model around it, and the other way round.
-            if not any(f".{key}".endswith(names) or names[0].endswith(f".{key}") for key in stored):
+            tail = _tail(f"{path}.{name}")
+            if stored[tail] == 0:
                 raise SponError.of(f"{path}.{name}", "no such tensor", f"one, as {FIELD} has it", "Merge again.")
+            stored[tail] -= 1
+
+
+def _tail(key: str) -> str:
+    """A tensor's name from the list of blocks on: what is before has other names in files, and in backbones alone."""
+    parts = key.split(".")
+    first = next((place for place, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+    return ".".join(parts[max(0, first - 1) :])
 
 
 def finish_layers(model: Any, paths: Mapping[str, str], merged: MergedConfig) -> None:

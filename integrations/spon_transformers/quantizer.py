@@ -8,7 +8,7 @@ those of `transformers/quantizers/quantizer_bitnet.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ from spon_plugin.adapter.merged import BASE_QUANTIZATION, FIELD, HEAD, QUANT_MET
 from spon_plugin.decoder.tokens import rule_of
 from spon_plugin.errors import SponError
 from spon_plugin.layers.sparse_linear import SparseLayer
-from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
 from spon_plugin.weights.importers.gptq import holds_zeros_less_one
+from spon_plugin.weights.importers.torch_linear import is_plain_matrix
 from spon_plugin.weights.linears import is_linear
 from spon_transformers.merged_layers import check_files, finish_layers, follow, layer_for, paths_in
 from spon_transformers.quick_blocks import quicken
@@ -162,7 +162,7 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
         dense_prefix=fields.dense_prefix,
         adapter_digest=adapter.digest,
         format_version=fields.format_version,
-        base_quantization_config=_own_config(model, layers),
+        base_quantization_config=_own_config(model),
     )
     follow(model, config.merged)
     saves: Any = model
@@ -174,15 +174,21 @@ def mark_merged(model: Any, adapter: Adapter) -> None:
         saves.quantization_method = QUANT_METHOD
 
 
-def _own_config(model: Any, layers: Mapping[str, SparseLayer]) -> dict[str, Any] | None:
-    """`quantization_config` of a base whose quantized layers are in `layers`."""
+def _own_config(model: Any) -> dict[str, Any] | None:
+    """`quantization_config` of a base some of whose linears, masked or not, still hold codes."""
     own = getattr(getattr(model, "config", None), "quantization_config", None)
-    quantized = [layer for layer in layers.values() if isinstance(layer, SparseQuantizedLinear)]
+    quantized = [module for module in model.modules() if _holds_codes(module)]
     if own is None or not quantized:
         return None
     stored = dict(own if isinstance(own, dict) else own.to_dict())
     if stored.get("quant_method") == "gptq":
         # Loading may have converted the zero points, and what is saved is what the layers hold.
-        held = "gptq" if holds_zeros_less_one(quantized[0].host) else "gptq_v2"
+        held = "gptq" if holds_zeros_less_one(getattr(quantized[0], "host", quantized[0])) else "gptq_v2"
         stored |= {"checkpoint_format": held, "format": held}
     return stored
+
+
+def _holds_codes(module: Any) -> bool:
+    """Whether a linear, of whatever class, has a matrix that is not of floating point."""
+    own = (*module._parameters.values(), *module._buffers.values()) if hasattr(module, "in_features") else ()
+    return any(tensor is not None and tensor.dim() == 2 and not is_plain_matrix(tensor) for tensor in own)

@@ -9,6 +9,12 @@ import torch
 
 from spon_plugin.progress import Progress, no_progress
 
+# What a model's own generation config may say otherwise, without which the draws are from its distribution.
+_AS_IT_IS: dict[str, Any] = {
+    "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+}  # fmt: skip
+
 
 @torch.no_grad()
 def sample_documents(
@@ -45,9 +51,7 @@ def sample_documents(
                 start,
                 attention_mask=torch.ones_like(start),
                 do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
+                **_AS_IT_IS,
                 min_new_tokens=length - 1,
                 max_new_tokens=length - 1,
                 pad_token_id=0,

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from spon_models import KINDS, ids, layers, logits, sparse, tiny
 from torch import nn
 
@@ -49,6 +49,30 @@ def test_merge_keeps_the_function_and_unmerge_every_bit(kind, prefix):
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert torch.equal(logits(model), unmerged)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_while_merged_is_the_adapter(kind, tmp_path):
+    model = sparse(kind, dense_prefix=0)
+    unmerged = logits(model)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny(kind), tmp_path).eval()), unmerged)
+
+
+def test_a_bias_that_is_a_buffer_comes_back_as_one():
+    model = sparse("qwen2", dense_prefix=0)
+    base = next(m for m in model.modules() if isinstance(m, SponLayer) and m.get_base_layer().bias is not None)
+    host = base.get_base_layer()
+    bias = host.bias.data
+    del host.bias
+    host.register_buffer("bias", bias.clone())
+    unmerged = logits(model)
+    model.merge_adapter()
+    assert not torch.equal(host.bias, bias)
+    torch.testing.assert_close(logits(model), unmerged, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert "bias" in host._buffers and torch.equal(host.bias, bias) and torch.equal(logits(model), unmerged)
 
 
 def test_merging_folds_in_float32_and_casts_once():

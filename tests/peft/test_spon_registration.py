@@ -36,6 +36,13 @@ def test_registering_again_changes_nothing():
     assert PeftConfig.from_pretrained.__func__ is reader.__func__
 
 
+def test_configs_of_other_methods_are_read_as_without_us(tmp_path):
+    from peft import LoraConfig
+
+    LoraConfig(r=3).save_pretrained(tmp_path)
+    assert LoraConfig.from_pretrained(pretrained_model_name_or_path=str(tmp_path)).r == 3
+
+
 def test_another_package_in_our_place_is_an_error(monkeypatch):
     monkeypatch.setitem(PEFT_TYPE_TO_TUNER_MAPPING, PeftType.SPON, object)
     with pytest.raises(RuntimeError, match="registered"):

@@ -91,6 +91,31 @@ def test_round_trip_keeps_every_bit(kind, dtype, prefix, tmp_path):
     assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "b" / "config.json").read_text()
 
 
+def test_a_multimodal_model_comes_back(tmp_path):
+    """transformers saves its tensors under other names than its modules have."""
+    torch.manual_seed(0)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = transformers.LlamaConfig(**LLAMA)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(8 if parameter.dim() == 2 else 1)
+    model = get_peft_model(model, SponConfig(init_weights=False, center_modules="all", channel_modules="all"))
+    model = model.eval().merge_and_unload()
+    model.save_pretrained(tmp_path)
+    loaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert len(sparse_layers(loaded)) == len(sparse_layers(model)) == 14
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-4)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.down_proj.spon_center"))
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SponError, match=r"layers.1.mlp.down_proj.spon_center: got 'no such tensor'"):
+        transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
 def test_decode_round_trip(tmp_path):
     model = merged(tokens="decode", dense_prefix=0)
     model.save_pretrained(tmp_path)

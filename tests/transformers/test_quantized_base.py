@@ -5,6 +5,7 @@ import copy
 import json
 
 import pytest
+import spon_models
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
@@ -155,6 +156,45 @@ def test_a_linear_that_the_base_leaves_in_floating_point_is_merged_beside_the_ot
     loaded = load(tmp_path / "merged")
     assert type(loaded.get_submodule(path)) is SparseLinear and len(layers(loaded)) == 13
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("runs_first", [False, True], ids=["packed", "decompressed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # without biases, and with some
+def test_merging_in_place_and_back(kind, dtype, runs_first, tmp_path):
+    model = spon_models.tiny(kind)
+    quantize(model, Rounding(8, None))
+    save_quantized(model, tmp_path / "base")
+    model = sparse(tmp_path / "base", dtype, dense_prefix=0)
+    biases = [layer.get_base_layer().bias for layer in spon_models.layers(model)]
+    before = [None if bias is None else bias.detach().clone() for bias in biases]
+    if runs_first:
+        unmerged = logits(model)
+    model.merge_adapter()
+    merged = logits(model)
+    model.unmerge_adapter()
+    if not runs_first:
+        unmerged = logits(model)
+    for layer, bias in zip(spon_models.layers(model), before, strict=True):
+        own = layer.get_base_layer().bias
+        assert own is None if bias is None else torch.equal(own, bias)
+    assert torch.equal(logits(model), unmerged)
+    close = 1e-4 if dtype == torch.float32 else 0.2
+    torch.testing.assert_close(merged, unmerged, rtol=close, atol=close * float(unmerged.abs().max()))
+
+
+def test_an_adapter_on_what_the_base_leaves_in_floating_point_alone(tmp_path):
+    model = make_tiny_llama(hidden_size=64, intermediate_size=128)
+    kept = {p: m.weight.clone() for p, m in model.named_modules() if p.endswith("down_proj")}
+    quantize(model, ROUNDINGS["int8"])
+    for path, weight in kept.items():
+        model.set_submodule(path, torch.nn.Linear(128, 64, bias=False))
+        model.get_submodule(path).weight.data = weight
+    save_quantized(model, tmp_path / "base")
+    expected = logits(sparse(tmp_path / "base", target_modules=["down_proj"]))
+    merged = sparse(tmp_path / "base", target_modules=["down_proj"]).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_missing_tensor_is_named(base, tmp_path):
