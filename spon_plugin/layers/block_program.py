@@ -124,7 +124,7 @@ class BlockProgram:
         self.dtype, self._parts, self._groups = dtype, parts, [group for each in groups for group in each]
         self._threads, self._tokens = torch.get_num_threads(), 0
         members = [member for group in self._groups for member in group.members]
-        self._rows = [(member.rows, member.part) for member in members if member.rows is not None]
+        self._members = members
         places = [place for member in members for place in member.places]
         self._tensors = WatchedTensors([*places, *((norm._parameters, "weight") for norm in parts.norms)])
         self._linears_of_block = parts.linears
@@ -172,7 +172,7 @@ class BlockProgram:
             return None
         modules = (*parts.norms, *parts.linears)
         if any(tensor.is_inference() for m in modules for tensor in (*m.parameters(), *m.buffers())):
-            return None  # torch counts no writes to these
+            return None  # as in groups
         weights: list[Any] = [norm.weight for norm in parts.norms]
         if not all(weight.is_cpu and weight.dtype == dtype and weight.is_contiguous() for weight in weights):
             return None
@@ -187,8 +187,8 @@ class BlockProgram:
         for layer in self._linears_of_block:
             if layer.tokens is not None:
                 return False
-        for rows, part in self._rows:
-            if rows.weight is not part:
+        for member in self._members:
+            if not member.is_as_it_was():
                 return False
         return self._tensors.are_same()
 

@@ -10,6 +10,7 @@ kernel is called past the dispatcher, also for a quantized layer that is by itse
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from spon_plugin.kernels.cpu.kernel import Stage
 from spon_plugin.kernels.cpu.scaled import Prepared
 from spon_plugin.kernels.few_rows import CPU_ROWS
 from spon_plugin.kernels.table import Problem, choose
-from spon_plugin.layers.watched import WatchedTensors
+from spon_plugin.layers.watched import Place, WatchedTensors
 from spon_plugin.masking import deviation
 from spon_plugin.weights.scaled import ScaledWeight
 
@@ -56,6 +57,7 @@ class SharedCalls:
         self._groups: dict[int, Group | None] = {}  # by the identity of their first layer; None where it is no use
         self._run: _Run | None = None
         self._held: _Held | None = None
+        self._learning = threading.Lock()  # joining layers changes where they lie
 
     def __reduce__(self) -> tuple[type[SharedCalls], tuple[()]]:
         return SharedCalls, ()
@@ -80,11 +82,14 @@ class SharedCalls:
                 return found[1]
         group = self._groups.get(key)
         if group is None:
-            if key not in self._groups and is_plain(x, x, None):
-                self._learn(layer, x)
+            if key not in self._groups and is_plain(x, x, None) and self._learning.acquire(blocking=False):
+                try:
+                    self._learn(layer, x)
+                finally:
+                    self._learning.release()
             return None
         if group.members[0].layer() is not layer or not group.fits():
-            del self._groups[key]
+            self._groups.pop(key, None)
             return None
         if not group.takes(x):
             return None
@@ -102,9 +107,10 @@ class SharedCalls:
             x: what they read.
         """
         key = id(layers[0])
-        found = self._groups.get(key)
-        if found is None or not found.is_of(layers) or not found.fits():
-            found = self._groups[key] = _joined(layers, x)
+        with self._learning:
+            found = self._groups.get(key)
+            if found is None or not found.is_of(layers) or not found.fits():
+                found = self._groups[key] = _joined(layers, x)
         return found
 
     def _learn(self, layer: Layer, x: Tensor) -> None:
@@ -115,7 +121,7 @@ class SharedCalls:
         if run is not None:
             # A matrix by itself is called past the dispatcher already, by `LayerCall`.
             known = len(run.layers) > 1 or hasattr(run.layers[0], "rows")
-            self._groups[id(run.layers[0])] = _joined(run.layers, x) if known else None
+            self._groups[id(run.layers[0])] = _joined(run.layers, run.x) if known else None
         self._run = _Run([layer], x, x._version)
 
 
@@ -142,18 +148,28 @@ class _Member:
 
     def __init__(self, layer: Any) -> None:
         self.layer, self.key = weakref.ref(layer), id(layer)
-        self.rows = getattr(layer, "rows", None)
+        self.rows, self.exact = getattr(layer, "rows", None), getattr(layer, "exact", None)
         self.part = None if self.rows is None else self.rows.weight
-        buffers, parameters = layer._buffers, layer._parameters
-        places = [(buffers, "spon_threshold"), (buffers, "spon_center")]
-        places.append((parameters if "bias" in parameters else buffers, "bias"))
+        self.places = _places(layer)
+        self.tensors = WatchedTensors(self.places)
+
+    def is_as_it_was(self) -> bool:
+        """Whether the layer still has what was joined but for its tensors."""
         if self.rows is None:
-            places.append((parameters, "weight"))
-        self.places, self.tensors = places, WatchedTensors(places)
+            return True
+        return self.rows.weight is self.part and getattr(self.layer(), "exact", None) == self.exact
 
     def fits(self) -> bool:
-        """Whether the layer still has the tensors that were joined."""
-        return (self.rows is None or self.rows.weight is self.part) and self.tensors.are_same()
+        """Whether the layer still is what was joined."""
+        return self.is_as_it_was() and self.tensors.are_same()
+
+
+def _places(layer: Any) -> list[Place]:
+    """Where the tensors of a layer are."""
+    buffers, parameters = layer._buffers, layer._parameters
+    places = [(buffers, "spon_threshold"), (buffers, "spon_center")]
+    places.append((parameters if "bias" in parameters else buffers, "bias"))
+    return [*places, *layer.rows.places] if hasattr(layer, "rows") else [*places, (parameters, "weight")]
 
 
 class Group:
@@ -252,6 +268,8 @@ class _Matrices(Group):
 
 def _joined_bias(layers: Sequence[Layer]) -> Tensor | None:
     biases = [layer.bias for layer in layers]
+    if len(layers) == 1:
+        return None if biases[0] is None else biases[0].detach().contiguous()
     like = next((bias for bias in biases if bias is not None), None)
     if like is None:
         return None
@@ -271,6 +289,12 @@ def _joined(layers: Sequence[Any], x: Tensor) -> Group | None:
     held = (tensor for layer in layers for tensor in (layer.spon_threshold, layer.spon_center, layer.bias))
     if not all(tensor.is_cpu for tensor in held if tensor is not None):  # offloaded between its calls
         return None
+    for layer in layers:
+        if hasattr(layer, "rows"):
+            layer.row_weight  # noqa: B018 (its places are known once it is made)
+        tensors = [place.get(name) for place, name in _places(layer)]
+        if any(isinstance(tensor, Tensor) and tensor.is_inference() for tensor in tensors):
+            return None  # torch counts no writes to these
     for layer in layers[1:]:
         masks = ((layer.spon_threshold, lead.spon_threshold), (layer.spon_center, lead.spon_center))
         if type(layer) is not type(lead) or not all(_equal(one, other) for one, other in masks):

@@ -12,6 +12,7 @@ from spon_plugin.errors import SponError
 from spon_plugin.kernels import sparse_linear
 from spon_plugin.kernels.table import Problem, choose
 from spon_plugin.layers.sparse_linear import SparseLayer, sparse_like
+from spon_plugin.layers.watched import Place, WatchedTensors
 from spon_plugin.weights import Opaque, RowWeight
 from spon_plugin.weights.dense import DenseWeight
 from spon_plugin.weights.linears import linear_features, weight_of
@@ -22,18 +23,31 @@ class KeptRows:
     """A host's codes as the kernels read them; layers over one host's tensors share it, and so the copy.
 
     Attributes:
-        weight: None before they are first asked for, and after the tensors have changed.
+        weight: None before they are first asked for.
+        places: of the host's tensors that they were made of.
     """
 
     def __init__(self) -> None:
         self.weight: ScaledWeight | None = None
+        self.places: list[Place] = []
+        self._tensors = WatchedTensors([])
+
+    def keep(self, weight: ScaledWeight, places: list[Place]) -> ScaledWeight:
+        """Keep a weight, as long as the tensors at these places are what they are."""
+        self.weight, self.places, self._tensors = weight, places, WatchedTensors(places)
+        return weight
+
+    def are_same(self) -> bool:
+        """Whether the host still has the tensors that the weight was made of, and nobody has written to them."""
+        return self._tensors.are_same()
 
 
 class QuantizedLayer(nn.Module):
     """What sparse and dense layers over a quantized linear share: its tensors, and the codes by input rows.
 
     What is saved is the host's format. Next to the host's codes, packed as the host likes them, lies a copy by inputs,
-    so that a masked input's codes stay unread; `arrange_for_kernels` makes it, or the first use.
+    so that a masked input's codes stay unread; `arrange_for_kernels` makes it, or the first use. It is made anew where
+    the host's tensors are replaced or written to, other than through their `data`, which torch does not count.
 
     Args:
         host: the quantized linear; it must not be used on its own any more.
@@ -74,9 +88,12 @@ class QuantizedLayer(nn.Module):
     def row_weight(self) -> ScaledWeight:
         """The weight as the kernels read it."""
         weight = self.rows.weight
-        if weight is None or weight.codes.device != self._device:
-            with torch.no_grad():
-                weight = self.rows.weight = scaled_weight(self.host).arranged()
+        if weight is None or weight.codes.device != self._device or not self.rows.are_same():
+            own: list[Place] = [(tensors, name) for tensors in (self._parameters, self._buffers) for name in tensors]
+            places = [place for place in own if place[1] != "bias" and not place[1].startswith("spon_")]
+            # Not as tensors of inference, which could never be trained through.
+            with torch.inference_mode(False), torch.no_grad():
+                weight = self.rows.keep(scaled_weight(self.host).arranged(), places)
         return weight
 
     def arrange_for_kernels(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Place = tuple[Mapping[str, Any], str]
 """A dictionary, such as a module's `_buffers`, and a name in it."""
@@ -38,23 +38,32 @@ class Watched:
 class WatchedTensors(Watched):
     """Tensors or None, and whether they are where and what they were.
 
+    Of tensors that were made in inference mode, or are of a class of their own, nobody can tell: they are the same as
+    long as they are there. Neither does torch count what is written to a tensor's `data`.
+
     Attributes:
         are_trained: whether one of them asks for a gradient.
-
-    Raises:
-        RuntimeError: a tensor was made in inference mode, where torch counts no writes.
     """
 
     def __init__(self, places: Sequence[Place]) -> None:
         super().__init__(places)
-        self._tensors: list[Tensor] = [tensor for tensor in self.found if tensor is not None]
+        self._tensors: list[Any] = [tensor for tensor in self.found if _is_counted(tensor)]
+        self._matrices = [tensor for tensor in self._tensors if tensor.dim() > 1]
         self._state = self._now()
         self.are_trained = any(map(_is_trained, self._tensors))
 
     def are_same(self) -> bool:
-        """Whether each place holds its tensor, at the same address, not written to, and trained if it was."""
+        """Whether each place holds its tensor, which lies as it did, was not written to, and is trained if it was."""
         return super().are_same() and self._now() == self._state
 
     def _now(self) -> list[list[Any]]:
         tensors = self._tensors
-        return [[*map(Tensor.data_ptr, tensors)], [*map(_version, tensors)], [*map(_is_trained, tensors)]]
+        looks: tuple[tuple[Any, list[Tensor]], ...] = (
+            (Tensor.data_ptr, tensors), (Tensor.stride, self._matrices), (_version, tensors), (_is_trained, tensors),
+        )  # fmt: skip
+        return [[*map(look, at)] for look, at in looks]
+
+
+def _is_counted(tensor: Any) -> bool:
+    """Whether torch counts the writes to a tensor; None is none."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()

@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from spon_plugin.kernels.cpu import kernel, scaled
 from spon_plugin.kernels.cpu.kernel import is_available
+from spon_plugin.layers import shared_calls
 from spon_plugin.layers.sparse_linear import SparseLinear, share_calls
 from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
 from tests.kernels.cpu.test_scaled_kernel import make
@@ -212,6 +214,49 @@ def test_a_change_after_the_first_call_counts(change, kind):
             alone = copy.deepcopy(getattr(block, name))
             alone.shared = None
             assert torch.equal(getattr(block, name)(x), alone(x))
+
+
+def test_exactness_may_be_asked_for_later():
+    block, x = Block("int4"), torch.randn(1, 48)
+    shared(block, x)
+    for layer in block.children():
+        layer.exact = True
+    alone = copy.deepcopy(block)
+    for layer in alone.children():
+        layer.shared = None
+    for _ in range(3):
+        assert all(torch.equal(one, other) for one, other in zip(block(x), alone(x), strict=True))
+
+
+def test_a_thread_that_comes_while_layers_are_joined(monkeypatch):
+    block, x = Block(), torch.randn(1, 48)
+    expected, joined, seen = block(x), shared_calls._joined, []
+    share_calls(block)
+
+    def meanwhile(layers, like):
+        before = list(layers)
+        with ThreadPoolExecutor(1) as pool:
+            seen.append(pool.submit(block.v, x).result())  # of the tensor that those of `layers` were called with
+        assert layers == before
+        return joined(layers, like)
+
+    monkeypatch.setattr(shared_calls, "_joined", meanwhile)
+    with torch.no_grad():
+        for layer, other in ((block.q, x), (block.k, x), (block.o, 2 * x)):
+            layer(other)
+        monkeypatch.undo()
+        assert seen and all(torch.equal(y, expected[2]) for y in seen)
+        for _ in range(3):
+            assert all(torch.equal(one, other) for one, other in zip(block(x), expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["int8", "matrices"])
+def test_layers_made_in_inference_mode_are_left_alone(kind):
+    x = torch.randn(1, 48)
+    with torch.inference_mode():
+        block = Block(kind)
+    expected = block(x)
+    assert all(torch.equal(one, other) for one, other in zip(shared(block, x)(x), expected, strict=True))
 
 
 def test_an_output_is_handed_out_once(calls):

@@ -10,6 +10,7 @@ from spon_plugin.decoder.tokens import DenseTokens
 from spon_plugin.kernels import row_op, sparse_linear, table
 from spon_plugin.kernels.cpu import kernel as cpu
 from spon_plugin.kernels.cpu import known_calls, scaled
+from spon_plugin.layers.sparse_linear import share_calls
 from spon_plugin.layers.sparse_quantized import SparseQuantizedLinear
 from spon_plugin.weights import weight_of
 from spon_plugin.weights.linears import is_sparse, linear_features
@@ -65,6 +66,42 @@ def test_dense_tokens_have_their_own_bias():
     made.keep_dense_bias(torch.randn(40))
     made.tokens = Tokens()
     torch.testing.assert_close(made(x).double(), expected(made, x, dense), rtol=1e-4, atol=1e-4)
+
+
+def put_weight(made):
+    made.weight = nn.Parameter(made.weight.flip(0), requires_grad=False)
+
+
+def write_weight(made):
+    made.weight.copy_(made.weight.flip(0))
+
+
+def move_scale(made):
+    made.weight_scale.data = 2 * made.weight_scale
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
+@pytest.mark.parametrize("change", [put_weight, write_weight, move_scale], ids=lambda change: change.__name__)
+def test_codes_are_those_that_the_host_has_now(change, shared):
+    block, x = nn.ModuleDict({name: layer() for name in "qk"}), torch.randn(1, 48)
+    if shared:
+        share_calls(block)
+    with torch.no_grad():
+        for _ in range(3):
+            before = [made(x) for made in block.values()]
+        change(block["k"])
+        for _ in range(3):
+            y = [made(x) for made in block.values()]
+            assert torch.equal(y[0], before[0]) and not torch.equal(y[1], before[1])
+            torch.testing.assert_close(y[1].double(), expected(block["k"], x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_first_ran_in_inference_mode_can_be_trained_through():
+    made, x = layer(), torch.randn(12, 48, requires_grad=True)
+    with torch.inference_mode():
+        made(x)
+    made(x).sum().backward()
+    assert x.grad.abs().sum() > 0
 
 
 def test_its_state_is_that_of_the_host_with_the_mask_beside_it():

@@ -123,22 +123,10 @@ def _signature(
     x: Tensor, parts: Any, threshold: Tensor, bias: Tensor | None, shard_sizes: Sequence[int] | None, exact: bool
 ) -> tuple[Any, ...]:
     """What the kernel was told of its arguments: addresses, and how to read them."""
-    codes, scales = parts.codes, parts.scales
-    zeros, offsets, group_of_row = parts.zeros, parts.offsets, parts.group_of_row
+    tensors = (parts.codes, parts.scales, parts.zeros, parts.offsets, parts.group_of_row, threshold, bias)
     return (
-        codes.data_ptr(),
-        codes.shape,
-        codes.stride(),
-        scales.data_ptr(),
-        scales.shape,
-        scales.dtype,
-        None if zeros is None else (zeros.data_ptr(), zeros.dtype, zeros.shape),
-        None if offsets is None else (offsets.data_ptr(), offsets.dtype, offsets.shape),
-        None if group_of_row is None else group_of_row.data_ptr(),
-        threshold.data_ptr(),
-        threshold.shape,
-        threshold.dtype,
-        None if bias is None else (bias.data_ptr(), bias.dtype, bias.shape),
+        *(tensor if tensor is None else _of(tensor) for tensor in tensors),
+        parts.group_size,
         shard_sizes and tuple(shard_sizes),
         exact,
         x.dtype,

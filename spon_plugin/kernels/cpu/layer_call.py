@@ -21,11 +21,11 @@ class LayerCall:
     elsewhere. Copies and pickles of the layer settle for themselves.
     """
 
-    __slots__ = ("_addresses", "_call", "_tensors")
+    __slots__ = ("_call", "_state", "_tensors")
 
     def __init__(self) -> None:
         self._tensors: tuple[Any, ...] = ()
-        self._addresses: tuple[int, int, int] = (0, 0, 0)
+        self._state: tuple[Any, ...] = ()  # where they lie, and how
         self._call: cpu.Prepared | None = None
 
     def __reduce__(self) -> tuple[type[LayerCall], tuple[()]]:
@@ -46,11 +46,12 @@ class LayerCall:
         if not is_plain(x, weight, bias) or torch.is_autocast_enabled("cpu"):
             return None
         addresses = (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), threshold.data_ptr())
-        if addresses != self._addresses:
+        state = (*addresses, weight.stride(), threshold.shape)
+        if state != self._state:
             # Held, so that while the kernel knows an address nothing else can lie there.
             self._tensors = (weight, bias, threshold)
             self._call = cpu.prepare([layer.weight_t], threshold, [bias])  # type: ignore[list-item]
-            self._addresses = addresses  # last: another Python thread may be reading
+            self._state = state  # last: another Python thread may be reading
         call = self._call
         if call is None or x.dtype is not call.dtype or not x.is_cpu or x.shape[-1:] != (call.in_features,):
             return None

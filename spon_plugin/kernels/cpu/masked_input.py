@@ -56,7 +56,8 @@ def backward(grad: Tensor, keep: Tensor, dense: Tensor | None, with_shift: bool)
         with_shift: whether the shift's is asked for.
     """
     out, in_features = torch.empty_like(grad), grad.shape[-1]
-    sums = torch.empty(torch.get_num_threads(), in_features) if with_shift else None
+    # Zeros: OpenMP may give fewer threads than are asked for (OMP_DYNAMIC, OMP_THREAD_LIMIT).
+    sums = torch.zeros(torch.get_num_threads(), in_features) if with_shift else None
     addresses = [_address(tensor) for tensor in (grad, keep, dense, out, sums)]
     _run(_workers(grad.dtype)[1], *addresses, grad.numel() // max(1, in_features), in_features)
     return out, None if sums is None else sums.sum(0)

@@ -107,6 +107,17 @@ def test_a_changed_layer_computes_with_what_it_holds_now(operator_calls, change)
     assert not operator_calls
 
 
+def test_a_weight_that_lies_otherwise_at_the_same_address():
+    layer, x = SparseLinear(48, 48), torch.randn(2, 48)
+    layer.spon_threshold = torch.tensor([0.5])
+    layer.arrange_for_kernels()
+    with torch.no_grad():
+        layer(x)
+        layer.weight.data = layer.weight.data.t()
+        kept = torch.where(x.abs() > layer.spon_threshold, x, 0)
+        torch.testing.assert_close(layer(x), kept @ layer.weight.t() + layer.bias)
+
+
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
 def test_a_cast_layer_follows(operator_calls, cast):
     layer, x = make_layer(), torch.randn(2, 70)
