@@ -76,11 +76,15 @@ def calibration_windows(
     length, count = settings.window, settings.calibration_tokens // max(1, settings.window)
     if length < 2 or count < 1:
         raise SponError.of("tokens", settings.calibration_tokens, f"at least one window of {max(2, length)} tokens")
-    return split_held_out(loaded.mixed_windows(sources, length, count + HELD_OUT_WINDOWS, settings.seed))
+    return split_held_out(loaded.mixed_windows(sources, length, count + HELD_OUT_WINDOWS, settings.seed), count)
 
 
-def split_held_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All but the last windows ``[count, length]``, and those: `HELD_OUT_WINDOWS`, or a quarter of a few.
+def split_held_out(windows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows to work with, and those after them: all beyond `count`, or a quarter of a text that has no more.
+
+    Args:
+        windows: token ids ``[count + HELD_OUT_WINDOWS, length]``, or fewer.
+        count: how many were asked for.
 
     Raises:
         SponError: there is one window only.
@@ -88,5 +92,6 @@ def split_held_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if len(windows) < 2:
         expected = "at least two windows: one to calibrate on, one to measure the sparsity on"
         raise SponError.of("text", f"{len(windows)} windows of {windows.shape[1]} tokens", expected, "Use more text.")
-    held_out = max(1, min(HELD_OUT_WINDOWS, len(windows) // 4))
-    return windows[:-held_out], windows[-held_out:]
+    if len(windows) <= count:
+        count = len(windows) - max(1, min(HELD_OUT_WINDOWS, len(windows) // 4))
+    return windows[:count], windows[count:]

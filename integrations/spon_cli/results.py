@@ -189,8 +189,7 @@ def _run(files: Sequence[tuple[Path, dict[str, Any]]], metrics: Sequence[str]) -
     config = files[0][1]["config"]
     spon = config.get("spon")
     if spon is None:
-        arguments = config["model_args"]
-        pairs = arguments if isinstance(arguments, dict) else dict(a.split("=", 1) for a in str(arguments).split(","))
+        pairs = _pairs(config["model_args"])
         if config["model"] not in _DENSE_MODELS or pairs.get("peft") or pairs.get("delta"):
             expected = f"one of {', '.join(_DENSE_MODELS)} (the dense model) or spon-hf"
             raise SponError.of(f"{files[0][0]}: model", config["model"], expected)
@@ -253,15 +252,23 @@ def _leaves(result: Mapping[str, Any], task: str) -> list[str]:
     return [leaf for member in members for leaf in _leaves(result, member)] or [task]
 
 
+def _pairs(arguments: Any) -> dict[str, Any]:
+    """`model_args` as lm-eval stores them: by name, or as they were written."""
+    if isinstance(arguments, Mapping):
+        return dict(arguments)
+    return dict(part.split("=", 1) for part in str(arguments).split(",") if "=" in part)
+
+
 def _tell_apart(runs: Sequence[Run], configs: Sequence[Mapping[str, Any]]) -> None:
     """Add the adapter's name, and then the differing arguments, to labels that would be the same."""
     for detail in ("adapter", "arguments"):
         labels = [run.label for run in runs]
         for run, config in zip(runs, configs, strict=True):
             if labels.count(run.label) > 1 and "spon" in config:
-                arguments = config["model_args"]
-                own = {k: v for k, v in arguments.items() if k not in ("pretrained", "spon", "tokens", "alpha")}
-                more = Path(config["spon"]["adapter"]).name if detail == "adapter" else json.dumps(own)
+                more = Path(config["spon"]["adapter"]).name
+                if detail == "arguments":
+                    said = ("pretrained", "spon", "tokens", "alpha")
+                    more = json.dumps({k: v for k, v in _pairs(config["model_args"]).items() if k not in said})
                 run.label = f"{run.label} ({more})"
 
 

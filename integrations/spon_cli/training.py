@@ -70,7 +70,7 @@ def train(
     from spon_peft.training import train_adapter
 
     rows = loaded.mixed_windows(sources, recipe.window, recipe.windows + HELD_OUT_WINDOWS, seed)
-    windows, held_out = split_held_out(rows)
+    windows, held_out = split_held_out(rows, recipe.windows)
     actual = replace(recipe, windows=len(windows))
     adapter, losses = train_adapter(
         loaded.model, adapter, windows, actual, work, seed, gradient_checkpointing, progress=stage("Training")

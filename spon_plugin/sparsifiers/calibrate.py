@@ -98,13 +98,23 @@ def calibrate(
         "matched": matched,
         **_achieved(model, sites, held_out, masks, prefix),
     }
-    peft = {
+    return Adapter(fields, masks, peft_fields(model, sites, base_model))
+
+
+def peft_fields(model: nn.Module, sites: Sequence[Site], base_model: str | None) -> dict[str, Any]:
+    """PEFT's part of an adapter's config.
+
+    Args:
+        model: the dense model.
+        sites: what the adapter masks.
+        base_model: as in `calibrate`.
+    """
+    return {
         "base_model_name_or_path": base_model,
         "target_modules": target_names(sites, model),
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
     }
-    return Adapter(fields, masks, peft)
 
 
 def method_of(fields: SponFields) -> str:

@@ -11,12 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spon_plugin.adapter.adapter import Adapter
+from spon_plugin.adapter.base import base_digest
 from spon_plugin.calibration.text import windows_digest
 from spon_plugin.decoder.attachment import SparseMethod
 from spon_plugin.decoder.sites import Site
 from spon_plugin.errors import SponError
 from spon_plugin.progress import Progress, no_progress
 from spon_plugin.sparsifiers import Fitted, Statistics, get_sparsifier
+from spon_plugin.sparsifiers.calibrate import peft_fields
 from spon_plugin.sparsifiers.match import match_method
 from spon_plugin.sparsifiers.thresholds import ThresholdFitted
 from spon_plugin.studies.evaluation import ALL, evaluate
@@ -36,6 +39,7 @@ class Bench:
         sites: from `find_sites`.
         tests: name -> token ids ``[count, length]`` to evaluate on.
         passages: whose last words are to be guessed; see `last_word`.
+        base_model: what adapters call the model.
         protocol: see `evaluation.dense_prefix_of`.
         seed: of the order of the training windows.
         batch_size: windows per forward pass, where no gradients are made.
@@ -48,6 +52,7 @@ class Bench:
     sites: list[Site]
     tests: Mapping[str, Tensor]
     passages: Sequence[Passage] = ()
+    base_model: str | None = None
     protocol: str = ALL
     seed: int = 0
     batch_size: int = 4
@@ -108,6 +113,12 @@ class Bench:
         if not isinstance(fitted, ThresholdFitted):
             return fitted
         return match_method(self.model, fitted, windows, sparsity, alphas)
+
+    def adapter(self, fitted: Fitted, alphas: Mapping[str, Tensor]) -> Adapter:
+        """A method and its alphas as an adapter of the bench's model."""
+        adapter = fitted.adapter(alphas, peft=peft_fields(self.model, self.sites, self.base_model))
+        adapter.fields.base_digest = base_digest(self.model)
+        return adapter
 
     def dense_states(self, windows: Tensor, objective: Objective | None = None) -> Teacher:
         """The dense model's states on the windows ``[count, length]``, as `objective` wants them; the last are kept."""

@@ -124,6 +124,7 @@ class Frontier:
         passages: whose last words are to be guessed.
         method: name of a sparsifier with thresholds.
         recipe: the schedule of the alphas.
+        base_model: as in `Bench`.
         protocol: as in `Bench`.
         seed: likewise.
         stage: likewise.
@@ -141,6 +142,7 @@ class Frontier:
     passages: Sequence[Passage] = ()
     method: str = "teal"
     recipe: Recipe = QUICK
+    base_model: str | None = None
     protocol: str = ALL
     seed: int = 0
     stage: Callable[[str], Progress] = lambda _name: no_progress
@@ -173,7 +175,7 @@ class Frontier:
         model = self._stored(self.full).model
         bench = Bench(
             model=model, sites=find_sites(model), tests=self.tests, protocol=self.protocol, seed=self.seed,
-            stage=self.stage,
+            stage=self.stage, base_model=self.base_model,
         )  # fmt: skip
         self._references = {name: bench.reference(name) for name in self.tests}
         for sparsity, alpha in dict.fromkeys((key.sparsity, key.alpha) for key in missing if key.is_made):
@@ -193,7 +195,7 @@ class Frontier:
             alphas, losses = bench.train(fitted, teacher, self.recipe, "all", f"{sparsity:.0%}")
             made = {"loss": loss_ends(losses)}
             fitted = bench.matched(fitted, self.calibration, sparsity, alphas)
-        adapter = fitted.adapter(alphas)
+        adapter = bench.adapter(fitted, alphas)
         adapter.fields.calibration |= {**made, "seconds": round(time.perf_counter() - start, 1)}
         return adapter
 

@@ -48,7 +48,8 @@ class QuantizedBases:
         tests: name -> token ids ``[count, length]`` to evaluate on.
         directory: where adapters are kept.
         adapter: takes the place of the one trained on the full-precision base.
-        protocol: as in `Bench`.
+        base_model: as in `Bench`.
+        protocol: likewise.
         seed: likewise.
         stage: likewise.
         done: likewise.
@@ -62,6 +63,7 @@ class QuantizedBases:
     tests: Mapping[str, Tensor]
     directory: Path
     adapter: Adapter | None = None
+    base_model: str | None = None
     protocol: str = ALL
     seed: int = 0
     stage: Callable[[str], Progress] = lambda _name: no_progress
@@ -92,8 +94,9 @@ class QuantizedBases:
         model = self.load(precision)
         stage = lambda name: self.stage(f"{precision}: {name}")  # noqa: E731
         return Bench(
-            model=model, sites=find_sites(model), tests=self.tests, protocol=self.protocol, seed=self.seed, stage=stage
-        )
+            model=model, sites=find_sites(model), tests=self.tests, protocol=self.protocol, seed=self.seed, stage=stage,
+            base_model=self.base_model,
+        )  # fmt: skip
 
     def _measure(self, name: str, loaded: Callable[[], Bench], precision: str, origin: str) -> dict[str, Any]:
         bench = loaded()
@@ -136,7 +139,7 @@ class QuantizedBases:
         fitted, _ = bench.fit("teal", windows, self.trial.sparsity)
         teacher = bench.dense_states(self.pool[: recipe.windows])
         alphas, _ = bench.train(fitted, teacher, recipe, "all", describe(self.trial))
-        adapter = fitted.adapter(alphas)
+        adapter = bench.adapter(fitted, alphas)
         write_adapter(adapter, kept)
         return adapter
 

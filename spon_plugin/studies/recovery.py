@@ -48,16 +48,23 @@ class Recovery(Bench):
     windows: Callable[[int | None, int, int], Tensor]
     calibration: Tensor
 
-    def run(self, rows: Sequence[Row], store: RowStore) -> None:
-        """Measure the rows that `store` does not have and no other process is at, with the dense model."""
+    def run(self, rows: Sequence[Row], store: RowStore) -> list[str]:
+        """Measure the rows that `store` does not have and no other process is at, with the dense model.
+
+        Returns:
+            The names of those that could not be measured, of which there is a warning each.
+        """
+        failed = []
         store.taken(DENSE, lambda: {"name": DENSE, "label": DENSE, "tests": self.evaluate(None, DENSE)}, self.done)
         for row in rows:
             try:
                 store.taken(row.name, partial(self.measure, row, store), self.done)
             except (SponError, RuntimeError) as error:  # such as memory that others have: the row stays missing
                 warnings.warn(f"{row.name}: {error}", stacklevel=2)
+                failed.append(row.name)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
+        return failed
 
     def measure(self, row: Row, store: RowStore) -> dict[str, Any]:
         """One row; its adapter, where the format can hold it and it is for the given model, lies beside the rows."""
@@ -130,7 +137,7 @@ class Recovery(Bench):
         fitted = method.fitted() if isinstance(method, Extended) else method
         directory = store.directory / "adapters" / row.name
         if isinstance(fitted, ThresholdFitted) and not directory.exists():
-            write_adapter(fitted.adapter(alphas), directory)
+            write_adapter(self.adapter(fitted, alphas), directory)
 
 
 def _alone(method: Any) -> Any:

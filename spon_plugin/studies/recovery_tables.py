@@ -127,22 +127,28 @@ def equal_bytes(flat: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def over_seeds(flat: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Lines of the table of mean shares of what was trained with several seeds, from `records`.
 
-    They are at equal bytes where that is known.
+    They are at equal bytes where that is known of every seed.
     """
-    found: dict[tuple[float, str], dict[str, list[float]]] = {}
+    found: dict[tuple[float, str], dict[str, list[Mapping[str, Any]]]] = {}
     for record in flat:
-        equal, plain = record["recovered_at_equal_bytes"], record["recovered"]
-        value = plain if equal is None else equal
         if record["row"] != UNIFORM:
-            shares = found.setdefault((record["sparsity"], record["row"]), {}).setdefault(record["test"], [])
-            shares += [] if value is None else [value]
+            own = found.setdefault((record["sparsity"], record["row"]), {})
+            own.setdefault(record["test"], []).append(record)
     body = []
-    for (target, label), tests in found.items():
+    for (target, label), of_tests in found.items():
+        tests = {test: _shares(of_seeds) for test, of_seeds in of_tests.items()}
         seeds = max(len(shares) for shares in tests.values())
         if seeds > 1:
             words = [f"{sum(v) / len(v):.2f} [{min(v):.2f}, {max(v):.2f}]" if v else "" for v in tests.values()]
             body.append([f"{target:.0%}", label, str(seeds), *words])
     return body
+
+
+def _shares(of_seeds: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The shares of one row on one text by seed, all of one kind."""
+    equal = [record["recovered_at_equal_bytes"] for record in of_seeds]
+    shares = [record["recovered"] for record in of_seeds] if None in equal else equal
+    return [share for share in shares if share is not None]
 
 
 def _at_equal_bytes(

@@ -26,7 +26,7 @@ class TokenBytes:
             row, unless they are the head.
         weights: how many numbers codes and rest stand for, scales apart.
         unbiased: path of each of the linears that has no bias -> bytes of the one that an alpha would give it.
-        sites: the linears that share a mask.
+        sites: the linears of one input, which share a mask, or a centre alone.
     """
 
     codes: Mapping[str, int]
@@ -47,10 +47,9 @@ class TokenBytes:
         dropped, masks = dropped or {}, masks or {}
         total = self.rest + sum(size * (1 - dropped.get(path, 0.0)) for path, size in self.codes.items())
         for site in self.sites:
-            shared = next((masks[path] for path in site if path in masks), None)
-            if shared is not None:
-                parts = (shared.threshold, shared.center)
-                total += sum(4 * part.numel() for part in parts if part is not None)
+            own = [masks[path] for path in site if path in masks]
+            for vectors in ([mask.threshold for mask in own], [mask.center for mask in own]):
+                total += sum(4 * vector.numel() for vector in _distinct(vectors))
         return total + sum(
             size for path, size in self.unbiased.items() if path in masks and masks[path].constant is not None
         )
@@ -106,6 +105,11 @@ def stored_bytes(model: Any, sites: Sequence[Site]) -> TokenBytes:
                 rest += tensor.numel() * tensor.element_size()
                 weights += tensor.numel()
     return TokenBytes(codes, rest, weights, unbiased, [site.modules for site in sites])
+
+
+def _distinct(vectors: Sequence[Tensor | None]) -> list[Tensor]:
+    """Those that differ in value: linears that share one read it once."""
+    return list({v.detach().cpu().numpy().tobytes(): v for v in vectors if v is not None}.values())
 
 
 def _rows(module: nn.Module, is_linear: bool) -> RowWeight | None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 
+import pytest
 from commands import TEXT, run
 from tiny_models import make_byte_tokenizer, make_tiny_llama
 
@@ -13,8 +14,10 @@ def test_recover_writes_tables_and_a_plot_and_goes_on(tmp_path):
     make_tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
     make_byte_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "second.txt").write_text(TEXT + TEXT)
     out, text = tmp_path / "out", tmp_path / "text.txt"
-    call = ["recover", tmp_path / "model", "-o", out, "--text", text, "--test", text, *SMALL]
+    call = ["recover", tmp_path / "model", "-o", out, "--text", text, "--text", tmp_path / "second.txt"]
+    call += ["--test", text, *SMALL]
     call += ["--sparsity", "0.5", "--calibration-tokens", "512", "--seeds", "1"]
     code, _, err = run(*call, "--workers", "0")
     assert code == 2 and "expected rows that were measured" in err
@@ -30,6 +33,11 @@ def test_recover_writes_tables_and_a_plot_and_goes_on(tmp_path):
     assert names == {"table.md", "table.csv", "table.json", "recovery.png", "settings.json", "rows", "adapters"}
     code, _, err = run(*call, "--text", text, "--workers", "2")
     assert code == 2 and err.count("each text once") == 1 and "Traceback" not in err
+    code, _, err = run(*call, "--only", "no such row")
+    assert code == 2 and "only: got 'no such row'" in err and "'uniform TEAL'" in err
+    (tmp_path / "third.txt").write_text(TEXT[::-1])
+    code, _, err = run(*call, "--text", tmp_path / "third.txt", "--only", ONLY)
+    assert code == 2 and "training_texts: got" in err, "rows of other texts"
     before = {path.name: path.read_bytes() for path in (out / "rows").iterdir()}
     code, printed, err = run(*call, "--only", ONLY, "--workers", "0", "--json")
     assert code == 0, err
@@ -50,3 +58,19 @@ def test_recover_writes_tables_and_a_plot_and_goes_on(tmp_path):
     assert all(row["recovered"] is not None for row in found)
     code, _, err = run(*changed, "--max-tokens", "512", "-o", tmp_path / "third", "--against", out)
     assert code == 2 and "against: got" in err
+
+
+@pytest.mark.slow
+def test_what_workers_cannot_do_is_an_error(tmp_path):
+    make_tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    make_byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = tmp_path / "text.txt"
+    call = ["recover", tmp_path / "model", "-o", tmp_path / "out", "--text", text, "--test", text, *SMALL]
+    call += ["--sparsity", "0.5", "--calibration-tokens", "512", "--seeds", "1", "--only", "uniform TEAL"]
+    code, _, err = run(*call)
+    assert code == 0, err
+    code, printed, _ = run(*call, "--max-tokens", "512", "--workers", "2", "--json")
+    assert code == 2 and not printed, "the rows that are there are of other settings"
+    code, _, err = run(*call[:-1], "hidden states", "--workers", "2")  # of four blocks, where there is one
+    assert code == 2 and "rows: got" in err

@@ -162,6 +162,15 @@ def test_without_a_dense_row_there_are_no_shares(folder, tmp_path):
     assert "Mean over: none (no dense row)." in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_arguments_as_they_were_written(folder):
+    """lm-eval keeps what `simple_evaluate` was given, which may be a string."""
+    for name, result in [("spon", folder["spon"]), ("other", folder.add("other", "spon"))]:
+        result["config"]["spon"]["adapter"] = f"/somewhere/{name}"
+        result["config"]["model_args"] = f"pretrained=/base,spon=/somewhere/{name}"
+    found = rows(folder.write())
+    assert sum(label.endswith(("(spon)", "(other)")) for label in found) == 2
+
+
 def test_rows_that_would_have_one_label(folder):
     decode = folder.add("decode", "spon")
     decode["config"]["model_args"]["tokens"] = decode["config"]["spon"]["tokens"] = "decode"

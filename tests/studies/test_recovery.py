@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from spon_plugin import find_sites, read_adapter
+from spon_plugin.adapter.base import base_digest
 from spon_plugin.files import claim
 from spon_plugin.studies.ablation import DENSE
 from spon_plugin.studies.recovery import Recovery
@@ -48,7 +49,10 @@ def test_rows_are_measured_once_and_become_a_table(study, tmp_path):
     assert len(lines(flat)) == 5 and markdown(found, store.read(DENSE)).count("\n| ") == 7
     kept = {path.name: path for path in (tmp_path / "adapters").iterdir()}
     assert sorted(kept) == sorted(row.name for row in wanted() if not row.extension and not row.deltas)
-    assert all(read_adapter(path).fields.calibration["matched"] for path in kept.values())
+    adapters = [read_adapter(path) for path in kept.values()]
+    assert all(adapter.fields.calibration["matched"] for adapter in adapters)
+    assert {adapter.fields.base_digest for adapter in adapters} == {base_digest(study.model)}
+    assert all(adapter.peft["target_modules"] for adapter in adapters)
 
 
 def test_trials_are_compared_with_the_common_row_in_pairs():
@@ -105,6 +109,10 @@ def test_several_seeds_become_their_mean_and_range():
     assert over_seeds(records([teal, *trained, row("sensitivity", math.log(18))], dense)) == [
         ["50%", COMMON, "3", "0.67 [0.50, 0.80]"]
     ]
+    mixed = records([teal, *trained], dense)
+    for record, share in zip((r for r in mixed if r["row"] == COMMON), (0.6, 0.5, None), strict=True):
+        record["recovered_at_equal_bytes"] = share
+    assert over_seeds(mixed)[0][-1] == "0.67 [0.50, 0.80]", "not known of every seed at equal bytes"
     assert "### Over seeds" in markdown([teal, *trained], dense)
     assert "### Over seeds" not in markdown([teal, trained[0]], dense)
 
@@ -133,7 +141,7 @@ def test_a_row_that_fails_does_not_end_the_rest(study, tmp_path):
     store = RowStore(tmp_path, {})
     broken = next(row for row in rows([0.5], 2, 2, 32) if row.label == "hidden states, 4 blocks")  # of two blocks
     with pytest.warns(UserWarning, match="hidden_blocks: got 4"):
-        study.run([broken, wanted()[0]], store)
+        assert study.run([broken, wanted()[0]], store) == [broken.name]
     assert not store.has(broken.name) and store.has(wanted()[0].name)
 
 

@@ -40,6 +40,16 @@ def test_skipped_rows_are_not_read_and_masks_are(model):
     assert held.read(dropped, masks) == pytest.approx(held.read() - saved + 4 * len(sites) + biases)
 
 
+def test_linears_of_one_input_share_what_is_equal(model):
+    held, (site, *_) = stored_bytes(model, find_sites(model)), find_sites(model)
+    q, k, v = site.modules
+    center = torch.rand(site.in_features)
+    own = {path: Mask(torch.rand(site.in_features), center.clone()) for path in (q, k, v)}
+    assert held.read({}, own) - held.read({}, {}) - 4 * 4 * site.in_features == sum(held.unbiased[p] for p in own)
+    own[v] = own[k]
+    assert held.read({}, own) - held.read({}, {}) - 4 * 3 * site.in_features == sum(held.unbiased[p] for p in own)
+
+
 def test_codes_scales_and_an_int8_head_are_counted_as_they_lie():
     pytest.importorskip("compressed_tensors")
     from spon_transformers.head import round_head

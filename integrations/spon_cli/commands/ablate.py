@@ -13,7 +13,7 @@ import typer
 from spon_cli import options
 from spon_cli.command import Between, command
 from spon_cli.duration import COMPARED, READ, announce, announce_time, calibration_passes, training_passes
-from spon_cli.loading import Loaded
+from spon_cli.loading import Loaded, base_name
 from spon_cli.output import note, show_json, show_table
 from spon_cli.progress import row_bars
 from spon_cli.study_plots import plot_precisions, plot_study
@@ -186,7 +186,8 @@ def _precision(
         load=lambda level: load_precision(given.model, level, given.levels[0], given.trust_remote_code),
         weight_bytes=weight_bytes,
         precisions=given.levels, trial=setup.trial, pool=pool, tests=bench.tests, directory=given.output,
-        adapter=adapter, protocol=bench.protocol, seed=bench.seed, stage=bench.stage, done=bench.done,
+        adapter=adapter, base_model=base_name(given.model),
+        protocol=bench.protocol, seed=bench.seed, stage=bench.stage, done=bench.done,
     )  # fmt: skip
     rows = study.run(store)
     _write(given.output, PRECISION, quantized_bases.markdown(rows), quantized_bases.records(rows))

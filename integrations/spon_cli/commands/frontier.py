@@ -15,6 +15,7 @@ import typer
 from spon_cli import options
 from spon_cli.command import Between, command
 from spon_cli.duration import READ, announce, announce_time, calibration_passes, training_passes
+from spon_cli.loading import base_name
 from spon_cli.output import note, show_json, show_table
 from spon_cli.progress import row_bars
 from spon_cli.study_plots import plot_frontier
@@ -153,7 +154,7 @@ def frontier_command(given: FrontierOptions) -> None:
         is_fit=is_fit, full=FULL, tests=evaluated,
         calibration=calibration, training=training, directory=given.output, adapters=adapters,
         passages=loaded.encoded(last_words),
-        method=method, recipe=recipe, protocol=given.protocol, seed=given.seed,
+        method=method, recipe=recipe, protocol=given.protocol, seed=given.seed, base_model=base_name(loaded.name),
     )  # fmt: skip
     store = RowStore(given.output, settings)
     read = sum(windows.numel() for windows in evaluated.values()) + sum(len(each.ids) for each in study.passages)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +20,7 @@ from torch import Tensor
 from spon_cli import options
 from spon_cli.command import Between, command
 from spon_cli.duration import announce
+from spon_cli.loading import base_name
 from spon_cli.output import note, show_json, show_table
 from spon_cli.progress import row_bars
 from spon_cli.study_plots import plot_recovery
@@ -68,7 +71,11 @@ class RecoverOptions(options.StudyOptions):
         words = options.split_names(self.only)
         if words is None:
             return every
-        return list(dict.fromkeys(row for word in words for row in every if row.label.startswith(word)))
+        found = list(dict.fromkeys(row for word in words for row in every if row.label.startswith(word)))
+        if not found:
+            labels = ", ".join(dict.fromkeys(repr(row.label) for row in every))
+            raise SponError.of("only", self.only, f"beginnings of rows' labels: {labels}")
+        return found
 
 
 @command
@@ -85,28 +92,49 @@ def recover_command(given: RecoverOptions) -> None:
     given.check(PRESETS["fast"])
     other = None if given.against is None else RowStore.of(given.against)
     announce(f"This measures {len(wanted)} rows, less those that {given.output} has")
+    failed = False
     if given.workers == 1:
-        work(given, wanted)
+        failed = bool(work(given, wanted))
     elif given.workers > 1:
         given.sources("train"), given.tests()  # one process says what is wrong with them, not each
         context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=work, args=(given, wanted), daemon=True) for _ in range(given.workers)]
+        processes = [context.Process(target=_work, args=(given, wanted), daemon=True) for _ in range(given.workers)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
+        codes = [process.exitcode for process in processes]
+        if _WRONG in codes:
+            raise SponError.of("workers", codes, "processes that end well", "The lines above say what is wrong.")
+        failed = any(codes)
     flat, dense = write_tables(given.output, wanted, other)
     if dense is None:
         raise SponError.of("output", str(given.output), "rows that were measured", "The lines above say what failed.")
     if given.json:
         show_json({"rows": flat})
-        return
-    show_table("Recovery", columns(dense), lines(flat))
-    note(f"Tables and plot written to {given.output}")
+    else:
+        show_table("Recovery", columns(dense), lines(flat))
+        note(f"Tables and plot written to {given.output}")
+    if failed:
+        missing = [row.name for row in wanted if not RowStore.of(given.output).has(row.name)]
+        raise SponError.of("rows", ", ".join(missing), "rows that were measured", "The lines above say what failed.")
 
 
-def work(given: RecoverOptions, wanted: Sequence[Row]) -> None:
-    """Measure what no other process has or is at."""
+_WRONG = 2  # how a worker ends that was asked for what cannot be
+
+
+def _work(given: RecoverOptions, wanted: Sequence[Row]) -> None:
+    """`work`, in a process of its own."""
+    try:
+        failed = work(given, wanted)
+    except SponError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(_WRONG)
+    sys.exit(1 if failed else 0)
+
+
+def work(given: RecoverOptions, wanted: Sequence[Row]) -> list[str]:
+    """Measure what no other process has or is at; the names of rows that could not be."""
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // max(1, given.workers))))
     sources, held_out = given.sources("train"), given.tests()
     loaded = given.load()
@@ -122,16 +150,21 @@ def work(given: RecoverOptions, wanted: Sequence[Row]) -> None:
 
     length = PRESETS["fast"].window
     calibration = loaded.mixed_windows(sources[:2], length, given.calibration_tokens // length, given.seed)
-    settings = {**given.common(loaded, tests, PRESETS["fast"]), "calibration": windows_digest(calibration)}
+    settings = {
+        **given.common(loaded, tests, PRESETS["fast"]),
+        "calibration": windows_digest(calibration),
+        "training_texts": [hashlib.sha256(source.text.encode()).hexdigest()[:16] for source in sources],
+    }
     if given.against is not None:
         check_against(RowStore.of(given.against), settings)
     on_device = loaded.model.device.type != "cpu"
     study = Recovery(
         model=loaded.model, sites=loaded.sites, tests=tests, protocol=given.protocol, seed=given.seed,
+        base_model=base_name(loaded.name),
         batch_size=16 if on_device else 4, keep_on_device=on_device, windows=windows, calibration=calibration,
     )  # fmt: skip
     with row_bars(len(wanted) + 1, _line) as (study.stage, study.done):
-        study.run(wanted, RowStore(given.output, settings))
+        return study.run(wanted, RowStore(given.output, settings))
 
 
 def write_tables(

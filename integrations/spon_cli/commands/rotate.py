@@ -66,7 +66,8 @@ def rotate_command(given: RotateOptions) -> None:
         count = max(1, given.tokens // given.window)
         windows = mixed_windows(tokenizer, texts, given.window, count + HELD_OUT_WINDOWS, given.seed, APART)
         check_ids(model, windows)
-        found = rotate_model(model, *split_held_out(windows), given.sparsity, given.steps, given.seed, stage)
+        parts = split_held_out(windows, count)
+        found = rotate_model(model, *parts, given.sparsity, given.steps, given.seed, stage)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     less = 1 - found.after / found.before
