@@ -79,6 +79,19 @@ def test_train_is_reproducible_byte_for_byte(spon, trained, tiny_model_dir, text
     assert names(tmp_path) == ["again", "other", "text.txt"]
 
 
+def test_a_few_windows_are_as_many_as_were_asked_for(spon, tiny_model_dir, text, tmp_path):
+    few = ["--window", "32", "--text", text]
+    code, _, err = spon("calibrate", tiny_model_dir, "--tokens", "64", *few, "-o", tmp_path / "teal")
+    assert code == 0, err
+    calibration = read_adapter(tmp_path / "teal").fields.calibration
+    assert (calibration["tokens"], calibration["held_out_tokens"]) == (64, 128)
+    code, _, err = spon("train", tmp_path / "teal", "--windows", "2", "--batch-size", "1", *few, "--json",
+                          "-o", tmp_path / "spon")  # fmt: skip
+    assert code == 0, err
+    training = read_adapter(tmp_path / "spon").fields.calibration["training"]
+    assert training["windows"] == 2 and len((tmp_path / "spon" / "loss.csv").read_text().splitlines()) == 1 + 2
+
+
 def test_train_lowers_the_loss_and_keeps_the_thresholds(spon, tiny_model_dir, text, tmp_path):
     spon("calibrate", tiny_model_dir, "--text", text, "-o", tmp_path / "teal")
     code, out, err = spon("train", tmp_path / "teal", "--text", text, "--windows", "60", "--window", "32", "--json",

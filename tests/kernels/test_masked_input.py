@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -74,3 +78,22 @@ def test_a_gradient_of_a_gradient_is_refused():
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="no OpenMP runtime to run on")
+def test_fewer_threads_than_were_asked_for():
+    """As OpenMP gives under `OMP_THREAD_LIMIT` or `OMP_DYNAMIC`; memory that is new holds what was there before."""
+    code = """
+import torch
+from spon_plugin.kernels.masked_input import masked_input
+torch.set_num_threads(4)
+dirty = torch.empty(4, 64).fill_(1e9)
+del dirty
+x, shift = torch.randn(16, 64), torch.zeros(64, requires_grad=True)
+masked_input(x, torch.tensor([0.5]), None, shift, None)[0].sum().backward()
+print(torch.equal(shift.grad, torch.full((64,), 16.0)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "OMP_THREAD_LIMIT": "1"}, capture_output=True, text=True
+    )
+    assert done.stdout == "True\n", done.stderr

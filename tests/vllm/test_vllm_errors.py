@@ -7,9 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from engines import make_adapter, make_model, merge, override, saving
 
-from spon_plugin import Mask, write_adapter
+from spon_plugin import Mask, SponError, write_adapter
+from spon_plugin.adapter.merged import Announced
+from spon_vllm.checks import check_fit
+from spon_vllm.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,15 @@ def test_threshold_missing_in_a_merged_checkpoint(llama, tmp_path):
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj.*gate_proj, up_proj in one layer"):
         configure(path)
+
+
+def test_a_merged_linear_that_vllm_keeps_dense(llama):
+    path = "model.layers.0.self_attn.kv_b_proj"
+    settings = Settings(adapter=None, modules=(path,), announced={path: Announced(0.1)})
+    with pytest.raises(
+        SponError, match=rf"threshold of {path}: got 'one'.*vLLM keeps this linear dense.*target_modules"
+    ):
+        check_fit(settings, transformers.AutoConfig.from_pretrained(llama[0]), "merged")
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,15 @@ def test_padding_reads_no_weight(garbage, where):
     assert torch.equal(y[2:], bias.expand(2, -1))
 
 
+def test_a_capture_in_no_mode_looks_for_padding(monkeypatch):
+    """vLLM's second runner captures whole steps in mode NONE, full of tokens; replays may have padding."""
+    with step(4, 4, is_padding=(mask := torch.tensor([False, False, True, True]))):
+        assert steps.padding(4) is None
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert steps.padding(4) is mask and int(steps.real_tokens(4)) == 2
+
+
 def test_padding_below_a_centre_is_zeroed_too():
     weight_t, threshold, bias = layer()
     center = torch.full((IN,), 5.0)

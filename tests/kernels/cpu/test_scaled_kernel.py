@@ -414,3 +414,13 @@ def test_a_known_call_is_settled_anew_when_what_it_was_told_has_moved(what, how)
     y = sparse_linear(x, weight, given["threshold"], given["bias"])
     assert not torch.equal(y, first)
     check(y, truth(x, weight, [given["threshold"]], given["bias"]), 1e-6)
+
+
+@pytest.mark.parametrize("what", ["threshold", "bias"])
+def test_a_known_call_is_not_that_of_a_vector_with_gaps_at_the_same_place(what):
+    weight, x = make("int8", (32, 32)), torch.randn(1, 32)
+    long = torch.rand(64)
+    for vector in (long[:32], long[::2]):
+        given = {"threshold": torch.tensor([0.2]), "bias": torch.zeros(32), what: vector}
+        y = sparse_linear(x, weight, given["threshold"], given["bias"])
+        check(y, truth(x, weight, [given["threshold"]], given["bias"]), 1e-6)
