@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from spon_plugin.layers.shared_calls import Group
 from spon_plugin.layers.sparse_linear import SparseLayer
 from spon_plugin.layers.watched import WatchedTensors
 
+_exact = attrgetter("exact")
 _lock = threading.Lock()  # programs share one scratch, and have their results in places of their own: one at a time
 _scratch = torch.empty(0, device="cpu")
 
@@ -124,7 +126,10 @@ class BlockProgram:
         self.dtype, self._parts, self._groups = dtype, parts, [group for each in groups for group in each]
         self._threads, self._tokens = torch.get_num_threads(), 0
         members = [member for group in self._groups for member in group.members]
-        self._members = members
+        # Of the layers with codes: who holds them, which they were, and how they are multiplied.
+        self._rows = [(member.rows, member.part) for member in members if member.rows is not None]
+        self._coded = [layer for layer in parts.linears if hasattr(layer, "rows")]
+        self._exact = [*map(_exact, self._coded)]
         places = [place for member in members for place in member.places]
         self._tensors = WatchedTensors([*places, *((norm._parameters, "weight") for norm in parts.norms)])
         self._linears_of_block = parts.linears
@@ -187,10 +192,10 @@ class BlockProgram:
         for layer in self._linears_of_block:
             if layer.tokens is not None:
                 return False
-        for member in self._members:
-            if not member.is_as_it_was():
+        for rows, part in self._rows:
+            if rows.weight is not part:
                 return False
-        return self._tensors.are_same()
+        return [*map(_exact, self._coded)] == self._exact and self._tensors.are_same()
 
     def set(self, x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, cache: Cached) -> None:
         """Let the next run read x and write y, as `run_blocks` says."""

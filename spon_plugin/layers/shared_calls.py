@@ -153,15 +153,11 @@ class _Member:
         self.places = _places(layer)
         self.tensors = WatchedTensors(self.places)
 
-    def is_as_it_was(self) -> bool:
-        """Whether the layer still has what was joined but for its tensors."""
-        if self.rows is None:
-            return True
-        return self.rows.weight is self.part and getattr(self.layer(), "exact", None) == self.exact
-
     def fits(self) -> bool:
         """Whether the layer still is what was joined."""
-        return self.is_as_it_was() and self.tensors.are_same()
+        if self.rows is not None and self.rows.weight is not self.part:
+            return False
+        return getattr(self.layer(), "exact", None) == self.exact and self.tensors.are_same()
 
 
 def _places(layer: Any) -> list[Place]:
@@ -186,7 +182,6 @@ class Group:
         self.members, self.dtype = [_Member(layer) for layer in layers], dtype
         self.center, self.threshold = layers[0].spon_center, layers[0].spon_threshold
         self.in_features = layers[0].in_features
-        self.trains = any(member.tensors.are_trained for member in self.members)
 
     def is_of(self, layers: Sequence[Layer]) -> bool:
         """Whether these are the layers."""
@@ -198,7 +193,9 @@ class Group:
 
     def takes(self, x: Tensor) -> bool:
         """Whether x is of the group's dtype, and nobody has to see the call."""
-        if self.dtype not in (None, x.dtype) or (self.trains and torch.is_grad_enabled()):
+        if self.dtype not in (None, x.dtype):
+            return False
+        if torch.is_grad_enabled() and any(member.tensors.are_trained for member in self.members):
             return False
         return is_plain(x, x, None)
 

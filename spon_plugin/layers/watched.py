@@ -40,9 +40,6 @@ class WatchedTensors(Watched):
 
     Of tensors that were made in inference mode, or are of a class of their own, nobody can tell: they are the same as
     long as they are there. Neither does torch count what is written to a tensor's `data`.
-
-    Attributes:
-        are_trained: whether one of them asks for a gradient.
     """
 
     def __init__(self, places: Sequence[Place]) -> None:
@@ -50,16 +47,20 @@ class WatchedTensors(Watched):
         self._tensors: list[Any] = [tensor for tensor in self.found if _is_counted(tensor)]
         self._matrices = [tensor for tensor in self._tensors if tensor.dim() > 1]
         self._state = self._now()
-        self.are_trained = any(map(_is_trained, self._tensors))
+
+    @property
+    def are_trained(self) -> bool:
+        """Whether one of them asks for a gradient now."""
+        return any(map(_is_trained, self._tensors))
 
     def are_same(self) -> bool:
-        """Whether each place holds its tensor, which lies as it did, was not written to, and is trained if it was."""
+        """Whether each place holds its tensor, which lies as it did and was not written to."""
         return super().are_same() and self._now() == self._state
 
     def _now(self) -> list[list[Any]]:
         tensors = self._tensors
         looks: tuple[tuple[Any, list[Tensor]], ...] = (
-            (Tensor.data_ptr, tensors), (Tensor.stride, self._matrices), (_version, tensors), (_is_trained, tensors),
+            (Tensor.data_ptr, tensors), (Tensor.stride, self._matrices), (_version, tensors),
         )  # fmt: skip
         return [[*map(look, at)] for look, at in looks]
 
