@@ -115,8 +115,8 @@ def recover_command(given: RecoverOptions) -> None:
     else:
         show_table("Recovery", columns(dense), lines(flat))
         note(f"Tables and plot written to {given.output}")
-    if failed:
-        missing = [row.name for row in wanted if not RowStore.of(given.output).has(row.name)]
+    missing = [row.name for row in wanted if failed and not RowStore.of(given.output).has(row.name)]
+    if missing:
         raise SponError.of("rows", ", ".join(missing), "rows that were measured", "The lines above say what failed.")
 
 
