@@ -177,7 +177,7 @@ class BlockProgram:
             return None
         modules = (*parts.norms, *parts.linears)
         if any(tensor.is_inference() for m in modules for tensor in (*m.parameters(), *m.buffers())):
-            return None  # as in groups
+            return None  # torch counts no writes to these
         weights: list[Any] = [norm.weight for norm in parts.norms]
         if not all(weight.is_cpu and weight.dtype == dtype and weight.is_contiguous() for weight in weights):
             return None
